@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One tree of errors.
+
+Whatever goes wrong on purpose is a :class:`MdoError`: one line that says what happened and to
+which object, a hint that says what to do, and the exit code that the command line ends with::
+
+    MdoError                 1   the kernel or the system said no
+    ├── RequestError         2   what was asked cannot be: bad input, unknown, does not fit, held
+    │   ├── UuidError            a UUID that is none, or is taken
+    │   ├── UnknownError         a type, parent, mdev or guest that is not there, or not just one
+    │   ├── CapacityError        no instance left
+    │   └── BusyError            held by a guest or by another process
+    ├── QemuError            3   QEMU did not start, died, or answered nonsense
+    ├── DeadlineError        4   something did not happen in time
+    └── HostError            5   the host lacks something: module, node, permission, program
+
+Anything else that reaches the command line is a bug and is reported as one.
+"""
+
+
+class MdoError(Exception):
+    """A failure that a user can act on.
+
+    :param message: One line, names the object.
+    :param hint: What to do about it; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class RequestError(MdoError):
+    """What was asked cannot be done as asked; nothing was changed."""
+
+    exit_code = 2
+
+
+class UuidError(RequestError):
+    """A UUID is malformed, given twice, or already in use."""
+
+
+class UnknownError(RequestError):
+    """An object that was named is not there, or the name fits several."""
+
+
+class CapacityError(RequestError):
+    """The host has not enough instances left."""
+
+
+class BusyError(RequestError):
+    """The object is held by somebody else, for instance by a running guest."""
+
+
+class QemuError(MdoError):
+    """QEMU failed to start, ended early, or broke the protocol."""
+
+    exit_code = 3
+
+
+class DeadlineError(MdoError):
+    """Something did not happen within its deadline."""
+
+    exit_code = 4
+
+
+class HostError(MdoError):
+    """The host lacks something that is needed."""
+
+    exit_code = 5

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the host consists of: parents, types, mdevs. Frozen values, no I/O.
+
+The names are the kernel's (Documentation/driver-api/vfio-mediated-device.rst). A value that could
+not be read as what it should be is ``None``, and the reason stands in ``damage``: one bad file
+never hides the objects beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class MdevType:
+    """One directory below ``mdev_supported_types`` of a parent.
+
+    :ivar id: The directory's name, for instance ``nvidia-12``; unique within the parent.
+    :ivar parent: Name of the parent device, for instance ``0000:86:00.0``.
+    :ivar name: The human-readable name; the file is optional, so may be ``None``.
+    :ivar available_instances: How many more can be created now, as the kernel says. Advice only.
+    :ivar device_api: ``vfio-pci``, ``vfio-ccw``, ``vfio-ap``…
+    :ivar description: Vendor's text as it is; optional.
+    :ivar attributes: The vendor's machine-readable values, one a file, by file name.
+    :ivar damage: What could not be read, one sentence each.
+    """
+
+    id: str
+    parent: str
+    name: str | None
+    available_instances: int | None
+    device_api: str | None
+    description: str | None = None
+    attributes: dict[str, str] = field(default_factory=dict)
+    damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A device that mdevs can be created on: an entry of ``/sys/class/mdev_bus``.
+
+    :ivar name: Kernel name of the device.
+    :ivar path: Its real directory in sysfs.
+    :ivar types: Its types, in natural order of their ids.
+    """
+
+    name: str
+    path: Path
+    types: tuple[MdevType, ...] = ()
+    damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mdev:
+    """One mediated device: an entry of ``/sys/bus/mdev/devices``.
+
+    :ivar path: ``/sys/bus/mdev/devices/UUID``, what QEMU takes as ``sysfsdev``.
+    :ivar parent: Name of the parent device.
+    :ivar type_id: Id of its type, ``None`` while the kernel has not linked it yet.
+    :ivar device_api: As its type says.
+    :ivar iommu_group: Number of its VFIO group, ``None`` without one.
+    """
+
+    uuid: UUID
+    path: Path
+    parent: str
+    type_id: str | None
+    device_api: str | None = None
+    iommu_group: int | None = None
+    damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One scan of the machine; nothing in it is younger than the others by more than the scan.
+
+    :ivar parents: In natural order of their names.
+    :ivar mdevs: In order of parent and UUID.
+    """
+
+    parents: tuple[Parent, ...] = ()
+    mdevs: tuple[Mdev, ...] = ()

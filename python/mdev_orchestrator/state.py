@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the program keeps its files.
+
+Two places, each with an environment variable that names another: the state directory
+(``MDO_STATE_DIR``: guests, labs) and the cache (``MDO_CACHE_DIR``: kernels, builds; may be
+deleted at any time). Both follow the XDG base directory specification otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mdev_orchestrator.errors import HostError
+
+APP = "mdev-orchestrator"
+
+
+def _base(own: str, xdg: str, fallback: str) -> Path:
+    if value := os.environ.get(own):
+        return Path(value).absolute()
+    if value := os.environ.get(xdg):
+        return Path(value).absolute() / APP
+    return Path.home() / fallback / APP
+
+
+def state_dir() -> Path:
+    """Directory for what must outlive a command; not created here."""
+    return _base("MDO_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+
+
+def cache_dir() -> Path:
+    """Directory for what can be made again; not created here."""
+    return _base("MDO_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+
+
+def private_dir(path: Path) -> Path:
+    """Create ``path`` with mode 0700, or check that it is a directory of ours.
+
+    :raise HostError: It belongs to somebody else, is no directory, or cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.mkdir(exist_ok=True, mode=0o700)
+        status = path.lstat()
+    except OSError as error:
+        raise HostError(f"cannot create directory {path}: {error.strerror}") from error
+    if not path.is_dir() or path.is_symlink():
+        raise HostError(f"{path} is not a directory", "remove it or set MDO_STATE_DIR")
+    if status.st_uid != os.geteuid():
+        raise HostError(
+            f"{path} belongs to user {status.st_uid}, not to you",
+            "set MDO_STATE_DIR to a directory of your own",
+        )
+    return path
