@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * mvgpu: a vendor driver of mediated devices for machines without any
+ *
+ * It offers parents of two kinds: "grid", whose instances are all of one type
+ * at a time, and "igd", whose instances share a pool of memory. Each instance
+ * is a PCI function that a guest can use. ABI.rst describes all of it.
+ */
+
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <linux/wait.h>
+
+#include "mvgpu-priv.h"
+
+#define MVGPU_MAX_PARENTS	64
+
+static unsigned int grid_parents = 1;
+module_param(grid_parents, uint, 0444);
+MODULE_PARM_DESC(grid_parents, "number of grid parents, 0 to 64 (default 1)");
+
+static unsigned int igd_parents = 1;
+module_param(igd_parents, uint, 0444);
+MODULE_PARM_DESC(igd_parents, "number of igd parents, 0 to 64 (default 1)");
+
+struct workqueue_struct *mvgpu_wq;
+
+static LIST_HEAD(mvgpu_parents);	/* only init and exit touch it */
+
+/* Parent devices that somebody still refers to. */
+static atomic_t mvgpu_nr_parents = ATOMIC_INIT(0);
+static DECLARE_WAIT_QUEUE_HEAD(mvgpu_parents_gone);
+
+static void mvgpu_parent_release(struct device *dev)
+{
+	struct mvgpu_parent *parent = container_of(dev, struct mvgpu_parent,
+						   dev);
+
+	mutex_destroy(&parent->lock);
+	kfree(parent->mtypes);
+	kfree(parent);
+	if (atomic_dec_and_test(&mvgpu_nr_parents))
+		wake_up(&mvgpu_parents_gone);
+}
+
+/*
+ * The parents have no driver and no bus, so the mdev core takes the name of
+ * their class as the prefix of the type directories.
+ */
+static struct class mvgpu_class = {
+	.name = MVGPU_NAME,
+	.dev_release = mvgpu_parent_release,
+};
+
+static int mvgpu_probe(struct mdev_device *mdev)
+{
+	struct mvgpu_dev *mv;
+	int ret;
+
+	mv = vfio_alloc_device(mvgpu_dev, vdev, &mdev->dev, &mvgpu_vfio_ops);
+	if (IS_ERR(mv))
+		return PTR_ERR(mv);
+
+	ret = vfio_register_emulated_iommu_dev(&mv->vdev);
+	if (ret)
+		goto err_put;
+
+	dev_set_drvdata(&mdev->dev, mv);
+	return 0;
+
+err_put:
+	vfio_put_device(&mv->vdev);
+	return ret;
+}
+
+/* Waits until nobody has the device open: see .request in mvgpu-vfio.c. */
+static void mvgpu_remove(struct mdev_device *mdev)
+{
+	struct mvgpu_dev *mv = dev_get_drvdata(&mdev->dev);
+
+	vfio_unregister_group_dev(&mv->vdev);
+	vfio_put_device(&mv->vdev);
+}
+
+static struct mdev_driver mvgpu_driver = {
+	.device_api = VFIO_DEVICE_API_PCI_STRING,
+	.driver = {
+		.name = MVGPU_NAME,
+		.owner = THIS_MODULE,
+		.mod_name = KBUILD_MODNAME,
+	},
+	.probe = mvgpu_probe,
+	.remove = mvgpu_remove,
+	.get_available = mvgpu_type_available,
+	.show_description = mvgpu_type_description,
+};
+
+static int mvgpu_parent_add(const struct mvgpu_personality *personality,
+			    unsigned int number)
+{
+	struct mvgpu_parent *parent;
+	unsigned int i;
+	int ret;
+
+	parent = kzalloc(struct_size(parent, types, personality->nr_types),
+			 GFP_KERNEL);
+	if (!parent)
+		return -ENOMEM;
+
+	parent->mtypes = kcalloc(personality->nr_types,
+				 sizeof(*parent->mtypes), GFP_KERNEL);
+	if (!parent->mtypes) {
+		kfree(parent);
+		return -ENOMEM;
+	}
+
+	parent->personality = personality;
+	parent->pool_free = personality->pool;
+	mutex_init(&parent->lock);
+	for (i = 0; i < personality->nr_types; i++) {
+		struct mvgpu_type *type = &parent->types[i];
+
+		type->parent = parent;
+		type->desc = &personality->types[i];
+		type->mtype.sysfs_name = type->desc->sysfs_name;
+		type->mtype.pretty_name = type->desc->pretty_name;
+		parent->mtypes[i] = &type->mtype;
+	}
+
+	parent->dev.class = &mvgpu_class;
+	device_initialize(&parent->dev);
+	atomic_inc(&mvgpu_nr_parents);
+
+	ret = dev_set_name(&parent->dev, "%s%u", personality->name, number);
+	if (ret)
+		goto err_put;
+
+	ret = device_add(&parent->dev);
+	if (ret)
+		goto err_put;
+
+	ret = mdev_register_parent(&parent->mdev_parent, &parent->dev,
+				   &mvgpu_driver, parent->mtypes,
+				   personality->nr_types);
+	if (ret)
+		goto err_del;
+
+	ret = mvgpu_types_add_attributes(parent);
+	if (ret)
+		goto err_unregister;
+
+	list_add(&parent->node, &mvgpu_parents);
+	return 0;
+
+err_unregister:
+	mdev_unregister_parent(&parent->mdev_parent);
+err_del:
+	device_del(&parent->dev);
+err_put:
+	put_device(&parent->dev);
+	return ret;
+}
+
+static void mvgpu_parent_del(struct mvgpu_parent *parent)
+{
+	list_del(&parent->node);
+	mvgpu_types_del_attributes(parent);
+	mdev_unregister_parent(&parent->mdev_parent);
+	device_unregister(&parent->dev);
+}
+
+static void mvgpu_parents_del(void)
+{
+	struct mvgpu_parent *parent, *next;
+
+	list_for_each_entry_safe(parent, next, &mvgpu_parents, node)
+		mvgpu_parent_del(parent);
+
+	/* A late reference would call into a module that is gone. */
+	wait_event(mvgpu_parents_gone, !atomic_read(&mvgpu_nr_parents));
+}
+
+static int mvgpu_parents_add(const struct mvgpu_personality *personality,
+			     unsigned int count)
+{
+	unsigned int i;
+	int ret;
+
+	for (i = 0; i < count; i++) {
+		ret = mvgpu_parent_add(personality, i);
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
+static int __init mvgpu_init(void)
+{
+	int ret;
+
+	if (grid_parents > MVGPU_MAX_PARENTS ||
+	    igd_parents > MVGPU_MAX_PARENTS) {
+		pr_err(MVGPU_NAME ": at most %d parents of a kind\n",
+		       MVGPU_MAX_PARENTS);
+		return -EINVAL;
+	}
+
+	mvgpu_wq = alloc_workqueue(MVGPU_NAME, WQ_UNBOUND, 0);
+	if (!mvgpu_wq)
+		return -ENOMEM;
+
+	ret = class_register(&mvgpu_class);
+	if (ret)
+		goto err_wq;
+
+	ret = mdev_register_driver(&mvgpu_driver);
+	if (ret)
+		goto err_class;
+
+	ret = mvgpu_parents_add(&mvgpu_grid, grid_parents);
+	if (ret)
+		goto err_parents;
+
+	ret = mvgpu_parents_add(&mvgpu_igd, igd_parents);
+	if (ret)
+		goto err_parents;
+
+	return 0;
+
+err_parents:
+	mvgpu_parents_del();
+	mdev_unregister_driver(&mvgpu_driver);
+err_class:
+	class_unregister(&mvgpu_class);
+err_wq:
+	destroy_workqueue(mvgpu_wq);
+	return ret;
+}
+
+static void __exit mvgpu_exit(void)
+{
+	mvgpu_parents_del();
+	mdev_unregister_driver(&mvgpu_driver);
+	class_unregister(&mvgpu_class);
+	destroy_workqueue(mvgpu_wq);
+}
+
+module_init(mvgpu_init);
+module_exit(mvgpu_exit);
+
+MODULE_DESCRIPTION("Mediated virtual GPUs without a GPU");
+MODULE_AUTHOR("The mdev orchestrator project");
+MODULE_LICENSE("GPL");

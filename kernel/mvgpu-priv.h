@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * mvgpu: what the rooms of the driver share
+ *
+ * main    module, parent devices, mdev probe and remove
+ * types   what can be created, and how much of it is left
+ * vfio    the device as a VFIO user sees it: regions, ioctls, mmap
+ * irq     INTx, MSI and the eventfds behind them
+ * pci     configuration space
+ * regs    BAR 0
+ * fb      the framebuffer
+ * engine  what the doorbell starts
+ */
+#ifndef MVGPU_PRIV_H
+#define MVGPU_PRIV_H
+
+#include <linux/device.h>
+#include <linux/mdev.h>
+#include <linux/mutex.h>
+#include <linux/spinlock.h>
+#include <linux/types.h>
+#include <linux/vfio.h>
+#include <linux/workqueue.h>
+
+#include "mvgpu.h"
+
+#define MVGPU_NAME	"mvgpu"
+
+struct eventfd_ctx;
+struct file;
+struct kobject;
+struct virqfd;
+
+/* What a type promises. Constant. */
+struct mvgpu_type_desc {
+	const char *sysfs_name;
+	const char *pretty_name;
+	u32 id;			/* MVGPU_REG_TYPE, PCI subsystem id */
+	u32 num_heads;
+	u32 frl_config;		/* frames per second */
+	u32 width, height;	/* maximum resolution, pixels */
+	u64 framebuffer;	/* bytes */
+	u32 max_instance;	/* of an otherwise empty parent */
+};
+
+/* A kind of parent device. Constant. */
+struct mvgpu_personality {
+	const char *name;
+	u32 id;			/* MVGPU_PERSONALITY_* */
+	u16 pci_device;
+	bool homogeneous;	/* instances of one type at a time */
+	u64 pool;		/* framebuffer memory to share, bytes */
+	const struct mvgpu_type_desc *types;
+	unsigned int nr_types;
+};
+
+extern const struct mvgpu_personality mvgpu_grid;
+extern const struct mvgpu_personality mvgpu_igd;
+
+struct mvgpu_type {
+	struct mdev_type mtype;
+	const struct mvgpu_type_desc *desc;
+	struct mvgpu_parent *parent;
+	struct kobject *attributes;
+	unsigned int in_use;	/* instances; under the parent's lock */
+};
+
+struct mvgpu_parent {
+	struct device dev;
+	struct mdev_parent mdev_parent;
+	const struct mvgpu_personality *personality;
+	struct list_head node;	/* in the module's list */
+
+	struct mutex lock;	/* capacity */
+	u64 pool_free;		/* bytes; under lock */
+	const struct mvgpu_type *active;	/* homogeneous: the one in use */
+
+	struct mdev_type **mtypes;
+	struct mvgpu_type types[];
+};
+
+/* What interrupts the user has asked for */
+enum mvgpu_irq_mode {
+	MVGPU_IRQ_MODE_NONE,
+	MVGPU_IRQ_MODE_INTX,
+	MVGPU_IRQ_MODE_MSI,
+};
+
+struct mvgpu_irq {
+	struct mutex config_lock;	/* one VFIO_DEVICE_SET_IRQS at a time */
+	struct virqfd *unmask;		/* eventfd that unmasks INTx */
+
+	spinlock_t lock;		/* everything below */
+	enum mvgpu_irq_mode mode;
+	bool intx_masked;		/* by the user, or by delivery */
+	bool intx_disabled;		/* PCI_COMMAND_INTX_DISABLE */
+	u32 status, enable, count;	/* MVGPU_REG_IRQ_* */
+	struct eventfd_ctx *trigger[VFIO_PCI_NUM_IRQS];
+};
+
+/* The registers that a user writes, and the job latched from them */
+struct mvgpu_job {
+	u32 command;
+	u32 seed;
+	u64 src, dst, len;
+};
+
+struct mvgpu_engine {
+	struct work_struct work;
+	bool abort;			/* asks the work to end early */
+	bool closed;			/* the doorbell is dead; device lock */
+	struct mvgpu_job regs;		/* as written; device lock */
+	struct mvgpu_job job;		/* what the work runs */
+	u32 status, result, sequence;	/* device lock */
+};
+
+struct mvgpu_dev {
+	struct vfio_device vdev;
+	struct mdev_device *mdev;
+	struct mvgpu_type *type;
+	u64 aperture;			/* bytes of the framebuffer in BAR 2 */
+	u32 uuid[4];			/* MVGPU_REG_UUID */
+
+	struct mutex reset_lock;	/* one reset at a time */
+	struct mutex lock;		/* registers, configuration space */
+	u8 *config;			/* configuration space as read */
+	u8 *config_rw;			/* its writable bits */
+	u32 state;			/* MVGPU_REG_STATE */
+	u32 scratch;
+	struct mvgpu_engine engine;
+	struct mvgpu_irq irq;
+
+	struct file *fb;		/* from open_device to close_device */
+};
+
+static inline struct mvgpu_dev *mvgpu_from_vdev(struct vfio_device *vdev)
+{
+	return container_of(vdev, struct mvgpu_dev, vdev);
+}
+
+static inline struct mvgpu_type *mvgpu_from_mtype(struct mdev_type *mtype)
+{
+	return container_of(mtype, struct mvgpu_type, mtype);
+}
+
+/* mvgpu-main.c */
+extern struct workqueue_struct *mvgpu_wq;
+
+/* mvgpu-types.c */
+unsigned int mvgpu_type_available(struct mdev_type *mtype);
+ssize_t mvgpu_type_description(struct mdev_type *mtype, char *buf);
+int mvgpu_type_take(struct mvgpu_type *type);
+void mvgpu_type_give(struct mvgpu_type *type);
+int mvgpu_types_add_attributes(struct mvgpu_parent *parent);
+void mvgpu_types_del_attributes(struct mvgpu_parent *parent);
+
+/* mvgpu-vfio.c */
+extern const struct vfio_device_ops mvgpu_vfio_ops;
+void mvgpu_reset(struct mvgpu_dev *mv);
+
+/* mvgpu-irq.c */
+void mvgpu_irq_init(struct mvgpu_dev *mv);
+void mvgpu_irq_destroy(struct mvgpu_dev *mv);
+void mvgpu_irq_reset(struct mvgpu_dev *mv);
+void mvgpu_irq_close(struct mvgpu_dev *mv);
+void mvgpu_irq_raise(struct mvgpu_dev *mv, u32 bits);
+void mvgpu_irq_ack(struct mvgpu_dev *mv, u32 bits);
+void mvgpu_irq_enable(struct mvgpu_dev *mv, u32 bits);
+void mvgpu_irq_intx_disable(struct mvgpu_dev *mv, bool disable);
+bool mvgpu_irq_intx_pending(struct mvgpu_dev *mv);
+void mvgpu_irq_request(struct mvgpu_dev *mv, unsigned int count);
+int mvgpu_irq_info(u32 index, struct vfio_irq_info *info);
+int mvgpu_irq_set(struct mvgpu_dev *mv, const struct vfio_irq_set *hdr,
+		  const void *data);
+
+/* mvgpu-pci.c */
+int mvgpu_pci_init(struct mvgpu_dev *mv);
+void mvgpu_pci_destroy(struct mvgpu_dev *mv);
+void mvgpu_pci_reset(struct mvgpu_dev *mv);
+void mvgpu_pci_read(struct mvgpu_dev *mv, u32 pos, u8 *buf, size_t count);
+bool mvgpu_pci_write(struct mvgpu_dev *mv, u32 pos, const u8 *buf,
+		     size_t count);
+
+/* mvgpu-regs.c */
+void mvgpu_regs_read(struct mvgpu_dev *mv, u32 pos, u8 *buf, size_t count);
+void mvgpu_regs_write(struct mvgpu_dev *mv, u32 pos, const u8 *buf,
+		      size_t count);
+
+/* mvgpu-fb.c */
+int mvgpu_fb_open(struct mvgpu_dev *mv);
+void mvgpu_fb_close(struct mvgpu_dev *mv);
+int mvgpu_fb_read(struct mvgpu_dev *mv, u64 pos, void *buf, size_t count);
+int mvgpu_fb_write(struct mvgpu_dev *mv, u64 pos, const void *buf,
+		   size_t count);
+int mvgpu_fb_mmap(struct mvgpu_dev *mv, struct vm_area_struct *vma,
+		  unsigned long pgoff);
+
+/* mvgpu-engine.c */
+void mvgpu_engine_init(struct mvgpu_dev *mv);
+void mvgpu_engine_open(struct mvgpu_dev *mv);
+void mvgpu_engine_stop(struct mvgpu_dev *mv);
+void mvgpu_engine_doorbell(struct mvgpu_dev *mv, u32 command);
+
+#endif /* MVGPU_PRIV_H */
