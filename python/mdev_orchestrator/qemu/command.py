@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From a :class:`GuestSpec` to QEMU's argument vector. Pure: no I/O, no host knowledge.
+
+What a guest looks like
+=======================
+
+* ``q35``, nothing but what is asked for (``-nodefaults -no-user-config -display none``).
+* One pcie-root-port per PCI mdev and as many free ones as ``hotplug_ports`` asks for: a PCIe
+  device cannot be hot-plugged into the root complex itself, and ports cannot be added later.
+  Their ids are ``port0``, ``port1``… The mdevs on the command line take the first ones. Eight
+  ports share one slot of the root bus, as libvirt places them too.
+* Every port asks the firmware for a window of ``hotplug_window`` bytes of 64-bit prefetchable
+  memory, so that a device with a large memory aperture fits without moving its neighbours.
+* An mdev is a device with the id ``mdev-UUID``, opened by ``sysfsdev``. vfio-ccw and vfio-ap
+  devices are not PCI and sit on no port.
+* Three listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
+  (looking, so that a listing need not wait for an unplug that takes a minute) and ``console``
+  (first serial port, whose output is kept in a log as well).
+* ``-uuid`` always: NVIDIA's host plugin reads it from the command line, and it is how a later
+  command knows that a process is this guest.
+
+Strings of users
+================
+
+QEMU splits many option values at commas and reads a doubled comma as one. :func:`escape` doubles
+them, so a file called ``disk,readonly=off`` stays a file. Names of guests go into directories as
+well and are checked against a pattern instead. Only ``extra`` is passed on as it stands.
+
+Acceleration
+============
+
+``auto`` names both KVM and TCG, in this order, and QEMU takes the first that initialises: only
+QEMU knows whether KVM can carry this machine. It cannot know whether a guest will then *boot*:
+where ``/dev/kvm`` opens but hangs guests, ask for ``tcg``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+from mdev_orchestrator.errors import RequestError
+
+Accel = Literal["auto", "kvm", "tcg"]
+
+MIB = 1 << 20
+MAX_CPUS = 288
+PORTS_PER_SLOT = 8
+FIRST_SLOT = 1
+MAX_PORTS = 128
+"""Sixteen slots of eight: chassis numbers are bytes, and users may want slots of their own."""
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+PCIE_MACHINES = re.compile(r"(pc-)?q35(-.*)?|virt(-.*)?")
+_DRIVER = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMdev:
+    """An mdev that a guest gets on its command line or by hotplug.
+
+    :ivar path: Its directory in sysfs; QEMU opens the device by it.
+    :ivar device_api: What the kernel says in the type's ``device_api``; QEMU's drivers carry the
+        same names (``vfio-pci``, ``vfio-ccw``, ``vfio-ap``).
+    """
+
+    uuid: UUID
+    path: Path
+    device_api: str = "vfio-pci"
+
+    @property
+    def device_id(self) -> str:
+        """The id of its device in QEMU."""
+        return device_id(self.uuid)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSpec:
+    """All that is needed to start a guest.
+
+    :ivar name: Also the name of its directory: letters, digits, ``_``, ``.``, ``-``; at most 40.
+    :ivar memory: Bytes, a multiple of 1 MiB.
+    :ivar kernel: Linux image to boot directly; ``initrd`` and ``append`` need it.
+    :ivar disk: Image for the first virtio disk, in ``disk_format`` (never probed: a guest that
+        writes a qcow2 header into its raw disk could otherwise name a file of the host).
+    :ivar hotplug_ports: Free root ports beside those of ``mdevs``.
+    :ivar hotplug_window: Bytes of 64-bit prefetchable memory reserved per port, a power of two.
+    :ivar qemu: Program name or path.
+    :ivar firmware: Directory of firmware images, for a QEMU that was built without (``-L``).
+    :ivar extra: Further arguments, as they are.
+    """
+
+    name: str
+    uuid: UUID
+    memory: int = 512 * MIB
+    cpus: int = 1
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str = ""
+    disk: Path | None = None
+    disk_format: str = "raw"
+    mdevs: tuple[GuestMdev, ...] = ()
+    hotplug_ports: int = 4
+    hotplug_window: int = 256 * MIB
+    accel: Accel = "auto"
+    machine: str = "q35"
+    qemu: str = "qemu-system-x86_64"
+    firmware: Path | None = None
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Numbers of the listening sockets that QEMU inherits, and where the console's log goes."""
+
+    qmp: int
+    query: int
+    console: int
+    console_log: Path
+
+
+def device_id(uuid: UUID) -> str:
+    """The id of an mdev's device in QEMU: an id must begin with a letter, a UUID may not."""
+    return f"mdev-{uuid}"
+
+
+def port_id(number: int) -> str:
+    """The id of a root port, and of the bus behind it."""
+    return f"port{number}"
+
+
+def escape(value: object) -> str:
+    """Return a value such that QEMU's option parser takes all of it as one value."""
+    return str(value).replace(",", ",,")
+
+
+def option(first: str, **values: object) -> str:
+    """Join an option's leading word and its properties; underscores in names become dashes."""
+    parts = [escape(first)]
+    for key, value in values.items():
+        text = ("off", "on")[value] if isinstance(value, bool) else escape(value)
+        parts.append(f"{key.replace('_', '-')}={text}")
+    return ",".join(parts)
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if a guest may be called so.
+
+    :raise RequestError: It may not.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise RequestError(
+            f"{name!r} cannot be the name of a guest",
+            "use up to 40 letters, digits, '_', '.' and '-', a letter or digit first",
+        )
+    return name
+
+
+def has_ports(spec: GuestSpec) -> bool:
+    """Whether the machine takes pcie-root-ports at all; s390x, for one, does not."""
+    return PCIE_MACHINES.fullmatch(spec.machine) is not None
+
+
+def ports_in_use(spec: GuestSpec) -> int:
+    """How many root ports the mdevs of the command line take."""
+    return sum(mdev.device_api == "vfio-pci" for mdev in spec.mdevs) if has_ports(spec) else 0
+
+
+def check(spec: GuestSpec) -> None:
+    """Check whatever QEMU would refuse with words that do not help, or take for something else.
+
+    :raise RequestError: The first fault found.
+    """
+    check_name(spec.name)
+    who = f"guest {spec.name}"
+    if spec.memory < MIB or spec.memory % MIB:
+        raise RequestError(f"{who}: memory of {spec.memory} bytes is no multiple of 1 MiB")
+    if not 1 <= spec.cpus <= MAX_CPUS:
+        raise RequestError(f"{who}: {spec.cpus} CPUs; give 1 to {MAX_CPUS}")
+    if spec.hotplug_ports < 0 or ports_in_use(spec) + spec.hotplug_ports > MAX_PORTS:
+        raise RequestError(
+            f"{who}: {spec.hotplug_ports} hotplug ports; "
+            f"with those of its mdevs give 0 to {MAX_PORTS}"
+        )
+    if spec.hotplug_window < MIB or spec.hotplug_window.bit_count() != 1:
+        raise RequestError(
+            f"{who}: hotplug window of {spec.hotplug_window} bytes; "
+            "give a power of two of at least 1 MiB"
+        )
+    if (spec.initrd or spec.append) and not spec.kernel:
+        raise RequestError(f"{who}: an initrd or kernel parameters need a kernel")
+    for mdev in spec.mdevs:
+        if not _DRIVER.fullmatch(mdev.device_api):
+            raise RequestError(
+                f"{who}: mdev {mdev.uuid} has device_api {mdev.device_api!r}, "
+                "which names no device of QEMU"
+            )
+    if len({mdev.uuid for mdev in spec.mdevs}) != len(spec.mdevs):
+        raise RequestError(f"{who}: the same mdev is given twice")
+    strings = [spec.append, spec.disk_format, spec.machine, spec.qemu, *spec.extra]
+    strings += map(str, (spec.kernel, spec.initrd, spec.disk, spec.firmware))
+    strings += (str(mdev.path) for mdev in spec.mdevs)
+    if any("\0" in string for string in strings):
+        raise RequestError(f"{who}: a zero byte cannot be passed to a program")
+
+
+def root_port(number: int, window: int) -> list[str]:
+    """``-device`` for one root port. Chassis and slot numbers only have to be unique."""
+    slot, function = divmod(number, PORTS_PER_SLOT)
+    properties: dict[str, object] = {
+        "id": port_id(number),
+        "bus": "pcie.0",
+        "addr": f"{FIRST_SLOT + slot:#04x}.{function}",
+        "chassis": number + 1,
+        "slot": number + 1,
+        "pref64_reserve": window,
+    }
+    if function == 0:
+        properties["multifunction"] = True
+    return ["-device", option("pcie-root-port", **properties)]
+
+
+def accelerators(accel: Accel) -> list[str]:
+    """``-accel`` options, in the order in which QEMU shall try them."""
+    return [
+        word
+        for name in (("kvm", "tcg") if accel == "auto" else (accel,))
+        for word in ("-accel", name)
+    ]
+
+
+def boot_arguments(spec: GuestSpec) -> list[str]:
+    """What the guest boots from."""
+    argv: list[str] = []
+    if spec.kernel:
+        argv += ["-kernel", str(spec.kernel)]
+    if spec.initrd:
+        argv += ["-initrd", str(spec.initrd)]
+    if spec.append:
+        argv += ["-append", spec.append]
+    if spec.disk:
+        argv += [
+            "-drive",
+            option("if=none", id="disk0", format=spec.disk_format, file=spec.disk),
+            "-device",
+            option("virtio-blk", drive="disk0"),
+        ]
+    return argv
+
+
+def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
+    """Return QEMU's whole argument vector, program first.
+
+    :raise RequestError: The specification is faulty, see :func:`check`.
+    """
+    check(spec)
+    argv = [
+        spec.qemu,
+        "-name",
+        option(f"guest={spec.name}", debug_threads=True),
+        "-uuid",
+        str(spec.uuid),
+        "-machine",
+        escape(spec.machine),
+        *accelerators(spec.accel),
+        "-m",
+        f"{spec.memory // MIB}M",
+        "-smp",
+        str(spec.cpus),
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+    ]
+    if spec.firmware:
+        argv += ["-L", str(spec.firmware)]
+    for name, descriptor in (("qmp", sockets.qmp), ("query", sockets.query)):
+        argv += [
+            "-chardev",
+            option("socket", id=name, fd=descriptor, server=True, wait=False),
+            "-mon",
+            option(f"chardev={name}", mode="control"),
+        ]
+    argv += [
+        "-chardev",
+        option(
+            "socket",
+            id="console",
+            fd=sockets.console,
+            server=True,
+            wait=False,
+            logfile=sockets.console_log,
+        ),
+        "-serial",
+        "chardev:console",
+    ]
+    argv += boot_arguments(spec)
+    if has_ports(spec):
+        for number in range(ports_in_use(spec) + spec.hotplug_ports):
+            argv += root_port(number, spec.hotplug_window)
+    port = 0
+    for mdev in spec.mdevs:
+        properties: dict[str, object] = {"id": mdev.device_id, "sysfsdev": mdev.path}
+        if mdev.device_api == "vfio-pci" and has_ports(spec):
+            properties["bus"] = port_id(port)
+            port += 1
+        argv += ["-device", option(mdev.device_api, **properties)]
+    return [*argv, *spec.extra]

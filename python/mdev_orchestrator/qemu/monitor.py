@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QMP with deadlines and typed replies.
+
+Everything that can wait has a deadline, in seconds. A monitor serves one client at a time and
+does not even greet the next one, so a connection that is not greeted in time is reported as a
+busy monitor.
+
+Errors::
+
+    QemuError            the monitor cannot be reached, hung up, or broke the protocol
+    └── CommandError     QEMU understood a command and refused it; carries its words
+    DeadlineError        no greeting or no reply in time
+
+One :func:`connect` is one connection with a client of its own: after an end of file a qemu.qmp
+client cannot be used again. Whatever the connection died of is reported once, by the call that
+was waiting, and never as an exception that nobody retrieved.
+
+What a command did is unknown after a :exc:`DeadlineError`: it may still run later. Ask again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import textwrap
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.events import EventListener
+from qemu.qmp.message import Message
+
+from mdev_orchestrator.errors import DeadlineError, QemuError
+
+T = TypeVar("T")
+
+GREETING_SECONDS = 10.0
+REPLY_SECONDS = 10.0
+CLOSE_SECONDS = 1.0
+MAX_EVENTS = 64
+"""Events that wait to be looked at; a listener hears one device's, so a flood is a fault."""
+
+# qemu.qmp logs what it also raises; without a handler, logging would print it twice.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+
+class CommandError(QemuError):
+    """QEMU refused a command.
+
+    :ivar command: The command's name.
+    :ivar error_class: QMP's class of the error, for instance ``DeviceNotFound``.
+    :ivar description: QEMU's own words.
+    """
+
+    def __init__(
+        self, message: str, hint: str = "", *, command: str, error_class: str, description: str
+    ) -> None:
+        super().__init__(message, hint)
+        self.command = command
+        self.error_class = error_class
+        self.description = description
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One asynchronous message of QEMU."""
+
+    event: str
+    data: dict[str, Any] = {}
+
+
+class _Listener(EventListener):
+    """A listener with no history and a bounded queue; qemu.qmp's own grow without end."""
+
+    overflow = False
+
+    async def put(self, event: Message) -> None:
+        if not self.accept(event):
+            return
+        if self._queue.qsize() >= MAX_EVENTS:
+            self.overflow = True
+            return
+        self._queue.put_nowait(event)
+
+
+class Events:
+    """The events that a :meth:`Monitor.events` block asked for."""
+
+    def __init__(self, monitor: Monitor, listener: _Listener) -> None:
+        self._monitor = monitor
+        self._listener = listener
+
+    async def next(self, deadline: float) -> Event | None:
+        """Return the next event, or ``None`` if there was none within ``deadline`` seconds.
+
+        :raise QemuError: The connection ended, or events came faster than they were looked at.
+        """
+        if self._listener.overflow:
+            raise QemuError(f"{self._monitor.who}: more than {MAX_EVENTS} events at once")
+        getting = asyncio.ensure_future(self._listener.get())
+        ending = asyncio.ensure_future(self._monitor.ended())
+        try:
+            async with asyncio.timeout(max(deadline, 0)):
+                await asyncio.wait((getting, ending), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            if not getting.done():
+                return None
+        finally:
+            getting.cancel()
+            ending.cancel()
+            await asyncio.wait((getting, ending))
+        if getting.cancelled():
+            raise QemuError(f"{self._monitor.who}: the monitor hung up while waiting for an event")
+        return _convert(dict(getting.result()), Event, "an event", self._monitor.who)
+
+
+class Monitor:
+    """An open connection to a guest's QEMU. Made by :func:`connect`.
+
+    :ivar who: How messages name it, for instance ``guest render-1``.
+    """
+
+    def __init__(self, client: QMPClient, sock: socket.socket, who: str) -> None:
+        self._client = client
+        self._sock = sock
+        self.who = who
+
+    async def execute(
+        self,
+        command: str,
+        reply: type[T],
+        arguments: Mapping[str, object] | None = None,
+        *,
+        deadline: float = REPLY_SECONDS,
+    ) -> T:
+        """Run a command and return its value as ``reply``, any type that msgspec converts to.
+
+        :raise CommandError: QEMU refused it.
+        :raise QemuError: The connection ended, or the value is no ``reply``.
+        :raise DeadlineError: There was no reply in time.
+        """
+        try:
+            async with asyncio.timeout(deadline):
+                value = await self._client.execute(command, arguments)
+        except TimeoutError:
+            raise DeadlineError(
+                f"{self.who}: no reply to {command} within {deadline:g} s",
+                "QEMU may be stopped, or busy; whether the command took effect is not known",
+            ) from None
+        except ExecuteError as error:
+            raise CommandError(
+                f"{self.who}: {command}: {error.error.error.desc}",
+                command=command,
+                error_class=error.error_class,
+                description=error.error.error.desc,
+            ) from error
+        except QMPError as error:
+            cause = _cause(await _close(self._client, self._sock))
+            raise QemuError(f"{self.who}: {command}: {cause}") from error
+        return _convert(value, reply, command, self.who)
+
+    async def quit(self, *, deadline: float = REPLY_SECONDS) -> None:
+        """Tell QEMU to end at once. Its hanging up instead of a reply is the expected answer.
+
+        :raise DeadlineError: It did neither.
+        """
+        try:
+            await self.execute("quit", object, deadline=deadline)
+        except CommandError:
+            raise
+        except QemuError:
+            if self._client.runstate is Runstate.RUNNING:
+                raise
+
+    @contextmanager
+    def events(
+        self, names: Iterable[str], match: Callable[[Mapping[str, object]], bool]
+    ) -> Iterator[Events]:
+        """Listen for events of these names whose data ``match`` likes, while the block runs."""
+
+        def accepts(event: Message) -> bool:
+            data = event.get("data")
+            return match(data if isinstance(data, dict) else {})
+
+        listener = _Listener(names, accepts)
+        with self._client.listen(listener):
+            yield Events(self, listener)
+
+    async def ended(self) -> None:
+        """Return when the connection is no longer usable."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+
+def _cause(error: BaseException | None) -> str:
+    """Return a phrase for what a connection died of."""
+    while isinstance(inner := getattr(error, "exc", None), BaseException):
+        error = inner
+    if error is None or isinstance(error, EOFError):
+        return "the monitor hung up"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error).splitlines()
+    return f"the answer is no QMP: {text[0] if text and text[0] else type(error).__name__}"
+
+
+def _convert(value: object, wanted: type[T], what: str, who: str) -> T:
+    try:
+        return msgspec.convert(value, wanted)
+    except msgspec.ValidationError as error:
+        shown = textwrap.shorten(repr(value), 80, placeholder=" ...")
+        raise QemuError(f"{who}: {what} answered something odd: {error}: {shown}") from error
+
+
+def _open(path: Path, who: str) -> socket.socket:
+    """Connect without waiting: a Unix stream socket connects at once or not at all."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect(str(path))
+    except BlockingIOError:
+        sock.close()
+        raise DeadlineError(
+            f"{who}: its monitor is busy: too many others wait for it already",
+            "end the other programs that are connected to it",
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise QemuError(f"{who}: cannot reach its monitor: {error.strerror or error}") from error
+    return sock
+
+
+async def _close(client: QMPClient, sock: socket.socket) -> BaseException | None:
+    """Disconnect, hard after a second, and return whatever the connection had died of."""
+
+    def hang_up() -> None:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it is closed already, which is all that is wanted
+
+    closing = asyncio.ensure_future(client.disconnect())
+    guard = asyncio.get_running_loop().call_later(CLOSE_SECONDS, hang_up)
+    try:
+        await asyncio.wait((closing,))
+    except asyncio.CancelledError:
+        hang_up()
+        await asyncio.wait((closing,))
+        raise
+    finally:
+        guard.cancel()
+        error = closing.exception() if closing.done() else None
+    return error
+
+
+@asynccontextmanager
+async def connect(
+    path: Path, who: str, *, deadline: float = GREETING_SECONDS
+) -> AsyncIterator[Monitor]:
+    """Connect to the monitor that listens on the Unix socket ``path``.
+
+    :param who: How messages shall name it.
+    :param deadline: Seconds for greeting and negotiation.
+    :raise QemuError: Nobody listens there, or what answers is no QMP.
+    :raise DeadlineError: It did not greet in time.
+    """
+    sock = _open(path, who)
+    client = QMPClient()
+    client.events.event_filter = lambda _event: False  # it would keep every event for ever
+    try:
+        async with asyncio.timeout(deadline):
+            await client.connect(sock)
+    except TimeoutError:
+        raise DeadlineError(
+            f"{who}: its monitor did not answer within {deadline:g} s",
+            "another program may hold the connection, or QEMU is stopped; try again",
+        ) from None
+    except QMPError as error:
+        raise QemuError(f"{who}: {_cause(error)}") from error
+    finally:
+        if client.runstate is Runstate.IDLE:
+            sock.close()
+    try:
+        yield Monitor(client, sock, who)
+    finally:
+        await _close(client, sock)
