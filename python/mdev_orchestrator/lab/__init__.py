@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab: a nested machine with a real mdev core, a real QEMU and real guests.
+
+The machine that the lab runs on is the *host*; **L1** is a stock Debian kernel under QEMU that sees
+the host's files; **L2** are the guests that the orchestrator runs inside L1. Nothing is installed
+on the host, no module is loaded there, and neither KVM nor mdev hardware is needed.
+
+============== ==========================================================
+debian.py      kernels and sources from the machine's own Debian mirror
+initramfs.py   what a kernel finds first, for L1 and for L2
+driver.py      mvgpu built for a kernel
+wire.py        what client and agent say to each other
+agent.py       runs inside L1 as its first process
+client.py      runs a command inside L1 from the host
+machine.py     L1: up, find, down
+guest.py       the L2 guest: its files, and talking to it
+demo.py        the main job from end to end
+============== ==========================================================
+
+virtme-ng does the L1 part too and was measured first: 22 s until a command runs, of which 15 s are
+a udev coldplug that loads AHCI, I2C and watchdog drivers which no lab needs, against 6 s for the
+70 lines of initramfs.py and agent.py. It also runs QEMU below a shell below a Python process,
+which leaves nothing that can be found again by process id, and has no way to run a second command
+in a machine that is up except over SSH, whose handshake takes over a second under emulation.
+"""

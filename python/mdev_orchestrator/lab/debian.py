@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Kernels from the machine's own Debian mirror, unpacked and never installed.
+
+An installed kernel would be the host's next boot. So packages are downloaded by ``apt-get
+download`` (which needs no root and knows the mirror), unpacked below the cache directory, and used
+from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdev_orchestrator.errors import HostError, MdoError, UnknownError
+from mdev_orchestrator.state import cache_dir
+
+Progress = Callable[[str], None]
+
+DEFAULT_SERIES = "6.12"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One unpacked kernel.
+
+    :ivar release: As ``uname -r`` says it.
+    :ivar root: Directory that its packages were unpacked into.
+    """
+
+    series: str
+    release: str
+    root: Path
+
+    @property
+    def image(self) -> Path:
+        """The bootable image."""
+        return self.root / "boot" / f"vmlinuz-{self.release}"
+
+    @property
+    def modules(self) -> Path:
+        """The directory that ``/lib/modules/RELEASE`` would be."""
+        return self.root / "lib/modules" / self.release
+
+    @property
+    def headers(self) -> Path:
+        """What ``make -C`` takes to build a module against."""
+        return self.root / "usr/src" / f"linux-headers-{self.release}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time makes ``path``; the others wait and then find it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(argv: Sequence[str | Path], *, cwd: Path | None = None) -> str:
+    """Run a program to its end and return what it printed.
+
+    :raise HostError: It is not installed.
+    :raise MdoError: It failed; with the last line it printed.
+    """
+    try:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise HostError(f"{argv[0]} is not installed", "run 'make setup'") from error
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise MdoError(f"{' '.join(map(str, argv))} failed: {last}")
+    return done.stdout
+
+
+def depends(package: str) -> list[str]:
+    """Names of the packages that a package depends on, without alternatives."""
+    text = run(["apt-cache", "depends", "--no-recommends", "--no-suggests", package])
+    return re.findall(r"^  Depends: (\S+)$", text, re.MULTILINE)
+
+
+def resolve(series: str) -> str:
+    """Release of the newest kernel of a series that the mirror offers.
+
+    :raise UnknownError: It offers none.
+    """
+    if not re.fullmatch(r"\d+\.\d+", series):
+        raise UnknownError(f"'{series}' is not a kernel series", "write it like 6.12")
+    for meta in (f"linux-image-{series}-amd64", "linux-image-amd64"):
+        with contextlib.suppress(MdoError):
+            for name in depends(meta):
+                if re.fullmatch(rf"linux-image-{re.escape(series)}[.-].*-amd64", name):
+                    return name.removeprefix("linux-image-")
+    raise UnknownError(
+        f"the Debian mirror offers no kernel {series}", "run 'apt-get update', or name another"
+    )
+
+
+def fetch_kernel(series: str = DEFAULT_SERIES, progress: Progress = lambda _: None) -> Kernel:
+    """The kernel of a series with its modules and headers, from the cache when it is there.
+
+    :param series: For instance ``6.12``; the newest release that the mirror has is taken.
+    :raise MdoError: It cannot be had.
+    """
+    place = cache_dir() / "kernels" / series
+    with locked(place):
+        if not (place / "release").exists():
+            release = resolve(series)
+            progress(f"downloading kernel {release}")
+            _unpack_kernel(series, release, place, progress)
+    return Kernel(series, (place / "release").read_text().strip(), place)
+
+
+def cached_kernel(release: str) -> Kernel:
+    """The unpacked kernel of a release that a lab runs.
+
+    :raise UnknownError: The cache was emptied since.
+    """
+    for mark in (cache_dir() / "kernels").glob("*/release"):
+        if mark.read_text().strip() == release:
+            return Kernel(mark.parent.name, release, mark.parent)
+    raise UnknownError(f"kernel {release} is not in the cache any more", "'mdo lab down', then up")
+
+
+def _unpack_kernel(series: str, release: str, place: Path, progress: Progress) -> None:
+    headers = f"linux-headers-{release}"
+    packages = [f"linux-image-{release}", headers]
+    packages += [name for name in depends(headers) if name.startswith(("linux-h", "linux-kbuild"))]
+    if place.exists():
+        shutil.rmtree(place)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{series}.") as name:
+        work = Path(name)
+        root = work / "root"
+        root.mkdir()
+        run(["apt-get", "download", "-o", "APT::Sandbox::User=", *packages], cwd=work)
+        for package in sorted(work.glob("*.deb")):
+            progress(f"unpacking {package.name.partition('_')[0]}")
+            run(["dpkg-deb", "-x", package, root])
+        # Debian's headers name each other by absolute path; here they stand side by side.
+        for makefile in root.glob("usr/src/linux-headers-*/Makefile"):
+            text = makefile.read_text()
+            makefile.write_text(
+                text.replace("include /usr/src/", "include $(dir $(lastword $(MAKEFILE_LIST)))../")
+            )
+        progress("indexing modules")
+        run(["depmod", "-b", root, release])
+        (root / "release").write_text(release + "\n")
+        root.rename(place)

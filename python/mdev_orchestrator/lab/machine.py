@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""L1, the nested machine: up, find, down.
+
+A lab is a directory below the state directory with the record of one QEMU process in it. The
+process is found again by its id and start time; a lab whose process is gone is swept away by the
+next command that looks.
+
+How L1 sees the host's files, measured under TCG on two cores (``import qemu.qmp, pyudev``; the
+median of five, the first in brackets):
+
+========================================= ============= ===========================
+9p as virtme-ng mounts it                  7 to 8 s      again at every start
+9p, ``cache=loose``, for the root          1.3 (2.4) s   chosen: nothing to build
+an erofs image of Python and venv          1.3 (1.5) s   333 MB, 60 s to make
+========================================= ============= ===========================
+
+So the root is one read-only 9p export that L1's page cache serves, below an overlay in memory: L1
+may write anywhere and the host never sees it. Only the checkout is mounted again, writable and
+uncached, so that edits and results pass through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mdev_orchestrator.errors import DeadlineError, HostError, QemuError, RequestError, UnknownError
+from mdev_orchestrator.lab import client, debian, driver, initramfs
+from mdev_orchestrator.lab.debian import Kernel, Progress
+from mdev_orchestrator.state import cache_dir, private_dir, state_dir
+
+QEMU = "qemu-system-x86_64"
+EXEC_PORTS = 8
+BOOT_SECONDS = 90.0
+STOP_SECONDS = 5.0
+
+#: Loaded from the initramfs, where they are uncompressed. virtio's PCI transport is built in or
+#: not, depending on the kernel; modprobe knows.
+MODULES = (
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_console",
+    "mdev",
+    "vfio_iommu_type1",
+    "kvm_amd",
+    "kvm_intel",
+    "loop",
+)
+
+#: The environment that commands in L1 start with.
+ENVIRONMENT = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "MDO_STATE_DIR": "/run/mdev-orchestrator",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """One lab as its record says.
+
+    :ivar accel: ``tcg`` or ``kvm``.
+    :ivar start_time: Of the QEMU process, in clock ticks since boot (``/proc/PID/stat``).
+    :ivar created: Seconds since the epoch.
+    """
+
+    name: str
+    pid: int
+    start_time: int
+    release: str
+    accel: str
+    created: float
+
+    @property
+    def directory(self) -> Path:
+        """Where its sockets and logs are."""
+        return labs_dir() / self.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process still is the one that was started."""
+        return start_time(self.pid) == self.start_time
+
+
+def labs_dir() -> Path:
+    """Directory of all labs."""
+    return state_dir() / "labs"
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None for no process or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in {b"Z", b"X"} else int(fields[19])
+
+
+def check_name(name: str) -> str:
+    """The name itself if it can be one.
+
+    :raise RequestError: It cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", name):
+        raise RequestError(
+            f"'{name}' cannot name a lab", "use up to 32 letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def labs() -> list[Lab]:
+    """Every lab that runs; what dead ones left behind is swept away."""
+    found = []
+    for directory in sorted(labs_dir().glob("*/")):
+        with debian.locked(directory):
+            try:
+                lab = Lab(**json.loads((directory / "lab.json").read_bytes()))
+            except FileNotFoundError:
+                sweep(directory)
+                continue
+            except (ValueError, TypeError):
+                raise HostError(
+                    f"the record of lab {directory.name} is damaged",
+                    f"end its QEMU if one runs, and delete {directory}",
+                ) from None
+            if lab.alive:
+                found.append(lab)
+            else:
+                sweep(directory)
+    return found
+
+
+def find(name: str) -> Lab:
+    """The running lab of a name.
+
+    :raise UnknownError: There is none.
+    """
+    for lab in labs():
+        if lab.name == name:
+            return lab
+    raise UnknownError(f"no lab '{name}' is up", f"start it with 'mdo lab up --name {name}'")
+
+
+def sweep(directory: Path) -> None:
+    """Remove a lab's directory and its lock."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.with_name(directory.name + ".lock").unlink(missing_ok=True)
+
+
+def up(
+    name: str = "default",
+    *,
+    series: str = debian.DEFAULT_SERIES,
+    memory: str = "4G",
+    module_options: str = "",
+    bound: bool = False,
+    progress: Progress = lambda _: None,
+) -> Lab:
+    """Bring a lab up, or find it up already.
+
+    :param series: Kernel of L1.
+    :param memory: Of L1, as QEMU writes it.
+    :param module_options: Parameters of mvgpu, as insmod takes them.
+    :param bound: L1 ends with this process, even if that is killed.
+    :raise MdoError: It cannot be; nothing is left behind.
+    """
+    directory = labs_dir() / check_name(name)
+    if "MDO_LAB" in os.environ:
+        raise RequestError("this is inside a lab already", "run it on the host")
+    for lab in labs():
+        if lab.name == name:
+            if not lab.release.startswith(f"{series}."):
+                raise RequestError(
+                    f"lab {name} is up with kernel {lab.release}", f"'mdo lab down --name {name}'"
+                )
+            return lab
+    kernel = debian.fetch_kernel(series, progress)
+    module = driver.build_module(driver.checkout() / "kernel", "mvgpu", kernel, progress)
+    insmod = ["insmod", str(module), *shlex.split(module_options)]
+    private_dir(labs_dir())
+    with debian.locked(directory):
+        private_dir(directory)
+        try:
+            return _boot(directory, kernel, memory, insmod, bound, progress)
+        except BaseException:
+            sweep(directory)
+            raise
+
+
+def down(lab: Lab) -> None:
+    """End a lab and remove its files. Shared directories were written through, nothing is lost."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(lab.pid)
+        try:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if lab.alive:
+                    signal.pidfd_send_signal(pidfd, number)
+                    select.select([pidfd], [], [], STOP_SECONDS)
+        finally:
+            os.close(pidfd)
+    sweep(lab.directory)
+
+
+@contextlib.contextmanager
+def running(name: str, **options: object) -> Iterator[Lab]:
+    """A lab that ends with the block, or with this process, whichever is first."""
+    lab = up(name, bound=True, **options)  # type: ignore[arg-type]
+    try:
+        yield lab
+    finally:
+        down(lab)
+
+
+def environment(lab: Lab) -> dict[str, str]:
+    """What a command in L1 sees of the caller's environment, and of the lab."""
+    passed = {key: os.environ[key] for key in ("TERM", "COLUMNS", "NO_COLOR") if key in os.environ}
+    passed |= {key: value for key, value in os.environ.items() if key.startswith("MDO_TEST_")}
+    venv = Path(sys.executable).parent
+    return passed | {
+        "MDO_LAB": lab.name,
+        "MDO_CACHE_DIR": str(cache_dir()),
+        "MDO_KERNEL": str(debian.cached_kernel(lab.release).image),
+        "PATH": f"{venv}:{ENVIRONMENT['PATH']}",
+    }
+
+
+def execute(lab: Lab, argv: list[str], *, terminal: bool = False) -> int:
+    """Run a command in a lab in the same directory as here; its exit status.
+
+    :raise MdoError: It could not be run.
+    """
+    return client.run(
+        lab.directory, argv, cwd=str(Path.cwd()), env=environment(lab), terminal=terminal
+    )
+
+
+def _boot(
+    directory: Path,
+    kernel: Kernel,
+    memory: str,
+    insmod: list[str],
+    bound: bool,
+    progress: Progress,
+) -> Lab:
+    initrd = directory / "initramfs"
+    initramfs.build(initrd, init=init_script(kernel, insmod), kernel=kernel, modules=MODULES)
+    accel = "tcg"
+    progress(f"booting {kernel.release} ({accel})")
+    argv = [QEMU, *machine_arguments(directory.name, kernel, accel, memory)]
+    if bound:
+        argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
+    with (directory / "qemu.log").open("wb") as log:
+        try:
+            process = subprocess.Popen(
+                argv,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,
+            )
+        except FileNotFoundError as error:
+            raise HostError(
+                f"{error.filename} is not installed", "apt-get install qemu-system-x86 util-linux"
+            ) from error
+    try:
+        return _wait_up(directory, kernel, accel, process, progress)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+def _wait_up(
+    directory: Path,
+    kernel: Kernel,
+    accel: str,
+    process: subprocess.Popen[bytes],
+    progress: Progress,
+) -> Lab:
+    def alive() -> None:
+        if process.poll() is not None:
+            words = (directory / "qemu.log").read_text(errors="replace").strip()
+            tail = _tail(directory / "console.log")
+            raise QemuError(f"L1 ended while booting: {words or tail or 'it said nothing'}")
+
+    started = time.monotonic()
+    last = directory / f"exec-{EXEC_PORTS - 1}.sock"
+    while not last.exists():
+        alive()
+        if time.monotonic() - started > BOOT_SECONDS:
+            raise DeadlineError("QEMU did not create its sockets")
+        select.select([], [], [], 0.02)  # QEMU has no way to say that it listens
+    session = client.Session(directory)
+    try:
+        session.wait_ready(BOOT_SECONDS, alive)
+    except DeadlineError as error:
+        raise DeadlineError(
+            f"{error.message}; L1's last words: {_tail(directory / 'console.log')}"
+        ) from error
+    finally:
+        session.close()
+    began = start_time(process.pid)
+    if began is None:
+        raise QemuError("L1 ended as soon as it was up")
+    lab = Lab(directory.name, process.pid, began, kernel.release, accel, time.time())
+    record = directory / "lab.json"
+    record.with_suffix(".new").write_text(json.dumps(asdict(lab)))
+    record.with_suffix(".new").rename(record)
+    progress(f"up after {time.monotonic() - started:.1f} s")
+    return lab
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return " | ".join(lines[-3:])
+
+
+def machine_arguments(name: str, kernel: Kernel, accel: str, memory: str) -> list[str]:
+    """QEMU's arguments for L1.
+
+    One processor: QEMU 7.2's TCG trips over 6.12's text patching with two.
+    """
+    argv = ["-name", f"guest=mdo-lab-{name}", "-M", "q35", "-accel", accel]
+    argv += ["-cpu", "max" if accel == "tcg" else "host", "-smp", "1", "-m", memory]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-chardev", "file,id=console,path=console.log", "-serial", "chardev:console"]
+    argv += ["-kernel", str(kernel.image), "-initrd", "initramfs"]
+    argv += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]
+    for tag, path, mode in (
+        ("root", Path("/"), "readonly=on"),
+        ("checkout", driver.checkout(), "readonly=off"),
+    ):
+        argv += [
+            "-fsdev",
+            f"local,id={tag},path={_comma(path)},security_model=none,{mode},multidevs=remap",
+        ]
+        argv += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    argv += ["-device", "virtio-serial-pci"]
+    for number in range(EXEC_PORTS):
+        argv += ["-chardev", f"socket,id=e{number},path=exec-{number}.sock,server=on,wait=off"]
+        argv += ["-device", f"virtserialport,chardev=e{number},name=mdo.exec.{number}"]
+    return argv
+
+
+def _comma(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+def init_script(kernel: Kernel, insmod: list[str]) -> str:
+    """``/init`` of L1: mounts, then Python as the first process."""
+    q = shlex.quote
+    here = str(driver.checkout())
+    venv = str(Path(sys.executable).parent.parent)
+    setup = [
+        ["busybox", "ip", "link", "set", "lo", "up"],
+        ["/lib/systemd/systemd-udevd", "--daemon"],
+        insmod,
+    ]
+    variables = {**ENVIRONMENT, "PYTHONPATH": f"{here}/python"}
+    words = " ".join(q(f"{key}={value}") for key, value in variables.items())
+    agent = [sys.executable, "-S", "-m", "mdev_orchestrator.lab.agent", json.dumps(setup)]
+    return f"""#!/bin/busybox sh
+b() {{ /bin/busybox "$@"; }}
+b mount -t proc proc /proc
+b mount -t sysfs sys /sys
+b mount -t devtmpfs dev /dev
+exec </dev/console >/dev/console 2>&1
+for m in $(b cat /modules/order); do
+    b insmod "/modules/$m" || echo "$m is not for this machine"
+done 2>/dev/null
+b mkdir /lower /memory /new
+b mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /lower
+b mount -t tmpfs -o mode=0755 memory /memory
+b mkdir /memory/upper /memory/work
+b mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work root /new
+for d in proc sys dev; do b mount --move /$d /new/$d; done
+b mount -t tmpfs -o mode=0755 run /new/run
+b mkdir -p /new/dev/pts /new/dev/shm /new/run/venv
+b mount -t devpts devpts /new/dev/pts
+b mount -t tmpfs shm /new/dev/shm
+b mount -t debugfs debugfs /new/sys/kernel/debug
+b mkdir -p /new/usr/lib/modules
+b ln -s {q(str(kernel.modules))} /new/usr/lib/modules/
+b mount --bind /new{q(venv)} /new/run/venv
+b mount -t 9p -o rw,trans=virtio,version=9p2000.L,msize=512000 checkout /new{q(here)}
+b mount --bind /new/run/venv /new{q(venv)}
+exec /bin/busybox switch_root /new /usr/bin/env -i {words} {shlex.join(agent)}
+"""
