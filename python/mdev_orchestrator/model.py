@@ -8,9 +8,34 @@ never hides the objects beside it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
+
+from mdev_orchestrator.errors import UuidError
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+def parse_uuid(text: str) -> UUID:
+    """Read a UUID in the one form that the kernel's ``create`` file takes: 8-4-4-4-12 digits.
+
+    :raise UuidError: It is something else.
+    """
+    if not _UUID.fullmatch(text):
+        shown = text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - fits one line
+        raise UuidError(f"{shown!r} is not a UUID", "write it as 8-4-4-4-12 hexadecimal digits")
+    return UUID(text)
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts ``nvidia-9`` before ``nvidia-10``."""
+    return [
+        (0, int(part), part) if part.isdecimal() and part.isascii() else (1, 0, part)
+        for part in _DIGITS.split(text)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +103,15 @@ class Host:
 
     :ivar parents: In natural order of their names.
     :ivar mdevs: In order of parent and UUID.
+    :ivar mdev_bus: Whether the kernel has an mdev bus at all; without one both are empty.
+    :ivar damage: What belongs to none of them, for instance a device whose name is no UUID.
     """
 
     parents: tuple[Parent, ...] = ()
     mdevs: tuple[Mdev, ...] = ()
+    mdev_bus: bool = True
+    damage: tuple[str, ...] = ()
+
+    def find(self, uuid: UUID) -> Mdev | None:
+        """The mdev with that UUID, if there is one."""
+        return next((mdev for mdev in self.mdevs if mdev.uuid == uuid), None)

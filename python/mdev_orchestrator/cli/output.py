@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every command needs to run and to speak.
+
+Results go to standard output, everything else to standard error. Imports that take time stand in
+the functions that need them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mdev_orchestrator.errors import MdoError
+
+T = TypeVar("T")
+
+INTERRUPTED = 130
+TERMINATED = 143
+BROKEN_PIPE = 141
+
+_RICH_ROWS = 200  # more than that nobody reads as a drawn table, and drawing takes seconds
+
+
+def host_root() -> Path:
+    """Directory in which ``sys``, ``dev`` and ``proc`` stand: ``/``, or what ``MDO_ROOT`` says."""
+    return Path(os.environ.get("MDO_ROOT") or "/").absolute()
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a command's coroutine to its end.
+
+    Ctrl-C, SIGTERM and SIGHUP cancel it, and what it does then (undo, say goodbye) is waited for;
+    a second ctrl-C is not.
+    """
+    import asyncio
+    import signal
+
+    terminated: list[int] = []
+
+    async def guarded() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+
+        def stop(number: int) -> None:
+            terminated.append(number)
+            if task is not None:
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stop, number)
+        return await coroutine
+
+    try:
+        return asyncio.run(guarded())
+    except KeyboardInterrupt as error:
+        _interrupted(error.__context__, INTERRUPTED)
+    except asyncio.CancelledError as error:
+        if not terminated:
+            raise
+        _interrupted(error, 128 + terminated[0])
+
+
+def _interrupted(error: BaseException | None, code: int) -> NoReturn:
+    say("; ".join(("interrupted", *getattr(error, "__notes__", ()))))
+    raise SystemExit(code)
+
+
+def emit(text: str) -> None:
+    """Print a result at once. A reader that has gone ends the program quietly."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # what is still buffered must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(BROKEN_PIPE) from None
+
+
+def emit_json(value: object) -> None:
+    """Print one JSON document on one line: built-in types, dataclasses, UUIDs and paths."""
+    import msgspec
+
+    emit(msgspec.json.encode(value, enc_hook=str).decode())
+
+
+def emit_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: drawn on a terminal, plain aligned columns with nothing cut off elsewhere.
+
+    Without rows nothing is printed.
+    """
+    if not rows:
+        return
+    if sys.stdout.isatty() and len(rows) <= _RICH_ROWS:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for header in headers:
+            table.add_column(header, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (tuple(header.upper() for header in headers), *rows)
+    ]
+    emit("\n".join(lines))
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no result: one line on standard error."""
+    with suppress(BrokenPipeError):
+        sys.stderr.write(f"mdo: {text}\n")
+        sys.stderr.flush()
+
+
+def say_error(error: MdoError) -> None:
+    """Print an error as one line: what happened, what could not be undone, what to do."""
+    message = "; ".join((error.message, *getattr(error, "__notes__", ())))
+    line = f"{message} \u2014 {error.hint}" if error.hint else message
+    say(" ".join(line.splitlines()))

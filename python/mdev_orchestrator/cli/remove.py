@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo remove``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID
+
+import typer
+
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.engine.devices import DEADLINE, remove_devices
+
+
+def remove(
+    uuids: Annotated[list[str], typer.Argument(metavar="UUID...", help="Devices to remove.")],
+    *,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Take a device out of the guest that holds it first.")
+    ] = False,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for each device, and again for each detach.")
+    ] = DEADLINE,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Remove devices. One that a guest holds is refused at once, and none is removed then."""
+    removed = output.run(
+        remove_devices(
+            uuids,
+            detach=_detach if detach else None,
+            deadline=deadline,
+            root=output.host_root(),
+        )
+    )
+    if json:
+        output.emit_json({"removed": [str(uuid) for uuid in removed]})
+
+
+async def _detach(guest: str, uuid: UUID, deadline: float) -> None:
+    from mdev_orchestrator.qemu import hotplug  # needs QMP, and few removals do
+
+    await hotplug.detach(guest, uuid, deadline)

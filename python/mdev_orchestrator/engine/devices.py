@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Creates and removes mdevs as one: all, or none.
+
+Everything that can be known is checked before the first write. What the kernel then refuses, or the
+user interrupts, is undone; a failed undo stands beside the first error and never in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from mdev_orchestrator.errors import (
+    BusyError,
+    CapacityError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    RequestError,
+    UnknownError,
+    UuidError,
+)
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.readiness import wait_ready
+from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.host.writer import Writer, write_apart
+from mdev_orchestrator.model import Host, Mdev, MdevType, parse_uuid
+
+DEADLINE = 30.0
+"""Seconds that a creation or a removal may take unless another deadline is given."""
+
+Detach = Callable[[str, UUID, float], Awaitable[None]]
+"""Takes a guest's name, an mdev and seconds; returns when the guest has let go."""
+
+_CONCURRENT = 16  # writers at once; a driver's own lock makes more of them pointless
+_GRACE = 0.5  # seconds that the driver may take to give back the instances just removed
+_LISTED = 8  # candidates that fit one line
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What is to be created and where."""
+
+    type_: MdevType
+    uuids: tuple[UUID, ...]
+
+
+def place(
+    host: Host,
+    type_id: str,
+    count: int | None = None,
+    *,
+    parent: str | None = None,
+    uuids: Sequence[str] = (),
+) -> Placement:
+    """Decide where ``count`` instances of a type go, or say why they cannot.
+
+    :param count: How many; without it as many as there are UUIDs, at least one.
+    :param parent: Needed when several parents offer the type.
+    :param uuids: UUIDs to use; the rest is random.
+    :raise UuidError: One is malformed, given twice, or taken.
+    :raise UnknownError: Type or parent is not there, or several parents offer the type.
+    :raise CapacityError: So many do not fit.
+    :raise RequestError: The count makes no sense.
+    :raise HostError: The host has no mdev bus.
+    """
+    given = _distinct(uuids)
+    wanted = max(len(given), 1) if count is None else count
+    if wanted < 1:
+        raise RequestError(f"cannot create {wanted} devices", "ask for one or more")
+    if len(given) > wanted:
+        raise RequestError(f"{len(given)} UUIDs were given for {wanted} devices")
+    if not host.mdev_bus:
+        raise HostError(
+            "this host has no mdev bus", "modprobe mdev and the vendor's driver; see mdo doctor"
+        )
+    for uuid in given:
+        if (mdev := host.find(uuid)) is not None:
+            raise UuidError(
+                f"mdev {uuid} exists already under parent {mdev.parent}"
+                + (f" as {mdev.type_id}" if mdev.type_id else ""),
+                "choose another UUID",
+            )
+    type_ = _find_type(host, type_id, parent)
+    if type_.available_instances is not None and type_.available_instances < wanted:
+        raise _too_many(host, type_, wanted)
+    fresh = (uuid4() for _ in range(wanted - len(given)))
+    return Placement(type_, (*given, *fresh))
+
+
+async def create_devices(
+    type_id: str,
+    count: int | None = None,
+    *,
+    parent: str | None = None,
+    uuids: Sequence[str] = (),
+    deadline: float = DEADLINE,
+    root: Path = ROOT,
+    write: Writer = write_apart,
+) -> tuple[Mdev, ...]:
+    """Create mdevs of one type, all or none, and wait until each is usable.
+
+    Takes what :func:`place` takes and raises what it raises; when cancelled it undoes what it did
+    before it ends.
+
+    :param deadline: Seconds for the whole.
+    :raise DeadlineError: It took longer; everything was undone.
+    :raise MdoError: The kernel refused; everything was undone. Its notes name what was not.
+    """
+    placement = await _place_patiently(type_id, count, parent, uuids, root)
+    ours = _Creation(placement, root, write)
+    try:
+        async with asyncio.timeout(deadline) as timer:
+            await ours.create_all()
+            await asyncio.gather(*(wait_ready(u, deadline, root) for u in placement.uuids))
+    except BaseException as error:
+        await ours.undo(error)
+        if isinstance(error, TimeoutError) and timer.expired():
+            raise _carry_notes(
+                error,
+                DeadlineError(
+                    f"{placement.type_.id} on {placement.type_.parent} was not created within "
+                    f"{deadline:g} s",
+                    "give it a longer --deadline, and see the kernel log",
+                ),
+            ) from None
+        raise
+    return tuple(
+        mdev for uuid in placement.uuids if (mdev := sysfs.read_mdev(uuid, root)) is not None
+    )
+
+
+async def remove_devices(
+    uuids: Sequence[str],
+    *,
+    detach: Detach | None = None,
+    deadline: float = DEADLINE,
+    root: Path = ROOT,
+    write: Writer = write_apart,
+) -> tuple[UUID, ...]:
+    """Remove mdevs concurrently, after checking that all of them can be.
+
+    :param detach: How to take an mdev out of the guest that holds it; without it a held one is
+        refused.
+    :param deadline: Seconds for each.
+    :return: What was removed.
+    :raise UuidError: One is malformed or given twice.
+    :raise UnknownError: One is not there; nothing was removed.
+    :raise BusyError: One is held; nothing was removed.
+    :raise DeadlineError: One is still there.
+    :raise MdoError: The kernel refused. The first error is raised, the others are its notes.
+    """
+    wanted = _distinct(uuids)
+    found = [_removable(uuid, root) for uuid in wanted]
+    held = holders(found, root)
+    for mdev in found:
+        _refuse_held(mdev, held, may_detach=detach is not None)
+
+    talking = asyncio.Lock()  # a guest's monitor takes one client at a time
+
+    async def remove(mdev: Mdev) -> None:
+        if detach is not None:
+            for holder in held.of(mdev.uuid):
+                async with talking:
+                    await detach(holder.guest or "", mdev.uuid, deadline)
+        try:
+            await sysfs.remove(mdev.uuid, deadline, root, write=write)
+        except DeadlineError as error:
+            who = holders((mdev,), root).of(mdev.uuid)
+            if not who:
+                raise
+            names = ", ".join(map(str, who))
+            raise DeadlineError(
+                f"mdev {mdev.uuid} was not removed within {deadline:g} s: held by {names}",
+                error.hint,
+            ) from None
+
+    tasks = [asyncio.ensure_future(remove(mdev)) for mdev in found]
+    try:
+        await asyncio.wait(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    _raise_first([error for task in tasks if (error := task.exception()) is not None])
+    return wanted
+
+
+class _Creation:
+    """The devices that one call creates, and what is known of each."""
+
+    def __init__(self, placement: Placement, root: Path, write: Writer) -> None:
+        self.placement = placement
+        self.root = root
+        self.write = write
+        self.made: set[UUID] = set()
+        self.errors: list[BaseException] = []
+        self.stop = False
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def create_all(self) -> None:
+        """Create all; when cancelled or refused, leave it to :meth:`undo`."""
+        limit = asyncio.Semaphore(_CONCURRENT)
+        type_ = self.placement.type_
+
+        async def one(uuid: UUID) -> None:
+            async with limit:
+                if self.stop:
+                    return
+                try:
+                    await sysfs.create(type_.parent, type_.id, uuid, self.root, write=self.write)
+                except Exception as error:  # noqa: BLE001 - raised below, in order of arrival
+                    self.errors.append(error)
+                    self.stop = True
+                else:
+                    self.made.add(uuid)
+
+        self.tasks = [asyncio.ensure_future(one(uuid)) for uuid in self.placement.uuids]
+        # a write that has begun cannot be taken back: its outcome must be known before the undo,
+        # so a cancellation from outside must not reach it
+        await asyncio.shield(asyncio.wait(self.tasks))
+        _raise_first(self.errors)
+
+    async def undo(self, cause: BaseException) -> None:
+        """Remove what was created; what could not be removed becomes a note of ``cause``."""
+        self.stop = True
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=DEADLINE)
+        unknown = [
+            uuid
+            for task, uuid in zip(self.tasks, self.placement.uuids, strict=True)
+            if not task.done()
+        ]
+        for task in self.tasks:
+            task.cancel()
+        made = sorted(self.made)
+        results = await asyncio.gather(
+            *(sysfs.remove(uuid, DEADLINE, self.root, write=self.write) for uuid in made),
+            return_exceptions=True,
+        )
+        failed = 0
+        for uuid, result in zip(made, results, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, UnknownError):
+                failed += 1
+                cause.add_note(f"mdev {uuid} was created and could not be removed again: {result}")
+        for uuid in unknown:
+            cause.add_note(f"the driver has not answered for mdev {uuid}: it may still appear")
+        if not failed and not unknown:
+            cause.add_note("nothing was created")
+
+
+async def _place_patiently(
+    type_id: str, count: int | None, parent: str | None, uuids: Sequence[str], root: Path
+) -> Placement:
+    """Place, and when it does not fit look again for a moment.
+
+    The core gives an instance back when the device's last reference goes, which may be after
+    ``remove`` has returned, and no event tells of it.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _GRACE
+    while True:
+        try:
+            return place(sysfs.scan(root), type_id, count, parent=parent, uuids=uuids)
+        except CapacityError:
+            if loop.time() >= end:
+                raise
+        await asyncio.sleep(_GRACE / 5)
+
+
+def _distinct(texts: Iterable[str]) -> tuple[UUID, ...]:
+    uuids = tuple(parse_uuid(text) for text in texts)
+    for uuid, times in Counter(uuids).items():
+        if times > 1:
+            raise UuidError(f"mdev {uuid} is given {times} times", "name each device once")
+    return uuids
+
+
+def _find_type(host: Host, type_id: str, parent: str | None) -> MdevType:
+    names = [p.name for p in host.parents]
+    if not names:
+        raise UnknownError(
+            "no device of this host offers mdevs", "load the vendor's driver; see mdo doctor"
+        )
+    if parent is not None and parent not in names:
+        raise UnknownError(f"there is no parent {parent!r}", _candidates(parent, names))
+    everywhere = [t for p in host.parents for t in p.types]
+    offers = [t for t in everywhere if t.id == type_id]
+    if not offers:
+        raise UnknownError(f"no parent offers a type {type_id!r}", _type_hint(type_id, everywhere))
+    if parent is None:
+        if len(offers) == 1:
+            return offers[0]
+        raise UnknownError(
+            f"several parents offer {type_id}: " + _some(map(_place_of, offers)),
+            "choose one with --parent",
+        )
+    for type_ in offers:
+        if type_.parent == parent:
+            return type_
+    raise UnknownError(
+        f"parent {parent} does not offer {type_id}", "on " + _some(map(_place_of, offers))
+    )
+
+
+def _type_hint(asked: str, types: list[MdevType]) -> str:
+    for type_ in types:
+        if type_.name == asked:
+            return f"that is the name of {type_.id}"
+    return _candidates(asked, list(dict.fromkeys(type_.id for type_ in types)))
+
+
+def _candidates(asked: str, names: list[str]) -> str:
+    close = get_close_matches(asked, names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    return "there are " + _some(names) if names else ""
+
+
+def _place_of(type_: MdevType) -> str:
+    free = type_.available_instances
+    return f"{type_.parent} ({'?' if free is None else free} free)"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _too_many(host: Host, type_: MdevType, wanted: int) -> CapacityError:
+    available = type_.available_instances
+    if available:
+        return CapacityError(
+            f"{wanted} of {type_.id} do not fit on {type_.parent}: {available} would; "
+            "nothing was created",
+            f"-n {available}",
+        )
+    used = Counter(m.type_id or "?" for m in host.mdevs if m.parent == type_.parent)
+    in_use = _some(f"{count} of {id_}" for id_, count in used.items())
+    siblings = next(p.types for p in host.parents if p.name == type_.parent)
+    fits = _some(f"{t.available_instances} of {t.id}" for t in siblings if t.available_instances)
+    return CapacityError(
+        f"no instance of {type_.id} is left on {type_.parent}: in use there "
+        f"{in_use or 'nothing'}; nothing was created",
+        f"{fits} would fit instead" if fits else "remove a device first",
+    )
+
+
+def _no_such_mdev(uuid: UUID, root: Path) -> UnknownError:
+    known = [str(mdev.uuid) for mdev in sysfs.scan(root).mdevs]
+    if not known:
+        return UnknownError(f"there is no mdev {uuid}", "this host has none")
+    close = get_close_matches(str(uuid), known, n=1, cutoff=0.8)
+    return UnknownError(
+        f"there is no mdev {uuid}", f"did you mean {close[0]}?" if close else "mdo host lists them"
+    )
+
+
+def _removable(uuid: UUID, root: Path) -> Mdev:
+    mdev = sysfs.read_mdev(uuid, root)
+    if mdev is None:
+        raise _no_such_mdev(uuid, root)
+    file = mdev.path / "remove"  # it is not there while somebody else's removal is under way
+    if file.exists() and not os.access(file, os.W_OK):
+        raise HostError(f"no permission to remove mdev {uuid}", "run as root")
+    return mdev
+
+
+def _refuse_held(mdev: Mdev, held: Holders, *, may_detach: bool) -> None:
+    for holder in held.of(mdev.uuid):
+        if holder.guest is None:
+            raise BusyError(f"mdev {mdev.uuid} is held by {holder}", "end that process first")
+        if not may_detach:
+            raise BusyError(
+                f"mdev {mdev.uuid} is held by {holder}",
+                f"mdo remove --detach {mdev.uuid} takes it out of the guest first",
+            )
+
+
+def _raise_first(errors: Sequence[BaseException]) -> None:
+    if not errors:
+        return
+    first, *others = errors
+    for other in others:
+        first.add_note(str(other))
+    raise first
+
+
+def _carry_notes(source: BaseException, target: MdoError) -> MdoError:
+    for note in getattr(source, "__notes__", ()):
+        target.add_note(note)
+    return target

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What this host lacks to use mdevs, and the command that mends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.readiness import PERMISSION_REMEDY, group_name, may_open
+from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.model import Host
+
+Level = Literal["ok", "warning", "fault"]
+
+QEMU = "qemu-system-x86_64"
+QEMU_REMEDY = "apt-get install --no-install-recommends qemu-system-x86"
+MDEV_REMEDY = "modprobe mdev"
+VFIO_REMEDY = "modprobe vfio_iommu_type1"
+
+_DEADLINE = 20.0  # seconds for one run of QEMU; inside an emulated machine it takes some
+_VERSION = re.compile(r"version (\d+(?:\.\d+)+)")
+_VFIO_PCI = re.compile(r'^name "vfio-pci"', re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    :ivar level: ``fault`` when something cannot work, ``warning`` when it works less.
+    :ivar subject: What was looked at.
+    :ivar remedy: A command or a sentence; empty when there is nothing to mend.
+    """
+
+    level: Level
+    subject: str
+    message: str
+    remedy: str = ""
+
+
+async def examine(root: Path = ROOT, qemu: str = QEMU) -> tuple[Finding, ...]:
+    """Look at modules, parents, nodes, permissions and QEMU. Raises nothing for what it finds.
+
+    :param qemu: Name or path of the QEMU binary.
+    """
+    host = sysfs.scan(root)
+    return (
+        *_mdev(host, root),
+        *_vfio(root),
+        *_nodes(host, root),
+        _kvm(root),
+        *await _qemu(qemu),
+    )
+
+
+def _mdev(host: Host, root: Path) -> Iterator[Finding]:
+    if not host.mdev_bus:
+        yield Finding("fault", "mdev", "the kernel has no mdev bus", _module(root, "mdev"))
+        return
+    yield Finding("ok", "mdev", "the mdev bus is there")
+    if not host.parents:
+        yield Finding("fault", "parents", "no device offers mdevs", "modprobe the vendor's driver")
+        return
+    for parent in host.parents:
+        free = sum(1 for type_ in parent.types if type_.available_instances)
+        yield Finding("ok", parent.name, f"{len(parent.types)} types, {free} with instances left")
+    damaged = [
+        (name, damage)
+        for name, damages in (
+            *((p.name, p.damage) for p in host.parents),
+            *((f"{t.parent} {t.id}", t.damage) for p in host.parents for t in p.types),
+            *((str(m.uuid), m.damage) for m in host.mdevs),
+            ("mdev bus", host.damage),
+        )
+        for damage in damages
+    ]
+    for name, damage in damaged:
+        yield Finding("warning", name, damage, "the vendor's driver is at fault; see dmesg")
+    creates = [
+        p.path / "mdev_supported_types" / t.id / "create" for p in host.parents for t in p.types
+    ]
+    if denied := next((path for path in creates if not os.access(path, os.W_OK)), None):
+        yield Finding("fault", "create", f"no permission to write {denied}", "run mdo as root")
+    elif creates:
+        yield Finding("ok", "create", "mdevs may be created")
+
+
+def _vfio(root: Path) -> Iterator[Finding]:
+    node = root / "dev/vfio/vfio"
+    if not node.exists():
+        yield Finding("fault", "vfio", f"{node} is not there", _module(root, "vfio_iommu_type1"))
+    elif not may_open(node):
+        yield Finding("fault", "vfio", f"no permission to open {node}", f"chmod 0666 {node}")
+    else:
+        yield Finding("ok", "vfio", f"{node} opens")
+    # without the type 1 driver the node is there and no container can be set up
+    module = root / "sys/module/vfio_iommu_type1"
+    if node.exists() and not module.exists():
+        yield Finding("fault", "vfio", "vfio_iommu_type1 is not loaded", VFIO_REMEDY)
+    if (root / "sys/bus/mdev").exists() and not (root / "sys/module/vfio").exists():
+        yield Finding("warning", "vfio", "the vfio module is not loaded", "modprobe vfio")
+
+
+def _nodes(host: Host, root: Path) -> Iterator[Finding]:
+    for mdev in host.mdevs:
+        node = sysfs.vfio_node(mdev.uuid, root)
+        subject = str(mdev.uuid)
+        if node is None:
+            yield Finding("fault", subject, "it has no IOMMU group", VFIO_REMEDY)
+        elif not node.exists():
+            yield Finding("fault", subject, f"{node} is not there", "udevadm trigger -s vfio")
+        elif not may_open(node):
+            yield Finding(
+                "fault",
+                subject,
+                f"no permission to open {node} (group {group_name(node)})",
+                PERMISSION_REMEDY,
+            )
+
+
+def _kvm(root: Path) -> Finding:
+    node = root / "dev/kvm"
+    if not node.exists():
+        return Finding(
+            "warning", "kvm", "no /dev/kvm: guests are emulated", "modprobe kvm_intel or kvm_amd"
+        )
+    if not may_open(node):
+        return Finding("warning", "kvm", f"no permission to open {node}", "adduser $USER kvm")
+    # that it opens does not prove that guests boot; only booting one does
+    return Finding("ok", "kvm", f"{node} opens")
+
+
+async def _qemu(qemu: str) -> tuple[Finding, ...]:
+    path = shutil.which(qemu)
+    if path is None:
+        return (Finding("fault", "qemu", f"no program {qemu}", QEMU_REMEDY),)
+    version, devices = await asyncio.gather(
+        _output(path, "-version"), _output(path, "-machine", "none", "-device", "help")
+    )
+    if version is None or devices is None:
+        return (
+            Finding("fault", "qemu", f"{path} did not answer within {_DEADLINE:g} s", QEMU_REMEDY),
+        )
+    return tuple(judge_qemu(path, version, devices))
+
+
+def judge_qemu(path: str, version: str, devices: str) -> Iterator[Finding]:
+    """What the output of ``-version`` and ``-device help`` says of a QEMU binary."""
+    number = _VERSION.search(version)
+    if number is None:
+        said = next(iter(version.splitlines()), "nothing")
+        yield Finding("fault", "qemu", f"{path} is no QEMU: it says {said[:80]!r}", QEMU_REMEDY)
+        return
+    yield Finding("ok", "qemu", f"{path} is version {number[1]}")
+    if _VFIO_PCI.search(devices) is None:
+        yield Finding("fault", "qemu", f"{path} has no device vfio-pci", QEMU_REMEDY)
+    else:
+        yield Finding("ok", "qemu", "it has the device vfio-pci")
+
+
+async def _output(*command: str) -> str | None:
+    """What a program prints, ``None`` if it does not end in time; it is killed then."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+    except OSError as error:
+        return f"cannot be run: {os.strerror(error.errno or 0)}"
+    try:
+        async with asyncio.timeout(_DEADLINE):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        return None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return output.decode(errors="replace")
+
+
+def _module(root: Path, name: str) -> str:
+    """How to get a module: load it, or first a kernel that has it."""
+    release = os.uname().release
+    directory = root / "lib/modules" / release
+    listed = directory / "modules.dep"
+    try:
+        known = f"/{name}.ko" in listed.read_text(errors="replace")
+    except OSError:
+        known = True  # no list: let modprobe say it
+    if known:
+        return f"modprobe {name}"
+    return (
+        f"kernel {release} has no module {name}: "
+        "apt-get install linux-image-amd64 and boot it, or try mdo lab up"
+    )

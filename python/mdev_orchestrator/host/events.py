@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Kernel and udev events about mdevs, as one typed async iterator.
+
+Events are hints and the scan is the truth: the kernel drops events when a listener is slow, and the
+``add`` of an mdev comes before its ``mdev_type`` link. So a stream begins with :class:`Rescan`, and
+has another wherever events were lost; who sees one reads the host again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import UUID
+
+from mdev_orchestrator.errors import HostError, UuidError
+from mdev_orchestrator.model import parse_uuid
+
+RECHECK = 1.0
+"""Seconds after which a condition is looked at again though no event came: some drivers send none,
+and a change of permissions has no event at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescan:
+    """Listening began, or events were lost: read the host again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParentEvent:
+    """A parent registered with the mdev core, or left it."""
+
+    parent: str
+    registered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MdevEvent:
+    """Something happened to an mdev.
+
+    :ivar action: The kernel's word: ``add``, ``bind``, ``change``, ``unbind``, ``remove``.
+    """
+
+    action: str
+    uuid: UUID
+    parent: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEvent:
+    """A VFIO device node came or went; from udev, its rules have run.
+
+    :ivar node: For instance ``/dev/vfio/7``.
+    """
+
+    action: str
+    node: str
+
+
+Event = Rescan | ParentEvent | MdevEvent | NodeEvent
+
+
+class Monitor(Protocol):
+    """What is used of :class:`pyudev.Monitor`."""
+
+    def fileno(self) -> int:
+        """Descriptor that is readable when events wait."""
+
+    def poll(self, timeout: float) -> Any:  # noqa: ANN401 - pyudev has no types
+        """Next device, ``None`` when none waits."""
+
+
+def udev_monitor(root: Path = Path("/")) -> Monitor:
+    """A started monitor of udev's events, or the kernel's where no udev runs.
+
+    It has no filter: a parent announces itself in its own subsystem, which may be any.
+
+    :raise HostError: The kernel gives no event socket.
+    """
+    import pyudev  # slow to import, and most commands never wait
+
+    source = "udev" if (root / "run/udev/control").exists() else "kernel"
+    try:
+        monitor: Monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
+        monitor.start()  # type: ignore[attr-defined]  # not part of what others need
+    except OSError as error:
+        raise HostError(f"cannot listen to {source} events: {error}") from error
+    return monitor
+
+
+def interpret(properties: Mapping[str, str]) -> Event | None:
+    """The event that a uevent's properties tell of; ``None`` for everybody else's.
+
+    ``ACTION``, ``DEVPATH``, ``SUBSYSTEM`` and ``DEVNAME`` are in every uevent; ``MDEV_STATE`` is
+    what the mdev core adds to the ``change`` of a parent (drivers/vfio/mdev/mdev_core.c).
+    """
+    try:
+        action = properties.get("ACTION") or ""
+        path = properties.get("DEVPATH") or ""
+        match properties.get("SUBSYSTEM"):
+            case "mdev":
+                where, _, name = path.rpartition("/")
+                return MdevEvent(action, parse_uuid(name), where.rpartition("/")[2])
+            case "vfio" | "vfio-dev":
+                node = properties.get("DEVNAME") or path.rpartition("/")[2]
+                return NodeEvent(action, node if node.startswith("/dev/") else f"/dev/{node}")
+        state = properties.get("MDEV_STATE")
+    except (UuidError, UnicodeDecodeError):
+        return None
+    if action == "change" and state in ("registered", "unregistered"):
+        return ParentEvent(path.rpartition("/")[2], registered=state == "registered")
+    return None
+
+
+async def events(make_monitor: Callable[[], Monitor] = udev_monitor) -> AsyncGenerator[Event, None]:
+    """Give every event about parents, mdevs and VFIO nodes, without end.
+
+    :raise HostError: The kernel gives no event socket.
+    """
+    reason = "listening"
+    while True:
+        monitor = make_monitor()
+        yield Rescan(reason)
+        try:
+            while True:
+                while (device := monitor.poll(0)) is not None:
+                    if (event := interpret(device.properties)) is not None:
+                        yield event
+                await _readable(monitor.fileno())
+        except OSError as error:  # ENOBUFS above all: the socket overflowed
+            reason = f"events were lost: {os.strerror(error.errno or 0)}"
+
+
+async def until(
+    check: Callable[[], bool],
+    root: Path = Path("/"),
+    make_monitor: Callable[[], Monitor] | None = None,
+) -> None:
+    """Return as soon as ``check`` is true; looked at on every event and every ``RECHECK`` seconds.
+
+    Put a deadline around it.
+    """
+    if check():
+        return
+    stream = events(make_monitor or (lambda: udev_monitor(root)))
+    async with aclosing(stream):
+        ahead = asyncio.ensure_future(anext(stream))
+        try:
+            while True:
+                await asyncio.wait((ahead,), timeout=RECHECK)
+                if ahead.done():
+                    ahead.result()
+                    ahead = asyncio.ensure_future(anext(stream))
+                if check():
+                    return
+        finally:
+            ahead.cancel()
+            await asyncio.wait((ahead,))
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    # a reader only while somebody waits: otherwise an unread event would keep the loop spinning
+    loop.add_reader(fd, _settle, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

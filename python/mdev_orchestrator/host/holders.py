@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who has an mdev open, and so blocks its removal.
+
+The kernel does not tell; ``/proc/PID/fd`` does: who uses an mdev holds ``/dev/vfio/GROUP``, or
+``/dev/vfio/devices/vfioN`` with the newer interface.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from uuid import UUID
+
+from mdev_orchestrator.host.sysfs import ROOT, vfio_cdev
+from mdev_orchestrator.model import Mdev
+
+_GROUP = "/dev/vfio/"
+_CDEV = "/dev/vfio/devices/"
+_CMDLINE_LIMIT = 1 << 20  # bytes; QEMU's command lines are long, but not that long
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has an mdev open.
+
+    :ivar comm: Its short name, for instance ``qemu-system-x86``.
+    :ivar guest: The guest's name, when it is a QEMU that was given one.
+    """
+
+    pid: int
+    comm: str
+    guest: str | None = None
+
+    def __str__(self) -> str:
+        if self.guest is not None:
+            return f"guest {self.guest!r} (pid {self.pid})"
+        return f"{self.comm} (pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Who holds what.
+
+    :ivar unseen: How many processes this user may not look into: as long as it is not 0, an mdev
+        without a holder here may have one.
+    """
+
+    by_mdev: Mapping[UUID, tuple[Holder, ...]] = field(default_factory=dict)
+    unseen: int = 0
+
+    def of(self, uuid: UUID) -> tuple[Holder, ...]:
+        """The holders of one mdev."""
+        return self.by_mdev.get(uuid, ())
+
+
+def holders(mdevs: Iterable[Mdev], root: Path = ROOT) -> Holders:
+    """Find the processes that hold any of ``mdevs``; ``proc`` stands in ``root``."""
+    mdevs = tuple(mdevs)
+    if not mdevs:
+        return Holders()
+    by_node, unseen = _open_nodes(os.path.join(root, "proc"))
+    if not by_node:
+        return Holders(unseen=unseen)
+    with_cdev = any(node.startswith(_CDEV) for node in by_node)
+    found: dict[UUID, tuple[Holder, ...]] = {}
+    for mdev in mdevs:
+        pids = set[int]()
+        if mdev.iommu_group is not None:
+            pids |= by_node.get(f"{_GROUP}{mdev.iommu_group}", set())
+        if with_cdev and (name := vfio_cdev(mdev.uuid, root)) is not None:
+            pids |= by_node.get(_CDEV + name, set())
+        if pids:
+            found[mdev.uuid] = tuple(_holder(pid, root) for pid in sorted(pids))
+    return Holders(found, unseen)
+
+
+def guest_name(arguments: list[str]) -> str | None:
+    """The name that a QEMU was given: ``-name NAME``, ``-name guest=NAME,…``; the last one counts.
+
+    QEMU writes a comma inside a value as two (docs/system/invocation, ``-name``).
+    """
+    name = None
+    for option, value in pairwise(arguments):
+        if option not in ("-name", "--name"):
+            continue
+        for number, part in enumerate(value.replace(",,", "\0").split(",")):
+            key, equals, text = part.partition("=")
+            if (key == "guest" and equals) or (number == 0 and not equals):
+                name = (text if equals else key).replace("\0", ",")
+    return name or None
+
+
+def _open_nodes(proc: str) -> tuple[dict[str, set[int]], int]:
+    """Pids by node below ``/dev/vfio``, and the number of processes that cannot be looked into."""
+    nodes: dict[str, set[int]] = {}
+    unseen = 0
+    try:
+        pids = [name for name in os.listdir(proc) if name.isdecimal()]
+    except OSError:
+        return nodes, unseen
+    for pid in pids:
+        directory = f"{proc}/{pid}/fd"
+        try:
+            descriptors = os.listdir(directory)
+        except PermissionError:
+            unseen += 1
+            continue
+        except OSError:
+            continue  # it has ended
+        for descriptor in descriptors:
+            try:
+                target = os.readlink(f"{directory}/{descriptor}")
+            except OSError:
+                continue  # closed meanwhile
+            if target.startswith(_GROUP):
+                nodes.setdefault(target, set()).add(int(pid))
+    return nodes, unseen
+
+
+def _holder(pid: int, root: Path) -> Holder:
+    directory = root / "proc" / str(pid)
+    arguments = _read(directory / "cmdline").split("\0")
+    return Holder(pid, _read(directory / "comm").strip() or "?", guest_name(arguments))
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_CMDLINE_LIMIT).decode(errors="replace")
+    except OSError:
+        return ""  # it has ended
+    return "".join(c if c.isprintable() or c == "\0" else "\ufffd" for c in text.rstrip("\n"))

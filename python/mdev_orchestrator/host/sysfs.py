@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The only module that reads or writes ``/sys``.
+
+The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
+
+    class/mdev_bus/PARENT -> ../../devices/…/PARENT
+    devices/…/PARENT/mdev_supported_types/TYPE/{create,name,available_instances,device_api,…}
+    bus/mdev/devices/UUID -> ../../../devices/…/PARENT/UUID
+    devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
+
+Every function takes the directory in which ``sys`` stands, so that tests give another than ``/``.
+What stands in the files comes from a vendor's driver and is not trusted: text is bounded, must be
+UTF-8 without control characters, and numbers must be numbers; what is not becomes ``None`` and a
+sentence in the object's ``damage``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+from pathlib import Path
+from uuid import UUID
+
+from mdev_orchestrator.errors import (
+    CapacityError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    UnknownError,
+    UuidError,
+)
+from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.writer import Writer, write_apart
+from mdev_orchestrator.model import Host, Mdev, MdevType, Parent, natural_key, parse_uuid
+
+ROOT = Path("/")
+
+TEXT_LIMIT = 64 * 1024
+"""Bytes; the kernel's own limit for one sysfs file is a page."""
+
+_CORE_FILES = frozenset(
+    ("create", "name", "available_instances", "device_api", "description", "devices", "uevent")
+)
+_COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
+_GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def scan(root: Path = ROOT) -> Host:
+    """Read all parents, types and mdevs of the machine.
+
+    What vanishes while it is read is left out; what cannot be read carries ``damage``. Does not
+    raise for anything that stands in the tree.
+    """
+    base = os.fspath(root)
+    class_dir = os.path.join(base, "sys/class/mdev_bus")
+    bus_dir = os.path.join(base, "sys/bus/mdev/devices")
+    parent_names = _list(class_dir)
+    mdev_names = _list(bus_dir)
+    parents = tuple(
+        parent
+        for name in sorted(parent_names or (), key=natural_key)
+        if (parent := _parent(class_dir, name)) is not None
+    )
+    apis = {(type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types}
+    damage: list[str] = []
+    found: list[tuple[str, str, Mdev]] = []
+    for name in mdev_names or ():
+        try:
+            uuid = parse_uuid(name)
+        except UuidError:
+            damage.append(f"{_shown(name)} on the mdev bus is not a UUID")
+            continue
+        mdev = _mdev(bus_dir, name, uuid, apis)
+        if mdev is not None:
+            found.append((mdev.parent, name, mdev))
+    keys = {parent: natural_key(parent) for parent, _, _ in found}
+    found.sort(key=lambda entry: (keys[entry[0]], entry[1]))
+    return Host(
+        parents=parents,
+        mdevs=tuple(mdev for _, _, mdev in found),
+        mdev_bus=parent_names is not None or mdev_names is not None,
+        damage=tuple(damage),
+    )
+
+
+def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
+    """Read one mdev by itself; ``None`` when there is no such device.
+
+    Unlike :func:`scan` it reads ``device_api`` from the device's own type link.
+    """
+    bus_dir = os.path.join(root, "sys/bus/mdev/devices")
+    path = os.path.join(bus_dir, str(uuid))
+    damage: list[str] = []
+    api = _text(os.path.join(path, "mdev_type/device_api"), damage, optional=True)
+    mdev = _mdev(bus_dir, str(uuid), uuid, {})
+    if mdev is None:
+        return None
+    return Mdev(
+        uuid=mdev.uuid,
+        path=mdev.path,
+        parent=mdev.parent,
+        type_id=mdev.type_id,
+        device_api=api,
+        iommu_group=mdev.iommu_group,
+        damage=mdev.damage + tuple(damage),
+    )
+
+
+def vfio_node(uuid: UUID, root: Path = ROOT) -> Path | None:
+    """The device node that a user of this mdev opens; ``None`` until the kernel has named it.
+
+    ``/dev/vfio/GROUP`` where there is an IOMMU group, ``/dev/vfio/devices/vfioN`` otherwise. The
+    node itself need not be there yet.
+    """
+    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
+    try:
+        return root / "dev/vfio" / os.path.basename(os.readlink(os.path.join(path, "iommu_group")))
+    except OSError:
+        name = vfio_cdev(uuid, root)
+        return None if name is None else root / "dev/vfio/devices" / name
+
+
+def vfio_cdev(uuid: UUID, root: Path = ROOT) -> str | None:
+    """Name of the mdev's VFIO character device (``vfio0``), on kernels that have those."""
+    names = _list(os.path.join(root, "sys/bus/mdev/devices", str(uuid), "vfio-dev"))
+    return names[0] if names else None
+
+
+def read_file(uuid: UUID, name: str, root: Path = ROOT) -> str | None:
+    """Read an optional file of an mdev's directory: ``online``, ``nvidia/vgpu_params``…
+
+    :return: Its text without trailing white space; ``None`` when this driver has no such file.
+    :raise MdoError: It is there and cannot be read.
+    """
+    damage: list[str] = []
+    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid), name)
+    text = _text(path, damage, optional=True, empty=True)
+    if damage:
+        raise MdoError(f"mdev {uuid}: {damage[0]}")
+    return text
+
+
+async def write_file(
+    uuid: UUID, name: str, value: str, root: Path = ROOT, *, write: Writer = write_apart
+) -> bool:
+    """Write an optional file of an mdev's directory.
+
+    :return: Whether this driver has that file.
+    :raise MdoError: The driver refused the value.
+    """
+    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid), name)
+    number = await write(path, value.encode())
+    if number == errno.ENOENT:
+        return False
+    if number:
+        raise _refused(f"mdev {uuid} refused {value!r} for {name}", number)
+    return True
+
+
+def _list(path: str) -> list[str] | None:
+    """Names in a directory, ``None`` if it cannot be listed."""
+    try:
+        return os.listdir(path)
+    except OSError:
+        return None
+
+
+def _bytes(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, TEXT_LIMIT + 1)
+        # sysfs gives a whole value at once; only other file systems make short reads
+        while data and len(data) <= TEXT_LIMIT and (more := os.read(fd, TEXT_LIMIT)):
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
+def _text(
+    path: str, damage: list[str], *, optional: bool = False, empty: bool = False
+) -> str | None:
+    """Text of a file, stripped; ``None`` and an entry in ``damage`` if it cannot be shown."""
+    name = os.path.basename(path)
+    try:
+        data = _bytes(path)
+    except OSError as error:
+        if not (optional and error.errno in _GONE):
+            damage.append(f"{name} cannot be read: {os.strerror(error.errno or 0)}")
+        return None
+    if len(data) > TEXT_LIMIT:
+        damage.append(f"{name} is larger than {TEXT_LIMIT // 1024} KiB")
+        return None
+    try:
+        text = data.decode().strip()
+    except UnicodeDecodeError:
+        damage.append(f"{name} is not UTF-8")
+        return None
+    if not text and not empty:
+        damage.append(f"{name} is empty")
+        return None
+    if not text.isprintable() and any(
+        not line.isprintable() for line in text.replace("\t", " ").split("\n")
+    ):
+        damage.append(f"{name} contains control characters")
+        return None
+    return text
+
+
+def parse_count(text: str) -> int:
+    """A count as the kernel prints it: decimal digits, 32 bits.
+
+    :raise ValueError: It is anything else; the message completes "the file …".
+    """
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise ValueError(f"is not a number: {_shown(text)}")
+    if digits != text:
+        raise ValueError(f"is negative: {_shown(text)}")
+    if len(digits.lstrip("0")) > _COUNT_DIGITS or int(digits) >= 1 << 32:
+        raise ValueError(f"is too large: {_shown(text)}")
+    return int(digits)
+
+
+def _shown(text: str) -> str:
+    limit = 40
+    return repr(text if len(text) <= limit else text[:limit] + "...")
+
+
+def _parent(class_dir: str, name: str) -> Parent | None:
+    link = os.path.join(class_dir, name)
+    try:
+        path = os.path.normpath(os.path.join(class_dir, os.readlink(link)))
+    except FileNotFoundError:
+        return None
+    except OSError:
+        path = link  # not a link: whatever it is, its types can be looked for
+    damage: list[str] = []
+    types: list[MdevType] = []
+    types_dir = os.path.join(path, "mdev_supported_types")
+    try:
+        entries = [entry.name for entry in os.scandir(types_dir) if entry.is_dir()]
+    except OSError as error:
+        if not os.path.lexists(link):
+            return None
+        damage.append(f"mdev_supported_types cannot be read: {os.strerror(error.errno or 0)}")
+        entries = []
+    for entry in sorted(entries, key=natural_key):
+        type_ = _type(os.path.join(types_dir, entry), entry, name)
+        if type_ is not None:
+            types.append(type_)
+    return Parent(name=name, path=Path(path), types=tuple(types), damage=tuple(damage))
+
+
+def _type(path: str, id_: str, parent: str) -> MdevType | None:
+    damage: list[str] = []
+    name = _text(path + "/name", damage, optional=True)
+    available = None
+    count = _text(path + "/available_instances", damage)
+    if count is not None:
+        try:
+            available = parse_count(count)
+        except ValueError as error:
+            damage.append(f"available_instances {error}")
+    api = _text(path + "/device_api", damage)
+    description = _text(path + "/description", damage, optional=True)
+    attributes: dict[str, str] = {}
+    try:
+        _attributes(path, attributes, damage)
+    except OSError as error:
+        if not os.path.lexists(path):
+            return None
+        damage.append(f"cannot be listed: {os.strerror(error.errno or 0)}")
+    return MdevType(
+        id=id_,
+        parent=parent,
+        name=name,
+        available_instances=available,
+        device_api=api,
+        description=description,
+        attributes=attributes,
+        damage=tuple(damage),
+    )
+
+
+def _attributes(path: str, into: dict[str, str], damage: list[str]) -> None:
+    """Collect the vendor's one-value files: beside the core's and one directory below."""
+    subdirectories = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name in _CORE_FILES:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                subdirectories.append(entry.path)
+            else:
+                _attribute(entry, entry.name, into, damage)
+    for directory in sorted(subdirectories):
+        prefix = os.path.basename(directory)
+        try:
+            files = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError:
+            continue  # gone meanwhile: it held nothing that the core knows
+        for entry in files:
+            name = entry.name if entry.name not in into else f"{prefix}/{entry.name}"
+            _attribute(entry, name, into, damage)
+
+
+def _attribute(entry: os.DirEntry[str], name: str, into: dict[str, str], damage: list[str]) -> None:
+    try:
+        mode = entry.stat(follow_symlinks=False).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) or not mode & 0o444:
+        return
+    text = _text(entry.path, damage, optional=True, empty=True)
+    if text is not None:
+        into[name] = text
+
+
+def _mdev(
+    bus_dir: str, name: str, uuid: UUID, apis: dict[tuple[str, str], str | None]
+) -> Mdev | None:
+    path = f"{bus_dir}/{name}"
+    damage: list[str] = []
+    parent = ""
+    type_id = group = None
+    try:
+        parent = os.path.basename(os.path.dirname(os.readlink(path)))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        damage.append(f"has no link to its parent: {os.strerror(error.errno or 0)}")
+    try:
+        type_id = os.path.basename(os.readlink(path + "/mdev_type"))
+    except FileNotFoundError:
+        if not os.path.exists(path):
+            if not os.path.lexists(path):
+                return None
+            damage.append("its link leads nowhere")
+    except OSError as error:
+        damage.append(f"mdev_type cannot be read: {os.strerror(error.errno or 0)}")
+    try:
+        text = os.path.basename(os.readlink(path + "/iommu_group"))
+        group = parse_count(text)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        damage.append(f"iommu_group cannot be read: {os.strerror(error.errno or 0)}")
+    except ValueError as error:
+        damage.append(f"iommu_group {error}")
+    return Mdev(
+        uuid=uuid,
+        path=Path(path),
+        parent=parent,
+        type_id=type_id,
+        device_api=apis.get((parent, type_id)) if type_id is not None else None,
+        iommu_group=group,
+        damage=tuple(damage),
+    )
+
+
+# ---- creating and removing ----------------------------------------------------------------------
+
+
+async def create(
+    parent: str, type_id: str, uuid: UUID, root: Path = ROOT, *, write: Writer = write_apart
+) -> None:
+    """Create one mdev; returns when the kernel has made it.
+
+    Cancelling does not take the write back: the device may still appear.
+
+    :raise UuidError: The UUID is taken, under whichever parent.
+    :raise CapacityError: The driver has no instance of that type left.
+    :raise UnknownError: Parent or type is not there, or goes at this moment.
+    :raise HostError: No permission.
+    :raise MdoError: The driver refused for another reason.
+    """
+    for name in (parent, type_id):
+        if "/" in name or "\0" in name or name in ("", ".", ".."):
+            raise UnknownError(f"{_shown(name)} is not a name in sysfs")
+    directory = os.path.join(root, "sys/class/mdev_bus", parent, "mdev_supported_types", type_id)
+    number = await write(os.path.join(directory, "create"), str(uuid).encode())
+    if not number:
+        return
+    what = f"cannot create {type_id} on {parent}"
+    match number:
+        case errno.EEXIST:
+            raise taken(uuid, root)
+        case errno.EUSERS | errno.ENOSPC:
+            damage: list[str] = []
+            left = _text(os.path.join(directory, "available_instances"), damage)
+            raise CapacityError(
+                f"{what}: the driver has no instance left",
+                f"available_instances reads {left if left is not None else damage[0]}",
+            )
+        case errno.ENOENT:
+            raise UnknownError(f"{what}: no such type or parent", "mdo host lists them")
+        case errno.ENODEV:
+            raise UnknownError(f"{what}: the parent is going away", "mdo host lists what remains")
+    raise _refused(what, number)
+
+
+async def remove(
+    uuid: UUID, deadline: float, root: Path = ROOT, *, write: Writer = write_apart
+) -> None:
+    """Remove one mdev; returns when it is gone.
+
+    The kernel waits without end for whoever has the device open, so see
+    :func:`mdev_orchestrator.host.holders.holders` first.
+
+    :param deadline: Seconds.
+    :raise DeadlineError: It is still there; the kernel goes on and ends the removal when the device
+        is released.
+    :raise UnknownError: There is no such mdev.
+    :raise HostError: No permission.
+    :raise MdoError: The kernel refused for another reason.
+    """
+    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
+
+    def gone() -> bool:
+        return not os.path.exists(path)
+
+    if gone():
+        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
+    number = 0
+    try:
+        async with asyncio.timeout(deadline):
+            number = await write(os.path.join(path, "remove"), b"1")
+            # Somebody else's removal takes the file away first and the device later, and a late
+            # writer is told success, ENOENT or ENODEV: all three mean "on its way".
+            if number in (0, *_GONE):
+                await until(gone, root)
+                return
+    except TimeoutError:
+        raise DeadlineError(
+            f"mdev {uuid} was not removed within {deadline:g} s: somebody has it open",
+            "the kernel ends the removal by itself when the device is released",
+        ) from None
+    raise _refused(f"cannot remove mdev {uuid}", number)
+
+
+def taken(uuid: UUID, root: Path = ROOT) -> UuidError:
+    """The error that says under which parent a UUID exists already."""
+    mdev = read_mdev(uuid, root)
+    where = f" under parent {mdev.parent}" if mdev is not None and mdev.parent else ""
+    kind = f" as {mdev.type_id}" if mdev is not None and mdev.type_id else ""
+    return UuidError(f"mdev {uuid} exists already{where}{kind}", "choose another UUID")
+
+
+def _refused(what: str, number: int) -> MdoError:
+    reason = os.strerror(number)
+    if number in (errno.EACCES, errno.EPERM):
+        return HostError(f"{what}: {reason}", "run as root")
+    if number == errno.EROFS:
+        return HostError(f"{what}: {reason}", "/sys is mounted read-only: mount -o remount,rw /sys")
+    if number == errno.EBUSY:
+        return MdoError(f"{what}: {reason}", "somebody has it open or another type is in use")
+    if number == errno.EINVAL:
+        return MdoError(f"{what}: the driver does not accept it ({reason})", "see the kernel log")
+    return MdoError(f"{what}: {reason}", "the driver's own words are in the kernel log (dmesg)")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Writes to sysfs that may block for ever, from a process that can be left behind.
+
+``remove`` of an mdev that a guest holds blocks its writer in the kernel, uninterruptibly, until the
+guest lets go; a vendor's ``create`` may take as long as it likes. A thread would not do: a process
+does not end before its last thread does. So every such write is made by a child that shares
+nothing with us but the file it writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+Writer = Callable[[str, bytes], Awaitable[int]]
+"""Takes a path and the data, gives 0 or the kernel's errno."""
+
+_MAX_FD = 1 << 20
+
+
+async def write_apart(path: str, data: bytes) -> int:
+    """Write ``data`` to the existing file ``path`` with one ``write`` of a child process.
+
+    Cancelling leaves the child behind: it ends when the kernel lets it, with no descriptor of ours,
+    in a session of its own.
+
+    :return: 0, or the errno of the failed ``open`` or ``write``.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[int] = loop.create_future()
+    # fork and not exec: the child makes a handful of system calls and takes no lock, and starting
+    # an interpreter costs a hundred times as much inside an emulated machine.
+    pid = os.fork()
+    if pid == 0:
+        _child(path, data)
+    pidfd = os.pidfd_open(pid)
+
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if not outcome.done():
+            outcome.set_result(status)
+
+    loop.add_reader(pidfd, reap)
+    return await outcome
+
+
+def _child(path: str, data: bytes) -> None:
+    status = 255
+    try:
+        os.setsid()  # the terminal's ctrl-C is for the parent: it decides what to undo
+        os.closerange(0, _MAX_FD)
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, data)
+        status = 0
+    except OSError as error:
+        status = error.errno or 255
+    finally:
+        os._exit(status)
