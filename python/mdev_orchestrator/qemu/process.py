@@ -635,7 +635,7 @@ async def _until_ready(
 
 
 async def _ask(path: Path, who: str, deadline: float) -> None:
-    from mdev_orchestrator.qemu import monitor  # noqa: PLC0415  (its import costs 0.1 s)
+    from mdev_orchestrator.qemu import monitor
 
     async with monitor.connect(path, who, deadline=deadline) as qmp:
         await qmp.execute("query-status", dict[str, object], deadline=deadline)
@@ -679,7 +679,7 @@ async def stop(guest: Guest, *, deadline: float = STOP_SECONDS, force: bool = Fa
 
 async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> str:
     """Escalate until the process has ended; return what it took."""
-    from mdev_orchestrator.qemu import monitor  # noqa: PLC0415
+    from mdev_orchestrator.qemu import monitor
 
     loop = asyncio.get_running_loop()
     begun = loop.time()
@@ -722,7 +722,7 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
 
 async def _stop_damaged(guest: Guest, *, force: bool) -> Ended:
     """End what can only be reached by its monitor, then remove its directory."""
-    from mdev_orchestrator.qemu import monitor  # noqa: PLC0415
+    from mdev_orchestrator.qemu import monitor
 
     if not force:
         raise RequestError(

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Attach and detach: the choreography of one device and a running guest.
+
+The truth about what is plugged where is QEMU's object tree (QOM), not ``query-pci``, which is empty
+behind every port until the guest's firmware has numbered the buses:
+
+* ``/machine/peripheral`` and ``/machine/peripheral-anon`` list the devices, with and without id;
+* ``/machine/peripheral/PORT/PORT`` is the bus of a root port, its ``child[N]`` are the occupants;
+* a vfio device has a property ``sysfsdev``: the directory that it was opened by.
+
+**Plugged** means that QEMU has realised the device: it is open and on its bus, and the guest has
+been told by a hotplug interrupt. It says nothing about the guest.
+
+**Taken** (``wait_guest``) means that the guest has numbered the bus, given every memory BAR an
+address (an I/O BAR, if the device has no other), and switched their decoding on. That is what a
+driver's probe does first, it holds for any vendor and any guest, and it can be seen from outside;
+firmware does it too for a device that is there when it runs. A guest that finds a device and has no
+driver for it assigns addresses but leaves decoding off: that device is not taken. There is no event
+for it, so it is asked for a few times a second.
+
+**Detached** means ``DEVICE_DELETED``: QEMU has closed the device. ``device_del`` only asks the
+guest. One without an operating system never answers, and what was asked before it booted may be
+lost, so the question is repeated; it may also refuse (``DEVICE_UNPLUG_GUEST_ERROR``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from uuid import UUID
+
+import msgspec
+
+from mdev_orchestrator.errors import (
+    BusyError,
+    DeadlineError,
+    MdoError,
+    QemuError,
+    RequestError,
+    UnknownError,
+)
+from mdev_orchestrator.model import parse_uuid
+from mdev_orchestrator.qemu.command import GuestMdev
+from mdev_orchestrator.qemu.monitor import CommandError, Events, Monitor, connect
+from mdev_orchestrator.qemu.process import Guest, find_running, list_guests
+from mdev_orchestrator.qemu.remedies import remedy
+
+ATTACH_SECONDS = 30.0
+DETACH_SECONDS = 60.0
+QUERY_SECONDS = 5.0
+ASK_AGAIN_SECONDS = 10.0
+"""Longer than the five seconds in which a second press of a PCIe attention button takes the first
+one back; QEMU refuses to press it earlier anyway."""
+LOOK_SECONDS = 0.2
+
+PERIPHERAL = "/machine/peripheral"
+ANONYMOUS = "/machine/peripheral-anon"
+PORT_TYPE = "pcie-root-port"
+ROM_BAR = 6
+
+
+class _Property(msgspec.Struct, frozen=True):
+    """ObjectPropertyInfo of QMP."""
+
+    name: str
+    type: str
+
+
+class _Region(msgspec.Struct, frozen=True):
+    """PciMemoryRegion of QMP. ``address`` is -1 as long as it decodes nothing."""
+
+    bar: int
+    type: str
+    size: int
+    address: int
+
+
+class _BridgeBus(msgspec.Struct, frozen=True):
+    number: int
+
+
+class _Bridge(msgspec.Struct, frozen=True):
+    bus: _BridgeBus
+    devices: list[_PciDevice] = []
+
+
+class _PciDevice(msgspec.Struct, frozen=True):
+    """PciDeviceInfo of QMP, what is needed of it."""
+
+    qdev_id: str
+    regions: list[_Region]
+    pci_bridge: _Bridge | None = None
+
+
+class _PciBus(msgspec.Struct, frozen=True):
+    devices: list[_PciDevice]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What to plug: a QEMU device model, its properties, and whether it needs a root port."""
+
+    id: str
+    driver: str
+    properties: Mapping[str, object] = field(default_factory=dict)
+    needs_port: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A PCIe root port.
+
+    :ivar occupant: Kind of the device in it, ``None`` if it is free.
+    """
+
+    id: str
+    occupant: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """An mdev that a guest has, as QEMU tells.
+
+    :ivar device_id: Its id in QEMU; ``None`` for a device that was given none.
+    :ivar port: The bus it sits on.
+    """
+
+    uuid: UUID
+    driver: str
+    path: str
+    device_id: str | None
+    port: str | None
+
+
+# ---------------------------------------------------------------- what is there
+
+
+async def _children(qmp: Monitor, path: str) -> dict[str, str]:
+    """Names and types of the devices below ``path``."""
+    found = await qmp.execute("qom-list", list[_Property], {"path": path})
+    return {
+        entry.name: entry.type[len("child<") : -1]
+        for entry in found
+        if entry.type.startswith("child<")
+    }
+
+
+async def _property(qmp: Monitor, path: str, name: str) -> str | None:
+    """A string property; ``None`` if object or property is not there (any more)."""
+    try:
+        return await qmp.execute("qom-get", str, {"path": path, "property": name})
+    except CommandError:
+        return None
+
+
+async def ports(qmp: Monitor) -> tuple[Port, ...]:
+    """Return the root ports that have an id, in their order, and what is in them."""
+    found = []
+    for name, kind in sorted((await _children(qmp, PERIPHERAL)).items(), key=_natural):
+        if kind != PORT_TYPE:
+            continue
+        bus = await qmp.execute(
+            "qom-list", list[_Property], {"path": f"{PERIPHERAL}/{name}/{name}"}
+        )
+        inside = (entry.type for entry in bus if entry.name.startswith("child["))
+        occupant = next(inside, None)
+        found.append(Port(name, occupant and occupant.removeprefix("link<").removesuffix(">")))
+    return tuple(found)
+
+
+def _natural(item: tuple[str, str]) -> tuple[int, str]:
+    return len(item[0]), item[0]
+
+
+async def mdevs(qmp: Monitor) -> tuple[Plugged, ...]:
+    """Return the mdevs that a guest has now, in no particular order."""
+    found = []
+    for directory in (PERIPHERAL, ANONYMOUS):
+        for name, kind in (await _children(qmp, directory)).items():
+            if not kind.startswith("vfio-"):
+                continue
+            path = await _property(qmp, f"{directory}/{name}", "sysfsdev")
+            try:
+                uuid = parse_uuid(PurePosixPath(path or "").name)
+            except RequestError:
+                continue  # a whole device of the host, no mdev
+            bus = await _property(qmp, f"{directory}/{name}", "parent_bus")
+            found.append(
+                Plugged(
+                    uuid=uuid,
+                    driver=kind,
+                    path=path or "",
+                    device_id=name if directory == PERIPHERAL else None,
+                    port=PurePosixPath(bus).name if bus else None,
+                )
+            )
+    return tuple(found)
+
+
+async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Plugged, ...]:
+    """Like :func:`mdevs`, by a connection of its own to the monitor for questions.
+
+    :raise QemuError: QEMU cannot be reached or answers nonsense.
+    :raise DeadlineError: It does not answer in time.
+    """
+    try:
+        async with (
+            asyncio.timeout(deadline),
+            connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
+        ):
+            return await mdevs(qmp)
+    except TimeoutError:
+        raise DeadlineError(
+            f"{guest.who}: QEMU did not tell its devices within {deadline:g} s"
+        ) from None
+
+
+async def holder_of(uuid: UUID, *, root: Path | None = None) -> Guest | None:
+    """Return the running guest that has an mdev.
+
+    A guest whose QEMU does not answer is judged by what it was started with.
+    """
+    for guest in list_guests(root):
+        if not guest.alive or guest.record is None:
+            continue
+        try:
+            held = {plugged.uuid for plugged in await mdevs_of(guest)}
+        except MdoError:
+            held = set(guest.record.mdevs)
+        if uuid in held:
+            return guest
+    return None
+
+
+# ---------------------------------------------------------------- attach
+
+
+def device_for(mdev: GuestMdev) -> Device:
+    """The device that opens an mdev."""
+    return Device(
+        id=mdev.device_id,
+        driver=mdev.device_api,
+        properties={"sysfsdev": str(mdev.path)},
+        needs_port=mdev.device_api == "vfio-pci",
+    )
+
+
+async def attach(
+    guest: str,
+    mdev: GuestMdev,
+    *,
+    deadline: float = ATTACH_SECONDS,
+    wait_guest: bool = False,
+    root: Path | None = None,
+) -> str | None:
+    """Plug an mdev into the running guest of that name; see :func:`plug`."""
+    return await plug(
+        find_running(guest, root), device_for(mdev), deadline=deadline, wait_guest=wait_guest
+    )
+
+
+async def plug(
+    guest: Guest, device: Device, *, deadline: float = ATTACH_SECONDS, wait_guest: bool = False
+) -> str | None:
+    """Plug a device in and return the id of the port it sits in, if it is a PCI device.
+
+    :param deadline: Seconds for everything, waiting for the guest included.
+    :param wait_guest: Return only when the guest has *taken* it.
+    :raise RequestError: No port is free, or the guest has such a device already.
+    :raise CommandError: QEMU refused it; with its own words and what to do.
+    :raise QemuError: QEMU cannot be reached, or the device is not there although QEMU took it.
+    :raise DeadlineError: Not plugged in time, or not taken in time: then it stays plugged, and
+        the message says so.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
+    async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+        if device.id in await _children(qmp, PERIPHERAL):
+            raise RequestError(f"{guest.who} has {device.id} already")
+        arguments: dict[str, object] = {
+            "driver": device.driver,
+            "id": device.id,
+            **device.properties,
+        }
+        port = None
+        if device.needs_port:
+            port = await _free_port(qmp, guest)
+            arguments |= {"bus": port, "addr": "0"}  # only slot 0 of a PCIe link leads anywhere
+        await _add(qmp, device, arguments, max(end - loop.time(), 0.1))
+        if device.id not in await _children(qmp, PERIPHERAL):
+            raise QemuError(f"{guest.who}: QEMU took {device.id}, but does not list it")
+        if wait_guest:
+            await _until_taken(qmp, device, end, deadline)
+    return port
+
+
+async def _free_port(qmp: Monitor, guest: Guest) -> str:
+    known = await ports(qmp)
+    free = next((port.id for port in known if port.occupant is None), None)
+    if free is None:
+        state = f"all {len(known)} root ports are taken" if known else "it has no root port"
+        raise RequestError(
+            f"{guest.who} has no room for another device: {state}",
+            "detach one, or start it with more --hotplug-ports",
+        )
+    return free
+
+
+async def _add(
+    qmp: Monitor, device: Device, arguments: Mapping[str, object], deadline: float
+) -> None:
+    """``device_add``. What has begun is seen to its end even when the caller is cancelled."""
+    adding = asyncio.ensure_future(qmp.execute("device_add", object, arguments, deadline=deadline))
+    try:
+        await asyncio.shield(adding)
+    except asyncio.CancelledError as error:
+        await asyncio.wait((adding,))
+        if not adding.exception():
+            error.add_note(f"{qmp.who} has {device.id} by now; mdo detach takes it back")
+        raise
+    except CommandError as error:
+        if error.description.startswith("Duplicate device ID"):
+            raise RequestError(f"{qmp.who} has {device.id} already") from error
+        error.hint = remedy(error.description)
+        raise
+
+
+async def _until_taken(qmp: Monitor, device: Device, end: float, deadline: float) -> None:
+    """Return when the guest has taken the device."""
+    loop = asyncio.get_running_loop()
+    with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device.id) as events:
+        while True:
+            buses = await qmp.execute("query-pci", list[_PciBus])
+            found = next((one for one in _functions(buses) if one.qdev_id == device.id), None)
+            if found and taken(found.regions):
+                return
+            left = end - loop.time()
+            if left <= 0:
+                raise DeadlineError(
+                    f"{qmp.who} has not taken {device.id} within {deadline:g} s; it stays plugged",
+                    "the guest may still boot or lack a driver; see mdo guest console, or detach",
+                )
+            if await events.next(min(LOOK_SECONDS, left)):
+                raise QemuError(f"{qmp.who}: {device.id} was unplugged while waiting for the guest")
+
+
+def _functions(buses: Sequence[_PciBus]) -> Iterator[_PciDevice]:
+    """All functions of a ``query-pci`` answer; those behind bridges too."""
+    pending = [device for bus in buses for device in bus.devices]
+    while pending:
+        device = pending.pop()
+        yield device
+        if device.pci_bridge:
+            pending += device.pci_bridge.devices
+
+
+def taken(regions: Sequence[_Region]) -> bool:
+    """Whether every BAR that matters has an address and decodes it."""
+    bars = [region for region in regions if region.bar != ROM_BAR]
+    memory = [region for region in bars if region.type == "memory"]
+    return all(region.address != -1 for region in memory or bars)
+
+
+# ---------------------------------------------------------------- detach
+
+
+async def detach(
+    guest: str, uuid: UUID, deadline: float = DETACH_SECONDS, *, root: Path | None = None
+) -> None:
+    """Take an mdev out of the running guest of that name; see :func:`unplug`.
+
+    :raise UnknownError: There is no such guest, or it has no such mdev.
+    """
+    found = find_running(guest, root)
+    async with connect(found.qmp_socket, found.who, deadline=min(deadline, 10)) as qmp:
+        held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
+        if uuid not in held:
+            has = ", ".join(sorted(map(str, held))) or "none"
+            raise UnknownError(f"{found.who} has no mdev {uuid}", f"it has: {has}")
+        device = held[uuid].device_id
+        if device is None:
+            raise RequestError(
+                f"{found.who}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
+                "stop the guest",
+            )
+        await _unplug(qmp, device, deadline)
+
+
+async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS) -> None:
+    """Take a device out of a guest and return when QEMU has closed it.
+
+    :raise UnknownError: The guest has no such device.
+    :raise BusyError: The guest refused.
+    :raise DeadlineError: It did not let go in time; the device is still there.
+    :raise QemuError: QEMU cannot be reached, refused, or ended meanwhile.
+    """
+    async with connect(guest.qmp_socket, guest.who, deadline=min(deadline, 10)) as qmp:
+        if device_id not in await _children(qmp, PERIPHERAL):
+            raise UnknownError(f"{guest.who} has no device {device_id}")
+        await _unplug(qmp, device_id, deadline)
+
+
+async def _unplug(qmp: Monitor, device_id: str, deadline: float) -> None:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
+    names = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
+    with qmp.events(names, lambda data: data.get("device") == device_id) as events:
+        while await _ask_to_let_go(qmp, device_id):
+            left = end - loop.time()
+            if await _gone(qmp, device_id, events, max(min(left, ASK_AGAIN_SECONDS), 0)):
+                return
+            if left <= ASK_AGAIN_SECONDS:
+                break
+        if device_id not in await _children(qmp, PERIPHERAL):
+            return
+    raise DeadlineError(
+        f"{qmp.who} did not let go of {device_id} within {deadline:g} s; it still has the device",
+        "a guest answers only when it has booted; try again, or stop the guest",
+    )
+
+
+async def _ask_to_let_go(qmp: Monitor, device_id: str) -> bool:
+    """``device_del``; whether there is anything to wait for."""
+    try:
+        await qmp.execute("device_del", object, {"id": device_id})
+    except CommandError as error:
+        if error.error_class == "DeviceNotFound":
+            return False  # it went between two questions
+        if "in the process of unplug" not in error.description:
+            raise
+    return True
+
+
+async def _gone(qmp: Monitor, device_id: str, events: Events, seconds: float) -> bool:
+    """Wait for what the guest does about it."""
+    event = await events.next(seconds)
+    if event is None:
+        return False
+    if event.event == "DEVICE_UNPLUG_GUEST_ERROR":
+        raise BusyError(
+            f"{qmp.who} refuses to let go of {device_id}",
+            "stop using it in the guest and try again",
+        )
+    return True
