@@ -16,7 +16,6 @@ sentence in the object's ``damage``.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import stat
@@ -31,7 +30,6 @@ from mdev_orchestrator.errors import (
     UnknownError,
     UuidError,
 )
-from mdev_orchestrator.host.events import until
 from mdev_orchestrator.host.writer import Writer, write_apart
 from mdev_orchestrator.model import Host, Mdev, MdevType, Parent, natural_key, parse_uuid
 
@@ -420,6 +418,10 @@ async def remove(
     :raise HostError: No permission.
     :raise MdoError: The kernel refused for another reason.
     """
+    import asyncio  # here, because who only reads the host does without it
+
+    from mdev_orchestrator.host.events import until
+
     path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
 
     def gone() -> bool:

@@ -9,7 +9,6 @@ nothing with us but the file it writes.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
@@ -27,6 +26,8 @@ async def write_apart(path: str, data: bytes) -> int:
 
     :return: 0, or the errno of the failed ``open`` or ``write``.
     """
+    import asyncio  # here, because who only reads the host does without it
+
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[int] = loop.create_future()
     # fork and not exec: the child makes a handful of system calls and takes no lock, and starting

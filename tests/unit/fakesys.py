@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A machine of files: the parts of ``/sys``, ``/dev`` and ``/proc`` that the project looks at.
+
+It has the real kernel's layout, links included. :meth:`FakeSystem.write` stands in for the writer
+and does what the mdev core does on ``create`` and ``remove``; everything else is plain files, for a
+test to spoil as it likes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+API = "vfio-pci"
+
+
+@dataclass
+class FakeSystem:
+    root: Path
+    groups: int = 0
+    refuse: dict[str, int] = field(default_factory=dict)
+    """UUID or ``UUID/remove`` to the errno that a write for it fails with."""
+    block: dict[str, asyncio.Event] = field(default_factory=dict)
+    """The same to an event that the write waits for."""
+    writes: list[tuple[str, str]] = field(default_factory=list)
+    capacity: Callable[[FakeSystem], None] | None = None
+    """Called after every creation and removal, to set ``available_instances``."""
+
+    @property
+    def bus(self) -> Path:
+        return self.root / "sys/bus/mdev/devices"
+
+    @property
+    def parents(self) -> Path:
+        return self.root / "sys/class/mdev_bus"
+
+    def load_mdev(self) -> FakeSystem:
+        self.bus.mkdir(parents=True, exist_ok=True)
+        self.parents.mkdir(parents=True, exist_ok=True)
+        (self.root / "dev/vfio").mkdir(parents=True, exist_ok=True)
+        (self.root / "proc").mkdir(exist_ok=True)
+        return self
+
+    def parent(self, name: str, bus: str = "virtual/fake") -> Path:
+        self.load_mdev()
+        path = self.root / "sys/devices" / bus / name
+        (path / "mdev_supported_types").mkdir(parents=True)
+        link(self.parents / name, path)
+        return path
+
+    def type(self, parent: str, id_: str, available: object = 4, **files: str | bytes) -> Path:
+        path = self.types(parent) / id_
+        (path / "devices").mkdir(parents=True)
+        (path / "create").write_text("")
+        (path / "create").chmod(0o200)
+        values: dict[str, str | bytes] = {
+            "available_instances": f"{available}\n",
+            "device_api": f"{API}\n",
+            "name": f"Name of {id_}\n",
+            **files,
+        }
+        for name, value in values.items():
+            put(path / name, value)
+        return path
+
+    def types(self, parent: str) -> Path:
+        return (self.parents / parent).resolve() / "mdev_supported_types"
+
+    def mdev(self, parent: str, type_id: str, uuid: str) -> Path:
+        path = (self.parents / parent).resolve() / uuid
+        path.mkdir()
+        (path / "remove").write_text("")
+        link(path / "mdev_type", self.types(parent) / type_id)
+        self.groups += 1
+        group = self.root / "sys/kernel/iommu_groups" / str(self.groups)
+        group.mkdir(parents=True)
+        link(path / "iommu_group", group)
+        (self.root / "dev/vfio" / str(self.groups)).write_text("")
+        link(self.types(parent) / type_id / "devices" / uuid, path)
+        link(self.bus / uuid, path)
+        return path
+
+    def process(self, pid: int, comm: str, command: list[str], opens: list[str]) -> Path:
+        path = self.root / "proc" / str(pid)
+        (path / "fd").mkdir(parents=True)
+        (path / "comm").write_text(comm + "\n")
+        (path / "cmdline").write_text("".join(f"{word}\0" for word in command))
+        for number, target in enumerate(opens):
+            (path / "fd" / str(number)).symlink_to(target)
+        return path
+
+    def uuids(self) -> set[str]:
+        return set(os.listdir(self.bus)) if self.bus.exists() else set()
+
+    async def write(self, path: str, data: bytes) -> int:
+        """What the kernel does; see :data:`mdev_orchestrator.host.writer.Writer`."""
+        file = Path(path)
+        create = file.name == "create"
+        uuid = data.decode() if create else file.parent.name
+        key = uuid if create else f"{uuid}/{file.name}"
+        self.writes.append((file.name, uuid))
+        if key in self.block:
+            await self.block[key].wait()
+        await asyncio.sleep(0)
+        if key in self.refuse:
+            return self.refuse[key]
+        if not file.exists():
+            return errno.ENOENT
+        if create:
+            return self._create(file.parent, uuid)
+        if file.name == "remove":
+            return self._remove(uuid)
+        file.write_bytes(data)
+        return 0
+
+    def _create(self, type_: Path, uuid: str) -> int:
+        if uuid in self.uuids():
+            return errno.EEXIST
+        if int((type_ / "available_instances").read_text()) < 1:
+            return errno.EUSERS
+        self.mdev(type_.parent.parent.name, type_.name, uuid)
+        self._count(type_, -1)
+        return 0
+
+    def _remove(self, uuid: str) -> int:
+        path = (self.bus / uuid).resolve()
+        type_ = (path / "mdev_type").resolve()
+        (self.bus / uuid).unlink()
+        (type_ / "devices" / uuid).unlink()
+        shutil.rmtree(path)
+        self._count(type_, +1)
+        return 0
+
+    def _count(self, type_: Path, change: int) -> None:
+        if self.capacity is not None:
+            self.capacity(self)
+            return
+        file = type_ / "available_instances"
+        file.write_text(f"{int(file.read_text()) + change}\n")
+
+
+def link(path: Path, target: Path) -> None:
+    """A relative link, as sysfs has them."""
+    path.symlink_to(os.path.relpath(target, path.parent))
+
+
+def put(path: Path, value: str | bytes) -> None:
+    path.write_bytes(value.encode() if isinstance(value, str) else value)
