@@ -39,7 +39,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 from uuid import UUID
 
 from mdev_orchestrator.errors import RequestError
@@ -130,6 +130,28 @@ def device_id(uuid: UUID) -> str:
 def port_id(number: int) -> str:
     """The id of a root port, and of the bus behind it."""
     return f"port{number}"
+
+
+def parse_size(text: str) -> int:
+    """Read an amount of memory, ``512M`` or ``2G``; without a letter it is bytes.
+
+    :raise RequestError: It is something else.
+    """
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.strip().upper())
+    if not match:
+        raise RequestError(f"{text!r} is no amount of memory", "write it like 512M or 2G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
+
+
+def parse_accel(text: str) -> Accel:
+    """Read the name of an accelerator.
+
+    :raise RequestError: It is none.
+    """
+    for name in get_args(Accel):
+        if text == name:
+            return cast(Accel, name)
+    raise RequestError(f"{text!r} is no accelerator", f"use {', '.join(get_args(Accel))}")
 
 
 def escape(value: object) -> str:

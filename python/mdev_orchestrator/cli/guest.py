@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo guest``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdev_orchestrator.cli import output
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+    from mdev_orchestrator.qemu.process import Guest
+    from mdev_orchestrator.qemu.status import Report
+
+app = typer.Typer(add_completion=False, help="List, start and stop guests, and open their console.")
+
+NONE = "-"
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the guest.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+@app.command("list")
+def list_(*, json: JsonOption = False) -> None:
+    """Show all guests, with what they hold."""
+    from mdev_orchestrator.qemu.process import list_guests
+    from mdev_orchestrator.qemu.status import look_all
+
+    reports = output.run(look_all(list_guests()))
+    if json:
+        output.emit_json({"guests": [guest_shape(report) for report in reports]})
+        return
+    output.emit_table("Guests", HEADERS, [_row(report) for report in reports])
+    for report in reports:
+        if report.damage:
+            output.say(f"{report.guest.who}: {report.damage}")
+
+
+@app.command()
+def start(
+    name: NameArgument,
+    *,
+    kernel: Annotated[Path | None, typer.Option(help="Linux image to boot.")] = None,
+    initrd: Annotated[Path | None, typer.Option(help="Its initial file system.")] = None,
+    append: Annotated[
+        str | None, typer.Option(help="Kernel parameters; console=ttyS0 if not given.")
+    ] = None,
+    disk: Annotated[Path | None, typer.Option(help="Image of its first disk.")] = None,
+    disk_format: Annotated[str, typer.Option(help="Format of the image: raw, qcow2…")] = "raw",
+    memory: Annotated[str, typer.Option(help="Such as 512M or 2G.")] = "512M",
+    cpus: Annotated[int, typer.Option(help="Number of CPUs.")] = 1,
+    mdev: Annotated[
+        list[str] | None, typer.Option(metavar="UUID", help="A device it gets; may be repeated.")
+    ] = None,
+    hotplug_ports: Annotated[int, typer.Option(help="Root ports kept free for attach.")] = 4,
+    hotplug_window: Annotated[
+        str, typer.Option(help="Memory window of each port, a power of two.")
+    ] = "256M",
+    uuid: Annotated[str | None, typer.Option(help="The guest's UUID; random if not given.")] = None,
+    qemu: Annotated[
+        str, typer.Option(envvar="MDO_QEMU", help="QEMU's program.")
+    ] = "qemu-system-x86_64",
+    firmware: Annotated[
+        Path | None, typer.Option(envvar="MDO_QEMU_FIRMWARE", help="Its firmware directory (-L).")
+    ] = None,
+    machine: Annotated[str, typer.Option(help="QEMU's machine type.")] = "q35",
+    accel: Annotated[
+        str, typer.Option(envvar="MDO_ACCEL", help="kvm, tcg, or auto: KVM where QEMU can.")
+    ] = "auto",
+    arg: Annotated[
+        list[str] | None, typer.Option(help="One more argument for QEMU; may be repeated.")
+    ] = None,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until QEMU answers.")] = 60.0,
+    json: JsonOption = False,
+) -> None:
+    """Start a guest; it goes on running when this command ends."""
+    from uuid import uuid4
+
+    from mdev_orchestrator.model import parse_uuid
+    from mdev_orchestrator.qemu.command import GuestSpec, parse_accel, parse_size
+    from mdev_orchestrator.qemu.process import qemu_words
+
+    spec = GuestSpec(
+        name=name,
+        uuid=parse_uuid(uuid) if uuid else uuid4(),
+        memory=parse_size(memory),
+        cpus=cpus,
+        kernel=kernel,
+        initrd=initrd,
+        append=append if append is not None else "console=ttyS0" if kernel else "",
+        disk=disk,
+        disk_format=disk_format,
+        hotplug_ports=hotplug_ports,
+        hotplug_window=parse_size(hotplug_window),
+        accel=parse_accel(accel),
+        machine=machine,
+        qemu=qemu,
+        firmware=firmware,
+        extra=tuple(arg or ()),
+    )
+    report = output.run(_start(spec, mdev or [], deadline))
+    if words := qemu_words(report.guest.qemu_log):
+        output.say(f"{report.guest.who}: QEMU says: {words}")
+    if json:
+        output.emit_json(guest_shape(report))
+    else:
+        record = report.guest.record
+        output.emit(f"{name} runs as process {record.pid if record else NONE}")
+
+
+async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
+    from dataclasses import replace
+
+    from mdev_orchestrator.qemu.process import start as start_guest
+    from mdev_orchestrator.qemu.status import look
+
+    mdevs = [await usable_mdev(uuid, deadline) for uuid in uuids]
+    guest = await start_guest(replace(spec, mdevs=tuple(mdevs)), deadline=deadline)
+    return await look(guest)
+
+
+async def usable_mdev(text: str, deadline: float) -> GuestMdev:
+    """Find an mdev of the host that a guest can have now.
+
+    :raise UuidError: ``text`` is no UUID.
+    :raise UnknownError: There is no such mdev.
+    :raise BusyError: Somebody has it.
+    :raise DeadlineError: It cannot be opened; says why.
+    """
+    from mdev_orchestrator.errors import BusyError, UnknownError
+    from mdev_orchestrator.host.holders import holders
+    from mdev_orchestrator.host.readiness import wait_ready
+    from mdev_orchestrator.host.sysfs import read_mdev
+    from mdev_orchestrator.model import parse_uuid
+    from mdev_orchestrator.qemu.command import GuestMdev
+
+    root = output.host_root()
+    uuid = parse_uuid(text)
+    mdev = read_mdev(uuid, root)
+    if mdev is None:
+        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them; mdo create makes one")
+    if found := holders((mdev,), root).of(uuid):
+        names = ", ".join(map(str, found))
+        raise BusyError(f"mdev {uuid} is held by {names}", "detach it there, or take another")
+    await wait_ready(uuid, min(deadline, 10), root)
+    return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
+
+
+@app.command()
+def stop(
+    name: NameArgument,
+    *,
+    deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds for the guest to power down.")
+    ] = 60.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Then end it without asking; --deadline 0: at once.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Power a guest down and remove its files. One that has ended is only tidied up."""
+    from mdev_orchestrator.qemu.process import find
+    from mdev_orchestrator.qemu.process import stop as stop_guest
+
+    ended = output.run(stop_guest(find(name), deadline=deadline, force=force))
+    if json:
+        output.emit_json({"name": ended.name, "how": ended.how})
+    else:
+        output.emit(f"{name} {HOW[ended.how]}")
+
+
+HOW = {
+    "powerdown": "powered down",
+    "quit": "was ended by QEMU's quit",
+    "terminated": "was ended by SIGTERM",
+    "killed": "was ended by SIGKILL",
+    "gone": "had ended already; its files are removed",
+}
+
+
+@app.command()
+def console(
+    name: NameArgument,
+    *,
+    log: Annotated[
+        bool, typer.Option("--log", help="Print what the guest has printed so far, and end.")
+    ] = False,
+) -> None:
+    """Connect the terminal to the guest's first serial port; ctrl-] ends it."""
+    from mdev_orchestrator.cli.console import interact, print_log
+    from mdev_orchestrator.qemu.process import find, find_running
+    from mdev_orchestrator.qemu.status import check_console_free
+
+    if log:
+        print_log(find(name))
+        return
+    guest = find_running(name)
+    output.run(check_console_free(guest))
+    interact(guest)
+
+
+HEADERS = ("name", "state", "qemu", "pid", "memory", "cpus", "mdevs")
+
+
+def _row(report: Report) -> tuple[str, ...]:
+    record = report.guest.record
+    held = NONE if report.mdevs is None else str(len(report.mdevs))
+    if report.mdevs:
+        held = ", ".join(sorted(str(plugged.uuid) for plugged in report.mdevs))
+    return (
+        report.guest.name,
+        str(report.guest.state),
+        report.status or NONE,
+        str(record.pid) if record and report.guest.alive else NONE,
+        f"{record.memory >> 20}M" if record else NONE,
+        str(record.cpus) if record else NONE,
+        held,
+    )
+
+
+def guest_shape(report: Report) -> dict[str, Any]:
+    """The documented JSON shape of a guest."""
+    from mdev_orchestrator.qemu.process import created
+
+    guest, record = report.guest, report.guest.record
+    return {
+        "name": guest.name,
+        "state": str(guest.state),
+        "status": report.status,
+        "uuid": record and str(record.uuid),
+        "pid": _pid(guest),
+        "memory": record and record.memory,
+        "cpus": record and record.cpus,
+        "created": record and created(record).isoformat(timespec="seconds"),
+        "mdevs": None
+        if report.mdevs is None
+        else [
+            {
+                "uuid": str(plugged.uuid),
+                "device": plugged.device_id,
+                "driver": plugged.driver,
+                "port": plugged.port,
+            }
+            for plugged in report.mdevs
+        ],
+        "directory": str(guest.directory),
+        "damage": report.damage,
+    }
+
+
+def _pid(guest: Guest) -> int | None:
+    return guest.record.pid if guest.record and guest.alive else None
