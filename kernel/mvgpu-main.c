@@ -7,7 +7,9 @@
  * is a PCI function that a guest can use. ABI.rst describes all of it.
  */
 
+#include <linux/log2.h>
 #include <linux/module.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/wait.h>
 
@@ -22,6 +24,15 @@ MODULE_PARM_DESC(grid_parents, "number of grid parents, 0 to 64 (default 1)");
 static unsigned int igd_parents = 1;
 module_param(igd_parents, uint, 0444);
 MODULE_PARM_DESC(igd_parents, "number of igd parents, 0 to 64 (default 1)");
+
+/*
+ * The default fits into the 2 MiB that firmware reserves behind an empty root
+ * port: a hotplugged function must not need a larger window than there is.
+ */
+unsigned int mvgpu_aperture_mib = MVGPU_APERTURE_DEFAULT / SZ_1M;
+module_param_named(aperture_mib, mvgpu_aperture_mib, uint, 0444);
+MODULE_PARM_DESC(aperture_mib,
+		 "MiB of framebuffer in BAR 2, a power of two up to 256 (default 2)");
 
 struct workqueue_struct *mvgpu_wq;
 
@@ -202,6 +213,13 @@ static int __init mvgpu_init(void)
 	    igd_parents > MVGPU_MAX_PARENTS) {
 		pr_err(MVGPU_NAME ": at most %d parents of a kind\n",
 		       MVGPU_MAX_PARENTS);
+		return -EINVAL;
+	}
+
+	if (!is_power_of_2(mvgpu_aperture_mib) ||
+	    mvgpu_aperture_mib > MVGPU_APERTURE_MAX / SZ_1M) {
+		pr_err(MVGPU_NAME ": aperture_mib is a power of two up to %d\n",
+		       MVGPU_APERTURE_MAX / SZ_1M);
 		return -EINVAL;
 	}
 

@@ -145,6 +145,7 @@ static inline struct mvgpu_type *mvgpu_from_mtype(struct mdev_type *mtype)
 
 /* mvgpu-main.c */
 extern struct workqueue_struct *mvgpu_wq;
+extern unsigned int mvgpu_aperture_mib;
 
 /* mvgpu-types.c */
 unsigned int mvgpu_type_available(struct mdev_type *mtype);

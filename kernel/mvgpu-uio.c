@@ -71,6 +71,13 @@ static int mvgpu_uio_probe(struct pci_dev *pdev,
 		return -ENODEV;
 	}
 
+	/* The bridge above a hotplugged function can be too small for it. */
+	if (!pci_resource_len(pdev, MVGPU_BAR_FB) ||
+	    pci_resource_flags(pdev, MVGPU_BAR_FB) & IORESOURCE_UNSET) {
+		pci_err(pdev, "the framebuffer BAR has no address\n");
+		return -ENOSPC;
+	}
+
 	pci_set_master(pdev);
 	iowrite32(0, mu->regs + MVGPU_REG_IRQ_ENABLE);
 	ret = pci_alloc_irq_vectors(pdev, 1, 1,

@@ -8,6 +8,7 @@
 
 #include <linux/mm.h>
 #include <linux/pci.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -46,7 +47,8 @@ static int mvgpu_vfio_init(struct vfio_device *vdev)
 
 	mv->mdev = mdev;
 	mv->type = type;
-	mv->aperture = min_t(u64, type->desc->framebuffer, MVGPU_BAR_FB_MAX);
+	mv->aperture = min_t(u64, type->desc->framebuffer,
+			     (u64)mvgpu_aperture_mib * SZ_1M);
 	mvgpu_uuid_regs(mv, &mdev->uuid);
 
 	ret = mvgpu_pci_init(mv);

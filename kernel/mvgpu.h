@@ -20,7 +20,8 @@
 #define MVGPU_BAR_REGS			0	/* 32 bit, trapped */
 #define MVGPU_BAR_FB			2	/* 64 bit, prefetchable, mappable */
 #define MVGPU_BAR_REGS_SIZE		0x1000
-#define MVGPU_BAR_FB_MAX		0x4000000	/* largest aperture, bytes */
+#define MVGPU_APERTURE_DEFAULT		0x200000	/* of BAR 2, bytes */
+#define MVGPU_APERTURE_MAX		0x10000000
 
 /* Capabilities in configuration space */
 #define MVGPU_PCI_CAP_PM		0x40
