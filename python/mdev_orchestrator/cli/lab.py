@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.lab.demo import Row
 
 app = typer.Typer(no_args_is_help=True, help="The nested machine that runs everything for real.")
 
@@ -21,6 +27,22 @@ Options = Annotated[
 
 def _progress(line: str) -> None:
     sys.stderr.write(f"lab: {line}\n")
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as ctrl-C does, so that what it made is undone."""
+    import signal
+
+    def unwind(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    old = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 @app.command()
@@ -62,9 +84,12 @@ def run(
     """Run one command in a lab of its own, which ends with it."""
     from mdev_orchestrator.lab import machine
 
-    with machine.running(
-        name, series=series, memory=memory, module_options=mvgpu, progress=_progress
-    ) as lab:
+    with (
+        _signals_unwind(),
+        machine.running(
+            name, series=series, memory=memory, module_options=mvgpu, progress=_progress
+        ) as lab,
+    ):
         status = machine.execute(lab, command)
     raise typer.Exit(status)
 
@@ -84,19 +109,21 @@ def status(json: Json = False) -> None:
     """List the labs that are up."""
     from dataclasses import asdict
 
+    from mdev_orchestrator.cli import output
     from mdev_orchestrator.lab import machine
 
     labs = machine.labs()
     if json:
-        from json import dumps
-
-        rows = [asdict(lab) | {"directory": str(lab.directory)} for lab in labs]
-        sys.stdout.write(dumps({"labs": rows}) + "\n")
+        rows = [asdict(lab) | {"directory": lab.directory} for lab in labs]
+        output.emit_json({"labs": rows})
         return
-    for lab in labs:
-        sys.stdout.write(f"{lab.name}  {lab.release}  {lab.accel}  pid {lab.pid}\n")
+    output.emit_table(
+        "Labs",
+        ("name", "kernel", "accel", "pid", "directory"),
+        [(lab.name, lab.release, lab.accel, str(lab.pid), str(lab.directory)) for lab in labs],
+    )
     if not labs:
-        sys.stdout.write("no lab is up\n")
+        output.say("no lab is up")
 
 
 @app.command()
@@ -110,3 +137,54 @@ def down(
     for lab in machine.labs():
         if every or lab.name == name:
             machine.down(lab)
+
+
+@app.command()
+def demo(
+    series: Series = "6.12",
+    json: Json = False,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also write the closing table as a picture.")
+    ] = None,
+) -> None:
+    """Run the main job from end to end in a lab of its own, and say what came of it."""
+    from mdev_orchestrator.cli import output
+    from mdev_orchestrator.lab.demo import demo as run_demo
+
+    def ended(row: Row) -> None:
+        mark = "ok" if row.ok else "FAILED"
+        sys.stderr.write(f"{mark:>6}  {row.seconds:6.1f} s  {row.step}: {row.result}\n")
+
+    def doing(line: str) -> None:
+        sys.stderr.write(f"   ...            {line}\n")
+
+    with _signals_unwind():
+        rows, status = run_demo(series, row=ended, doing=doing)
+    if json:
+        output.emit_json({"kernel": series, "ok": status == 0, "steps": rows})
+    else:
+        output.emit_table("What was done", HEADERS, [_cells(row) for row in rows])
+    if svg:
+        _draw(rows, svg)
+    raise typer.Exit(status)
+
+
+HEADERS = ("step", "result", "seconds", "")
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    return row.step, row.result, f"{row.seconds:.1f}", "ok" if row.ok else "FAILED"
+
+
+def _draw(rows: list[Row], target: Path) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEADERS)
+    for row in rows:
+        table.add_row(*_cells(row))
+    console = Console(record=True, width=120, file=StringIO())
+    console.print(table)
+    console.save_svg(str(target), title="make demo")

@@ -13,7 +13,7 @@ wire.py        what client and agent say to each other
 agent.py       runs inside L1 as its first process
 client.py      runs a command inside L1 from the host
 machine.py     L1: up, find, down
-guest.py       the L2 guest: its files, and talking to it
+l2.py          the L2 guest: its files, and talking to it
 demo.py        the main job from end to end
 ============== ==========================================================
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from mdev_orchestrator.errors import BusyError, DeadlineError, MdoError
 from mdev_orchestrator.lab import wire
 
+Output = Callable[[bytes], None]
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
@@ -143,11 +145,13 @@ def run(
     env: dict[str, str],
     terminal: bool = False,
     ready_seconds: float = 10.0,
+    output: Output | None = None,
 ) -> int:
     """Run a command in a lab with this process's standard streams.
 
     :param directory: The lab's directory.
     :param terminal: Give the command a terminal; for interactive use.
+    :param output: Takes what the command prints instead of this process's standard output.
     :return: Its exit status, 128 + N after signal N, 127 when it could not be run.
     :raise MdoError: The lab ended, does not answer or has no free port.
     """
@@ -158,12 +162,12 @@ def run(
         with raw_terminal(terminal), signals_as_bytes() as signals:
             request = {"argv": list(argv), "cwd": cwd, "env": env, "tty": size}
             session.send("exec", json.dumps(request).encode())
-            return _relay(session, signals, terminal)
+            return _relay(session, signals, terminal, output or _to_stdout)
     finally:
         session.close()
 
 
-def _relay(session: Session, signals: int, terminal: bool) -> int:
+def _relay(session: Session, signals: int, terminal: bool, output: Output) -> int:
     sources = [session.socket.fileno(), signals, 0]
     while True:
         for source in select.select(sources, [], [])[0]:
@@ -180,7 +184,7 @@ def _relay(session: Session, signals: int, terminal: bool) -> int:
                 if not data:
                     sources.remove(0)
             else:
-                status = _answer(session)
+                status = _answer(session, output)
                 if status is not None:
                     return status
 
@@ -193,11 +197,15 @@ def _read_input() -> bytes:
         return b""
 
 
-def _answer(session: Session) -> int | None:
+def _to_stdout(data: bytes) -> None:
+    _write(sys.stdout.fileno(), data)
+
+
+def _answer(session: Session, output: Output) -> int | None:
     """Pass output on; the exit status once it is there."""
     for verb, payload in session.receive():
         if verb == "out":
-            _write(sys.stdout.fileno(), payload)
+            output(payload)
         elif verb == "err":
             _write(sys.stderr.fileno(), payload)
         elif verb == "exit":

@@ -67,15 +67,16 @@ def run(argv: Sequence[str | Path], *, cwd: Path | None = None) -> str:
     """Run a program to its end and return what it printed.
 
     :raise HostError: It is not installed.
-    :raise MdoError: It failed; with the last line it printed.
+    :raise MdoError: It failed; with the first line that looks like the cause, or else the last.
     """
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise HostError(f"{argv[0]} is not installed", "run 'make setup'") from error
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise MdoError(f"{' '.join(map(str, argv))} failed: {last}")
+        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        causes = [line for line in lines if re.search(r"\berror\b|not found|^E: ", line, re.IGNORECASE)]
+        raise MdoError(f"{' '.join(map(str, argv))} failed: {(causes or lines[-1:])[0]}")
     return done.stdout
 
 

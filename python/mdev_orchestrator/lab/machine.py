@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mdev_orchestrator.errors import DeadlineError, HostError, QemuError, RequestError, UnknownError
-from mdev_orchestrator.lab import client, debian, driver, initramfs
+from mdev_orchestrator.lab import client, debian, driver, initramfs, l2
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, private_dir, state_dir
 
@@ -191,8 +191,9 @@ def up(
                 )
             return lab
     kernel = debian.fetch_kernel(series, progress)
-    module = driver.build_module(driver.checkout() / "kernel", "mvgpu", kernel, progress)
-    insmod = ["insmod", str(module), *shlex.split(module_options)]
+    modules = driver.build_modules(driver.checkout() / "kernel", kernel, progress)
+    l2.image(kernel, modules, progress)
+    insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
     private_dir(labs_dir())
     with debian.locked(directory):
         private_dir(directory)
@@ -232,21 +233,37 @@ def environment(lab: Lab) -> dict[str, str]:
     passed = {key: os.environ[key] for key in ("TERM", "COLUMNS", "NO_COLOR") if key in os.environ}
     passed |= {key: value for key, value in os.environ.items() if key.startswith("MDO_TEST_")}
     venv = Path(sys.executable).parent
+    kernel = debian.cached_kernel(lab.release)
+    modules = driver.build_modules(driver.checkout() / "kernel", kernel)
     return passed | {
         "MDO_LAB": lab.name,
         "MDO_CACHE_DIR": str(cache_dir()),
-        "MDO_KERNEL": str(debian.cached_kernel(lab.release).image),
+        "MDO_LAB_KERNEL": str(kernel.image),
+        "MDO_LAB_INITRD": str(l2.image(kernel, modules)),
         "PATH": f"{venv}:{ENVIRONMENT['PATH']}",
     }
 
 
-def execute(lab: Lab, argv: list[str], *, terminal: bool = False) -> int:
+def execute(
+    lab: Lab,
+    argv: list[str],
+    *,
+    terminal: bool = False,
+    output: client.Output | None = None,
+) -> int:
     """Run a command in a lab in the same directory as here; its exit status.
+
+    :param output: Takes what the command prints instead of this process's standard output.
 
     :raise MdoError: It could not be run.
     """
     return client.run(
-        lab.directory, argv, cwd=str(Path.cwd()), env=environment(lab), terminal=terminal
+        lab.directory,
+        argv,
+        cwd=str(Path.cwd()),
+        env=environment(lab),
+        terminal=terminal,
+        output=output,
     )
 
 

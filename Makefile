@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# make demo       the main job, in the lab, from nothing
+# make test       every check and every test
+# make check      linters only
+# make bench      speeds, as ratios
+# make lab-shell  a shell in a lab that stays up until 'mdo lab down'
+# make clean      forget what was built; the cache stays
+
+MDO = .venv/bin/mdo
+
+.PHONY: setup demo test check bench lab-shell clean
+
+setup:
+	@tools/setup
+
+demo: setup
+	@$(MDO) lab demo
+
+test: setup
+	@.venv/bin/python tools/run-tests
+
+check: setup
+	@.venv/bin/python tools/run-tests check
+
+bench: setup
+	@.venv/bin/python benches/host_scan.py
+
+lab-shell: setup
+	@$(MDO) lab up
+	@$(MDO) lab shell
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find python tests tools -name __pycache__ -prune -exec rm -rf {} +
