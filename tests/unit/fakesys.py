@@ -95,23 +95,23 @@ class FakeSystem:
         return path
 
     def uuids(self) -> set[str]:
-        return set(os.listdir(self.bus)) if self.bus.exists() else set()
+        return {path.name for path in self.bus.iterdir()} if self.bus.exists() else set()
 
     async def write(self, path: str, data: bytes) -> int:
         """What the kernel does; see :data:`mdev_orchestrator.host.writer.Writer`."""
-        file = Path(path)
-        create = file.name == "create"
-        uuid = data.decode() if create else file.parent.name
-        key = uuid if create else f"{uuid}/{file.name}"
-        self.writes.append((file.name, uuid))
+        name = path.rpartition("/")[2]
+        uuid = data.decode() if name == "create" else path.split("/")[-2]
+        key = uuid if name == "create" else f"{uuid}/{name}"
+        self.writes.append((name, uuid))
         if key in self.block:
             await self.block[key].wait()
         await asyncio.sleep(0)
-        if key in self.refuse:
-            return self.refuse[key]
+        return self.refuse.get(key) or self._effect(Path(path), data, uuid)
+
+    def _effect(self, file: Path, data: bytes, uuid: str) -> int:
         if not file.exists():
             return errno.ENOENT
-        if create:
+        if file.name == "create":
             return self._create(file.parent, uuid)
         if file.name == "remove":
             return self._remove(uuid)

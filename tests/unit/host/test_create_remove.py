@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One creation, one removal, and what the kernel's refusals become."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from mdev_orchestrator.errors import (
+    CapacityError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    UnknownError,
+    UuidError,
+)
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.writer import write_apart
+from unit.fakesys import FakeSystem
+
+U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
+
+
+@pytest.fixture
+def card(system: FakeSystem) -> FakeSystem:
+    system.parent("card0")
+    system.type("card0", "t-1", 2)
+    system.parent("card1")
+    system.type("card1", "t-1", 2)
+    return system
+
+
+async def test_create_then_remove(card: FakeSystem) -> None:
+    await sysfs.create("card0", "t-1", U1, card.root, write=card.write)
+    assert card.uuids() == {str(U1)}
+    await sysfs.remove(U1, 1, card.root, write=card.write)
+    assert card.uuids() == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (errno.EINVAL, MdoError, "does not accept it"),
+        (errno.EUSERS, CapacityError, "no instance left (available_instances reads 2)"),
+        (errno.ENOSPC, CapacityError, "no instance left"),
+        (errno.ENODEV, UnknownError, "going away"),
+        (errno.EACCES, HostError, "run as root"),
+        (errno.EROFS, HostError, "remount,rw"),
+        (errno.EIO, MdoError, "Input/output error (the driver's own words are in the kernel log"),
+    ],
+)
+async def test_refusals_of_the_kernel(
+    card: FakeSystem, number: int, error: type[MdoError], words: str
+) -> None:
+    card.refuse[str(U1)] = number
+    with pytest.raises(error) as caught:
+        await sysfs.create("card0", "t-1", U1, card.root, write=card.write)
+    assert type(caught.value) is error
+    assert words in str(caught.value)
+
+
+async def test_a_taken_uuid_names_the_parent_that_has_it(card: FakeSystem) -> None:
+    card.mdev("card1", "t-1", str(U1))
+    with pytest.raises(UuidError, match="exists already under parent card1 as t-1"):
+        await sysfs.create("card0", "t-1", U1, card.root, write=card.write)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../../etc", "a\0b"])
+async def test_a_name_cannot_lead_out_of_sysfs(card: FakeSystem, name: str) -> None:
+    with pytest.raises(UnknownError):
+        await sysfs.create(name, "t-1", U1, card.root, write=card.write)
+    with pytest.raises(UnknownError):
+        await sysfs.create("card0", name, U1, card.root, write=card.write)
+    assert card.writes == []
+
+
+async def test_what_is_not_there_cannot_be_removed(card: FakeSystem) -> None:
+    with pytest.raises(UnknownError, match="there is no mdev"):
+        await sysfs.remove(U1, 1, card.root, write=card.write)
+
+
+async def test_a_removal_that_blocks_ends_at_its_deadline(card: FakeSystem) -> None:
+    card.mdev("card0", "t-1", str(U1))
+    card.block[f"{U1}/remove"] = asyncio.Event()
+    with pytest.raises(DeadlineError, match="ends the removal by itself"):
+        await sysfs.remove(U1, 0.05, card.root, write=card.write)
+
+
+@pytest.mark.parametrize("answer", [0, errno.ENOENT, errno.ENODEV])
+async def test_a_removal_begun_by_somebody_else_is_waited_for(
+    card: FakeSystem, answer: int
+) -> None:
+    card.mdev("card0", "t-1", str(U1))
+
+    async def late(_path: str, _data: bytes) -> int:
+        asyncio.get_running_loop().call_later(0.1, (card.bus / str(U1)).unlink)
+        return answer
+
+    await sysfs.remove(U1, 5, card.root, write=late)
+    assert card.uuids() == set()
+
+
+async def test_optional_files_of_a_device(card: FakeSystem) -> None:
+    path = card.mdev("card0", "t-1", str(U1))
+    assert sysfs.read_file(U1, "online", card.root) is None
+    assert not await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
+    (path / "online").write_text("0\n")
+    assert await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
+    assert sysfs.read_file(U1, "online", card.root) == "1"
+    card.refuse[f"{U1}/online"] = errno.ENOSPC
+    with pytest.raises(MdoError, match="refused '1' for online"):
+        await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
+
+
+# ---- the real writer ----
+
+
+async def test_the_writer_writes_and_reports_the_errno(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert await write_apart(str(file), b"x") == errno.ENOENT
+    file.touch()
+    assert await write_apart(str(file), b"x") == 0
+    assert file.read_bytes() == b"x"
+    assert await write_apart("/dev/full", b"x") == errno.ENOSPC
+
+
+async def test_a_blocked_write_can_be_left_behind(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)  # opening it for writing blocks until somebody reads
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await write_apart(str(fifo), b"late")
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(fifo.read_bytes()))
+    reader.start()
+    await asyncio.to_thread(reader.join, 5)
+    assert received == [b"late"]

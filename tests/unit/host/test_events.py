@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Events from the kernel, lost events, and waiting for a device to be usable."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import aclosing, suppress
+from types import SimpleNamespace
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdev_orchestrator.errors import DeadlineError, HostError
+from mdev_orchestrator.host.events import (
+    MdevEvent,
+    NodeEvent,
+    ParentEvent,
+    Rescan,
+    events,
+    interpret,
+    until,
+)
+from mdev_orchestrator.host.readiness import may_open, missing, wait_ready
+from unit.fakesys import FakeSystem
+
+U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
+PARENT = "/devices/virtual/mvgpu/grid0"
+ADD = {"ACTION": "add", "SUBSYSTEM": "mdev", "DEVPATH": f"{PARENT}/{U1}"}
+
+
+class FakeMonitor:
+    """A udev monitor whose events a test sends."""
+
+    def __init__(self) -> None:
+        self.here, self.there = socket.socketpair()
+        self.waiting: list[dict[str, str] | OSError] = []
+
+    def send(self, *items: dict[str, str] | OSError) -> None:
+        self.waiting.extend(items)
+        self.there.send(b"x")
+
+    def fileno(self) -> int:
+        return self.here.fileno()
+
+    def poll(self, timeout: float) -> SimpleNamespace | None:
+        if not self.waiting:
+            self.here.setblocking(False)
+            with suppress(BlockingIOError):
+                self.here.recv(100)
+            return None
+        item = self.waiting.pop(0)
+        if isinstance(item, OSError):
+            raise item
+        return SimpleNamespace(properties=item)
+
+    def close(self) -> None:
+        self.here.close()
+        self.there.close()
+
+
+@pytest.fixture
+def monitor() -> Iterator[FakeMonitor]:
+    monitor = FakeMonitor()
+    yield monitor
+    monitor.close()
+
+
+@pytest.mark.parametrize(
+    ("properties", "event"),
+    [
+        (ADD, MdevEvent("add", U1, "grid0")),
+        (
+            {"ACTION": "add", "SUBSYSTEM": "vfio", "DEVPATH": "/d/vfio/7", "DEVNAME": "vfio/7"},
+            NodeEvent("add", "/dev/vfio/7"),
+        ),
+        (
+            {"ACTION": "add", "SUBSYSTEM": "vfio", "DEVPATH": "/d", "DEVNAME": "/dev/vfio/7"},
+            NodeEvent("add", "/dev/vfio/7"),
+        ),
+        (
+            {"ACTION": "change", "SUBSYSTEM": "pci", "DEVPATH": PARENT, "MDEV_STATE": "registered"},
+            ParentEvent("grid0", registered=True),
+        ),
+        (
+            {"ACTION": "change", "DEVPATH": PARENT, "MDEV_STATE": "unregistered"},
+            ParentEvent("grid0", registered=False),
+        ),
+        ({"ACTION": "change", "SUBSYSTEM": "block", "DEVPATH": "/devices/sda"}, None),
+        ({"ACTION": "add", "SUBSYSTEM": "mdev", "DEVPATH": "/devices/virtual/odd"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_uevent_tells(properties: dict[str, str], event: object) -> None:
+    assert interpret(properties) == event
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["ACTION", "SUBSYSTEM", "DEVPATH", "DEVNAME", "MDEV_STATE"]),
+        st.text() | st.sampled_from(["mdev", "vfio", "change", "registered"]),
+    )
+)
+def test_no_uevent_is_too_odd(properties: dict[str, str]) -> None:
+    interpret(properties)
+
+
+async def test_events_arrive_in_order_after_a_first_rescan(monitor: FakeMonitor) -> None:
+    async with aclosing(events(lambda: monitor)) as stream:
+        assert await anext(stream) == Rescan("listening")
+        monitor.send(ADD, {"SUBSYSTEM": "block"}, ADD | {"ACTION": "bind"})
+        assert await anext(stream) == MdevEvent("add", U1, "grid0")
+        assert await anext(stream) == MdevEvent("bind", U1, "grid0")
+
+
+async def test_lost_events_are_a_rescan(monitor: FakeMonitor) -> None:
+    made: list[FakeMonitor] = []
+
+    def make() -> FakeMonitor:
+        made.append(monitor)
+        return monitor
+
+    async with aclosing(events(make)) as stream:
+        await anext(stream)
+        monitor.send(OSError(errno.ENOBUFS, "overflow"), ADD)
+        assert await anext(stream) == Rescan(f"events were lost: {os.strerror(errno.ENOBUFS)}")
+        assert await anext(stream) == MdevEvent("add", U1, "grid0")
+    assert len(made) == 2
+
+
+async def test_a_cancelled_listener_leaves_nothing_behind(monitor: FakeMonitor) -> None:
+    async def listen() -> None:
+        async with aclosing(events(lambda: monitor)) as stream:
+            async for _ in stream:
+                pass
+
+    task = asyncio.ensure_future(listen())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not asyncio.get_running_loop().remove_reader(monitor.fileno())
+
+
+async def test_a_condition_is_looked_at_on_every_event(monitor: FakeMonitor) -> None:
+    looked = 0
+
+    def third() -> bool:
+        nonlocal looked
+        looked += 1
+        return looked >= 4
+
+    monitor.send(ADD, ADD, ADD)
+    async with asyncio.timeout(0.9):  # less than the timer
+        await until(third, make_monitor=lambda: monitor)
+
+
+async def test_a_condition_is_looked_at_without_events_too(monitor: FakeMonitor) -> None:
+    begin = asyncio.get_running_loop().time()
+    async with asyncio.timeout(5):
+        await until(
+            lambda: asyncio.get_running_loop().time() > begin + 0.1, make_monitor=lambda: monitor
+        )
+
+
+# ---- readiness ----
+
+
+@pytest.fixture
+def made(system: FakeSystem) -> FakeSystem:
+    system.parent("p")
+    system.type("p", "t")
+    system.mdev("p", "t", str(U1))
+    return system
+
+
+async def test_a_complete_device_is_ready_at_once(made: FakeSystem) -> None:
+    await wait_ready(U1, 0.01, made.root)
+
+
+def test_what_is_missing_is_named(made: FakeSystem) -> None:
+    device, node = made.bus / str(U1), made.root / "dev/vfio/1"
+    node.chmod(0o600)
+    lack = missing(U1, made.root, "nobody")
+    assert lack is not None
+    assert lack[0].startswith("nobody may not read and write")
+    assert "udev rule" in lack[1]
+    node.chmod(0o666)
+    assert missing(U1, made.root, "nobody") is None
+    for path, words in (
+        (node, "is not there"),
+        (device / "iommu_group", "no IOMMU group"),
+        (device / "mdev_type", "not linked its type"),
+        (made.bus / str(U1), "not on the mdev bus"),
+    ):
+        path.unlink()
+        lack = missing(U1, made.root)
+        assert lack is not None
+        assert words in lack[0]
+
+
+def test_an_unknown_user(made: FakeSystem) -> None:
+    with pytest.raises(HostError, match="there is no user 'no-such-user'"):
+        may_open(made.root, "no-such-user")
+
+
+async def test_a_node_that_never_comes(made: FakeSystem) -> None:
+    (made.root / "dev/vfio/1").unlink()
+    with pytest.raises(DeadlineError, match=r"not usable after 0.05 s: .*vfio/1 is not there"):
+        await wait_ready(U1, 0.05, made.root)
+
+
+async def test_a_node_that_comes_late(made: FakeSystem) -> None:
+    node = made.root / "dev/vfio/1"
+    node.unlink()
+    asyncio.get_running_loop().call_later(0.1, node.touch)
+    await wait_ready(U1, 5, made.root)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who has a device open."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdev_orchestrator.host.holders import guest_name, holders
+from mdev_orchestrator.host.sysfs import scan
+from unit.fakesys import FakeSystem, link
+
+U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
+
+
+@pytest.fixture
+def two(system: FakeSystem) -> FakeSystem:
+    system.parent("p")
+    system.type("p", "t")
+    system.mdev("p", "t", U1)
+    system.mdev("p", "t", U2)
+    return system
+
+
+def found(system: FakeSystem, uuid: str) -> list[str]:
+    held = holders(scan(system.root).mdevs, system.root)
+    return [str(holder) for holder in held.of(UUID(uuid))]
+
+
+def test_nobody(two: FakeSystem) -> None:
+    two.process(7, "sh", ["sh"], ["/dev/null", "/dev/vfio/vfio"])
+    assert found(two, U1) == found(two, U2) == []
+
+
+def test_a_guest_by_its_name(two: FakeSystem) -> None:
+    command = ["qemu-system-x86_64", "-name", "guest=render-1,debug-threads=on", "-m", "1G"]
+    two.process(41, "qemu-system-x86", command, ["/dev/vfio/vfio", "/dev/vfio/2"])
+    assert found(two, U1) == []
+    assert found(two, U2) == ["guest 'render-1' (pid 41)"]
+
+
+def test_any_other_process_by_its_short_name(two: FakeSystem) -> None:
+    two.process(9, "spdk", ["spdk"], ["/dev/vfio/1"])
+    assert found(two, U1) == ["spdk (pid 9)"]
+
+
+def test_a_holder_of_the_newer_character_device(two: FakeSystem) -> None:
+    (two.bus / U1 / "vfio-dev" / "vfio3").mkdir(parents=True)
+    two.process(5, "qemu", ["qemu", "-name", "g"], ["/dev/vfio/devices/vfio3"])
+    assert found(two, U1) == ["guest 'g' (pid 5)"]
+    assert found(two, U2) == []
+
+
+def test_a_process_that_ends_meanwhile(two: FakeSystem) -> None:
+    link(two.root / "proc" / "77", two.root / "nowhere")
+    assert found(two, U1) == []
+
+
+def test_a_command_line_cannot_spoil_the_terminal(two: FakeSystem) -> None:
+    two.process(5, "q\x1b[2J", ["q", "-name", "a\x1b[2Jb"], ["/dev/vfio/1"])
+    assert "\x1b" not in found(two, U1)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], None),
+        (["qemu", "-name"], None),
+        (["qemu", "-name", ""], None),
+        (["qemu", "-name", "plain"], "plain"),
+        (["qemu", "-name", "plain,process=x"], "plain"),
+        (["qemu", "-name", "debug-threads=on,guest=late"], "late"),
+        (["qemu", "-name", "guest=a,,b"], "a,b"),
+        (["qemu", "--name", "guest=two"], "two"),
+        (["qemu", "-name", "one", "-name", "two"], "two"),
+        (["qemu", "-name", "process=x"], None),
+    ],
+)
+def test_the_name_that_qemu_was_given(arguments: list[str], name: str | None) -> None:
+    assert guest_name(arguments) == name
+
+
+@given(st.text(min_size=1).filter(lambda text: "\0" not in text))
+def test_every_name_survives_qemus_quoting(name: str) -> None:
+    assert (
+        guest_name(["qemu", "-name", f"guest={name.replace(',', ',,')},debug-threads=on"]) == name
+    )
+
+
+@given(st.lists(st.text()))
+def test_no_command_line_is_too_odd(arguments: list[str]) -> None:
+    guest_name(arguments)
