@@ -253,7 +253,7 @@ def test_create_as_json(kernel: FakeSystem) -> None:
         (["grid-11"], "several parents offer grid-11: card0 (16 free), card1 (9 free)"),
         (["grid-12", "-n", "17"], "8 would; nothing was created"),
         (["grid-12", "-n", "0"], "cannot create 0 devices"),
-        (["grid-12", "-n", "many"], "many"),
+        (["grid-12", "-n", "many"], "invalid value for '-n' / '--count'"),
     ],
 )
 def test_bad_input_creates_nothing(cards: FakeSystem, arguments: list[str], words: str) -> None:
