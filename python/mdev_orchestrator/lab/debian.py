@@ -25,6 +25,9 @@ Progress = Callable[[str], None]
 
 DEFAULT_SERIES = "6.12"
 
+#: What the first interesting line of a failed program looks like.
+CAUSE = re.compile(r"\berror\b|not found|^E: ", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -75,7 +78,7 @@ def run(argv: Sequence[str | Path], *, cwd: Path | None = None) -> str:
         raise HostError(f"{argv[0]} is not installed", "run 'make setup'") from error
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        causes = [line for line in lines if re.search(r"\berror\b|not found|^E: ", line, re.IGNORECASE)]
+        causes = [line for line in lines if CAUSE.search(line)]
         raise MdoError(f"{' '.join(map(str, argv))} failed: {(causes or lines[-1:])[0]}")
     return done.stdout
 
