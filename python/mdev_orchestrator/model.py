@@ -19,12 +19,17 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _DIGITS = re.compile(r"([0-9]+)")
 
 
+def is_uuid(text: str) -> bool:
+    """Whether a text is what :func:`parse_uuid` takes."""
+    return _UUID.fullmatch(text) is not None
+
+
 def parse_uuid(text: str) -> UUID:
     """Read a UUID in the one form that the kernel's ``create`` file takes: 8-4-4-4-12 digits.
 
     :raise UuidError: It is something else.
     """
-    if not _UUID.fullmatch(text):
+    if not is_uuid(text):
         shown = text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - fits one line
         raise UuidError(f"{shown!r} is not a UUID", "write it as 8-4-4-4-12 hexadecimal digits")
     return UUID(text)
@@ -81,7 +86,8 @@ class Parent:
 class Mdev:
     """One mediated device: an entry of ``/sys/bus/mdev/devices``.
 
-    :ivar path: ``/sys/bus/mdev/devices/UUID``, what QEMU takes as ``sysfsdev``.
+    :ivar path: ``/sys/bus/mdev/devices/UUID``, what QEMU takes as ``sysfsdev``; the device's own
+        directory when it is being removed.
     :ivar parent: Name of the parent device.
     :ivar type_id: Id of its type, ``None`` while the kernel has not linked it yet.
     :ivar device_api: As its type says.

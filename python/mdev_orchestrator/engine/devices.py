@@ -85,7 +85,7 @@ def place(
         if (mdev := host.find(uuid)) is not None:
             raise UuidError(
                 f"mdev {uuid} exists already under parent {mdev.parent}"
-                + (f" as {mdev.type_id}" if mdev.type_id else ""),
+                + (f" as {mdev.type_id}" if mdev.type_id else " and is being removed"),
                 "choose another UUID",
             )
     type_ = _find_type(host, type_id, parent)
@@ -342,8 +342,10 @@ def _too_many(host: Host, type_: MdevType, wanted: int) -> CapacityError:
             "nothing was created",
             f"-n {available}",
         )
-    used = Counter(m.type_id or "?" for m in host.mdevs if m.parent == type_.parent)
-    in_use = _some(f"{count} of {id_}" for id_, count in used.items())
+    used = Counter(m.type_id for m in host.mdevs if m.parent == type_.parent)
+    in_use = _some(
+        f"{count} of {id_}" if id_ else f"{count} being removed" for id_, count in used.items()
+    )
     siblings = next(p.types for p in host.parents if p.name == type_.parent)
     fits = _some(f"{t.available_instances} of {t.id}" for t in siblings if t.available_instances)
     return CapacityError(
@@ -367,7 +369,7 @@ def _removable(uuid: UUID, root: Path) -> Mdev:
     mdev = sysfs.read_mdev(uuid, root)
     if mdev is None:
         raise _no_such_mdev(uuid, root)
-    file = mdev.path / "remove"  # it is not there while somebody else's removal is under way
+    file = mdev.path / "remove"  # it is not there while a removal is under way
     if file.exists() and not os.access(file, os.W_OK):
         raise HostError(f"no permission to remove mdev {uuid}", "run as root")
     return mdev

@@ -108,8 +108,9 @@ def interpret(properties: Mapping[str, str]) -> Event | None:
                 where, _, name = path.rpartition("/")
                 return MdevEvent(action, parse_uuid(name), where.rpartition("/")[2])
             case "vfio" | "vfio-dev":
-                node = properties.get("DEVNAME") or path.rpartition("/")[2]
-                return NodeEvent(action, node if node.startswith("/dev/") else f"/dev/{node}")
+                # "vfio0" in vfio-dev has a node only on kernels with that interface
+                if node := properties.get("DEVNAME"):
+                    return NodeEvent(action, node if node.startswith("/dev/") else f"/dev/{node}")
         state = properties.get("MDEV_STATE")
     except (UuidError, UnicodeDecodeError):
         return None

@@ -8,6 +8,10 @@ The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
     bus/mdev/devices/UUID -> ../../../devices/…/PARENT/UUID
     devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
 
+A removal takes the links away first. While it waits for whoever has the device open, only the
+device's own directory and its ``iommu_group`` are left of it, and its instance is still in use; so
+devices are looked for below their parents too.
+
 Every function takes the directory in which ``sys`` stands, so that tests give another than ``/``.
 What stands in the files comes from a vendor's driver and is not trusted: text is bounded, must be
 UTF-8 without control characters, and numbers must be numbers; what is not becomes ``None`` and a
@@ -31,7 +35,7 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host.writer import Writer, write_apart
-from mdev_orchestrator.model import Host, Mdev, MdevType, Parent, natural_key, parse_uuid
+from mdev_orchestrator.model import Host, Mdev, MdevType, Parent, is_uuid, natural_key
 
 ROOT = Path("/")
 
@@ -67,13 +71,19 @@ def scan(root: Path = ROOT) -> Host:
     apis = {(type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types}
     damage: list[str] = []
     found: list[tuple[str, str, Mdev]] = []
+    linked = set(mdev_names or ())
+    for parent in parents:
+        for name in _list(os.fspath(parent.path)) or ():
+            if name in linked or not is_uuid(name):
+                continue
+            path = f"{parent.path}/{name}"
+            if not os.path.lexists(f"{bus_dir}/{name}") and os.path.exists(path):
+                found.append((parent.name, name, _leaving(path, UUID(name), parent.name)))
     for name in mdev_names or ():
-        try:
-            uuid = parse_uuid(name)
-        except UuidError:
+        if not is_uuid(name):
             damage.append(f"{_shown(name)} on the mdev bus is not a UUID")
             continue
-        mdev = _mdev(bus_dir, name, uuid, apis)
+        mdev = _mdev(bus_dir, name, UUID(name), apis)
         if mdev is not None:
             found.append((mdev.parent, name, mdev))
     keys = {parent: natural_key(parent) for parent, _, _ in found}
@@ -91,11 +101,15 @@ def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
 
     Unlike :func:`scan` it reads ``device_api`` from the device's own type link.
     """
-    bus_dir = os.path.join(root, "sys/bus/mdev/devices")
-    path = os.path.join(bus_dir, str(uuid))
+    path = directory(uuid, root)
+    if path is None:
+        return None
+    bus_dir, name = os.path.split(path)
+    if bus_dir != os.path.join(root, "sys/bus/mdev/devices"):
+        return _leaving(path, uuid, os.path.basename(bus_dir))
     damage: list[str] = []
     api = _text(os.path.join(path, "mdev_type/device_api"), damage, optional=True)
-    mdev = _mdev(bus_dir, str(uuid), uuid, {})
+    mdev = _mdev(bus_dir, name, uuid, {})
     if mdev is None:
         return None
     return Mdev(
@@ -107,6 +121,19 @@ def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
         iommu_group=mdev.iommu_group,
         damage=mdev.damage + tuple(damage),
     )
+
+
+def directory(uuid: UUID, root: Path = ROOT) -> str | None:
+    """The directory of an mdev: on the mdev bus, or below its parent while it is being removed."""
+    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
+    if os.path.lexists(path):
+        return path
+    class_dir = os.path.join(root, "sys/class/mdev_bus")
+    for parent in _list(class_dir) or ():
+        path = os.path.join(os.path.realpath(os.path.join(class_dir, parent)), str(uuid))
+        if os.path.exists(path):
+            return path
+    return None
 
 
 def vfio_node(uuid: UUID, root: Path = ROOT) -> Path | None:
@@ -326,7 +353,7 @@ def _mdev(
     path = f"{bus_dir}/{name}"
     damage: list[str] = []
     parent = ""
-    type_id = group = None
+    type_id = None
     try:
         parent = os.path.basename(os.path.dirname(os.readlink(path)))
     except FileNotFoundError:
@@ -342,15 +369,7 @@ def _mdev(
             damage.append("its link leads nowhere")
     except OSError as error:
         damage.append(f"mdev_type cannot be read: {os.strerror(error.errno or 0)}")
-    try:
-        text = os.path.basename(os.readlink(path + "/iommu_group"))
-        group = parse_count(text)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        damage.append(f"iommu_group cannot be read: {os.strerror(error.errno or 0)}")
-    except ValueError as error:
-        damage.append(f"iommu_group {error}")
+    group = _group(path, damage)
     return Mdev(
         uuid=uuid,
         path=Path(path),
@@ -360,6 +379,31 @@ def _mdev(
         iommu_group=group,
         damage=tuple(damage),
     )
+
+
+def _leaving(path: str, uuid: UUID, parent: str) -> Mdev:
+    """What is left of an mdev whose removal is under way."""
+    damage = ["it is being removed, and the kernel waits for whoever has it open"]
+    return Mdev(
+        uuid=uuid,
+        path=Path(path),
+        parent=parent,
+        type_id=None,
+        iommu_group=_group(path, damage),
+        damage=tuple(damage),
+    )
+
+
+def _group(path: str, damage: list[str]) -> int | None:
+    try:
+        return parse_count(os.path.basename(os.readlink(path + "/iommu_group")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        damage.append(f"iommu_group cannot be read: {os.strerror(error.errno or 0)}")
+    except ValueError as error:
+        damage.append(f"iommu_group {error}")
+    return None
 
 
 # ---- creating and removing ----------------------------------------------------------------------
@@ -422,19 +466,17 @@ async def remove(
 
     from mdev_orchestrator.host.events import until
 
-    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
+    path = _own_directory(uuid, root)
 
     def gone() -> bool:
         return not os.path.exists(path)
 
-    if gone():
-        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
     number = 0
     try:
         async with asyncio.timeout(deadline):
             number = await write(os.path.join(path, "remove"), b"1")
-            # Somebody else's removal takes the file away first and the device later, and a late
-            # writer is told success, ENOENT or ENODEV: all three mean "on its way".
+            # A removal takes the file away first and the device later, and a second writer is told
+            # success, ENOENT or ENODEV: all three mean "on its way".
             if number in (0, *_GONE):
                 await until(gone, root)
                 return
@@ -444,6 +486,14 @@ async def remove(
             "the kernel ends the removal by itself when the device is released",
         ) from None
     raise _refused(f"cannot remove mdev {uuid}", number)
+
+
+def _own_directory(uuid: UUID, root: Path) -> str:
+    """The device's directory itself: the link on the bus goes long before it may."""
+    path = directory(uuid, root)
+    if path is None:
+        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
+    return os.path.realpath(path)
 
 
 def taken(uuid: UUID, root: Path = ROOT) -> UuidError:

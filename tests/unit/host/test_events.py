@@ -83,6 +83,7 @@ def monitor() -> Iterator[FakeMonitor]:
             {"ACTION": "add", "SUBSYSTEM": "vfio", "DEVPATH": "/d", "DEVNAME": "/dev/vfio/7"},
             NodeEvent("add", "/dev/vfio/7"),
         ),
+        ({"ACTION": "add", "SUBSYSTEM": "vfio-dev", "DEVPATH": f"{PARENT}/vfio-dev/vfio0"}, None),
         (
             {"ACTION": "change", "SUBSYSTEM": "pci", "DEVPATH": PARENT, "MDEV_STATE": "registered"},
             ParentEvent("grid0", registered=True),

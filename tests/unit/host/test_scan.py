@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdev_orchestrator.errors import UuidError
-from mdev_orchestrator.host.sysfs import TEXT_LIMIT, parse_count, scan
+from mdev_orchestrator.host.sysfs import TEXT_LIMIT, parse_count, read_mdev, scan
 from mdev_orchestrator.model import MdevType, natural_key, parse_uuid
 from unit.fakesys import FakeSystem
 
@@ -186,6 +186,23 @@ def test_an_iommu_group_that_is_no_number_is_damage(system: FakeSystem) -> None:
     link.symlink_to("../../../../kernel/iommu_groups/seven")
     (mdev,) = scan(system.root).mdevs
     assert mdev.damage == ("iommu_group is not a number: 'seven'",)
+
+
+def test_a_device_whose_removal_waits_is_shown_and_found(system: FakeSystem) -> None:
+    system.parent("p")
+    system.type("p", "t")
+    path = system.mdev("p", "t", U1)
+    system.mdev("p", "t", U2)
+    (system.bus / U1).unlink()
+    (path / "mdev_type").unlink()
+    (path / "remove").unlink()
+
+    leaving, here = scan(system.root).mdevs
+
+    assert (leaving.path, leaving.parent, leaving.iommu_group) == (path, "p", 1)
+    assert leaving.damage == ("it is being removed, and the kernel waits for whoever has it open",)
+    assert read_mdev(UUID(U1), system.root) == leaving
+    assert here.damage == ()
 
 
 def test_a_device_that_is_no_uuid_is_reported_beside_the_others(system: FakeSystem) -> None:
