@@ -45,6 +45,7 @@ def build_modules(source: Path, kernel: Kernel, progress: Progress = lambda _: N
                     shutil.copy(path, work)
                 run(kbuild(kernel, work))
                 for module in work.glob("*.ko"):
+                    run(["strip", "--strip-debug", module])
                     module.rename(done / module.name)
                 done.rename(place)
     return place

@@ -22,6 +22,7 @@ uncached, so that edits and results pass through.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -32,7 +33,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ QEMU = "qemu-system-x86_64"
 EXEC_PORTS = 8
 BOOT_SECONDS = 90.0
 STOP_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 #: Loaded from the initramfs, where they are uncompressed. virtio's PCI transport is built in or
 #: not, depending on the kernel; modprobe knows.
@@ -276,12 +278,12 @@ def _boot(
     progress: Progress,
 ) -> Lab:
     initrd = directory / "initramfs"
-    initramfs.build(initrd, init=init_script(kernel, insmod), kernel=kernel, modules=MODULES)
+    needed = debian.run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
+    modules = (*MODULES, *filter(None, needed))
+    initramfs.build(initrd, init=init_script(kernel, insmod), kernel=kernel, modules=modules)
     accel = "tcg"
     progress(f"booting {kernel.release} ({accel})")
     argv = [QEMU, *machine_arguments(directory.name, kernel, accel, memory)]
-    if bound:
-        argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
     with (directory / "qemu.log").open("wb") as log:
         try:
             process = subprocess.Popen(
@@ -292,10 +294,11 @@ def _boot(
                 stderr=log,
                 start_new_session=True,
                 umask=0o077,
+                preexec_fn=dies_with_parent() if bound else None,  # noqa: PLW1509 - one thread
             )
         except FileNotFoundError as error:
             raise HostError(
-                f"{error.filename} is not installed", "apt-get install qemu-system-x86 util-linux"
+                f"{error.filename} is not installed", "apt-get install qemu-system-x86"
             ) from error
     try:
         return _wait_up(directory, kernel, accel, process, progress)
@@ -303,6 +306,22 @@ def _boot(
         process.kill()
         process.wait()
         raise
+
+
+def dies_with_parent() -> Callable[[], None]:
+    """What a child runs before its program so that the kernel kills it when this process ends.
+
+    ``setpriv --pdeathsig`` does nearly the same, but not for a parent that ended before it ran.
+    """
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def arrange() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return arrange
 
 
 def _wait_up(

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Labs as they are on disk: found, swept away, or refused with a word."""
+
+import json
+import os
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from mdev_orchestrator.errors import HostError, RequestError, UnknownError
+from mdev_orchestrator.lab import debian, machine
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("MDO_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def record(name: str, pid: int, start_time: int) -> Path:
+    lab = machine.Lab(name, pid, start_time, "6.12.1-amd64", "tcg", 0.0)
+    lab.directory.mkdir(parents=True)
+    (lab.directory / "lab.json").write_text(json.dumps(asdict(lab)))
+    return lab.directory
+
+
+def mine() -> int:
+    began = machine.start_time(os.getpid())
+    assert began is not None
+    return began
+
+
+def test_no_labs_at_all() -> None:
+    assert machine.labs() == []
+
+
+def test_a_running_lab_is_found_again() -> None:
+    record("one", os.getpid(), mine())
+    assert machine.find("one").pid == os.getpid()
+
+
+def test_a_lab_whose_process_ended_is_swept_away() -> None:
+    directory = record("gone", os.getpid(), mine() + 1)
+    (directory / "exec-0.sock").touch()
+    assert machine.labs() == []
+    assert not any(directory.parent.iterdir())
+
+
+def test_what_a_killed_start_left_is_swept_away(places: Path) -> None:
+    half = places / "state/labs/half"
+    half.mkdir(parents=True)
+    (half / "initramfs").touch()
+    assert machine.labs() == []
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"name": 1', '{"name": "x", "odd": 2}'])
+def test_a_damaged_record_is_named_and_kept(text: str) -> None:
+    directory = record("odd", os.getpid(), mine())
+    (directory / "lab.json").write_text(text)
+    with pytest.raises(HostError, match="record of lab odd is damaged"):
+        machine.labs()
+    assert directory.exists()
+
+
+def test_a_lab_that_is_not_up_is_named_with_the_remedy() -> None:
+    with pytest.raises(UnknownError) as caught:
+        machine.find("nope")
+    assert "mdo lab up --name nope" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a/b", "..", "a b", "x" * 33, "a,b", "a\n"])
+def test_a_name_that_could_reach_out_of_its_directory_is_refused(name: str) -> None:
+    with pytest.raises(RequestError):
+        machine.check_name(name)
+
+
+def test_no_lab_in_a_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MDO_LAB", "outer")
+    with pytest.raises(RequestError, match="inside a lab already"):
+        machine.up("inner")
+
+
+def test_paths_with_blanks_and_commas_survive_init_and_command_line() -> None:
+    kernel = debian.Kernel("6.12", "6.12.1-amd64", Path("/odd place/a,b"))
+    script = machine.init_script(kernel, ["insmod", "/odd place/m.ko"])
+    assert shlex.quote(str(kernel.modules)) in script
+    argv = machine.machine_arguments("one", kernel, "tcg", "4G")
+    assert str(kernel.image) in argv
+
+
+def test_a_zombie_does_not_count_as_running() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert machine.start_time(pid) is None
+    os.waitpid(pid, 0)
