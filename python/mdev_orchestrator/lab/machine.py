@@ -37,14 +37,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mdev_orchestrator.errors import DeadlineError, HostError, QemuError, RequestError, UnknownError
+from mdev_orchestrator.errors import (
+    BusyError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    QemuError,
+    RequestError,
+    UnknownError,
+)
 from mdev_orchestrator.lab import client, debian, driver, initramfs, l2
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, private_dir, state_dir
 
 QEMU = "qemu-system-x86_64"
 EXEC_PORTS = 8
-BOOT_SECONDS = 90.0
+BOOT_SECONDS = {"tcg": 90.0, "kvm": 20.0}
+RECORD = "lab.json"
+STARTER = "starter"
 STOP_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -130,22 +140,37 @@ def labs() -> list[Lab]:
     """Every lab that runs; what dead ones left behind is swept away."""
     found = []
     for directory in sorted(labs_dir().glob("*/")):
-        with debian.locked(directory):
-            try:
-                lab = Lab(**json.loads((directory / "lab.json").read_bytes()))
-            except FileNotFoundError:
-                sweep(directory)
-                continue
-            except (ValueError, TypeError):
-                raise HostError(
-                    f"the record of lab {directory.name} is damaged",
-                    f"end its QEMU if one runs, and delete {directory}",
-                ) from None
-            if lab.alive:
-                found.append(lab)
+        with contextlib.suppress(FileNotFoundError):  # somebody else swept it
+            inode = directory.stat().st_ino
+            if (directory / RECORD).exists():
+                lab = _read(directory)
+                alive = lab.alive
+                if alive:
+                    found.append(lab)
             else:
-                sweep(directory)
+                alive = _is_being_made(directory)
+            if not alive:
+                sweep(directory, inode)
     return found
+
+
+def _is_being_made(directory: Path) -> bool:
+    """Whether the command that makes a lab, or moves one aside, still runs."""
+    try:
+        pid, began = map(int, (directory / STARTER).read_text().split())
+    except (ValueError, OSError):
+        pid, began = 0, 0
+    return start_time(pid) == began
+
+
+def _read(directory: Path) -> Lab:
+    try:
+        return Lab(**json.loads((directory / RECORD).read_bytes()))
+    except (ValueError, TypeError):
+        raise HostError(
+            f"the record of lab {directory.name} is damaged",
+            f"end its QEMU if one runs, and delete {directory}",
+        ) from None
 
 
 def find(name: str) -> Lab:
@@ -159,10 +184,35 @@ def find(name: str) -> Lab:
     raise UnknownError(f"no lab '{name}' is up", f"start it with 'mdo lab up --name {name}'")
 
 
-def sweep(directory: Path) -> None:
-    """Remove a lab's directory and its lock."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.with_name(directory.name + ".lock").unlink(missing_ok=True)
+def sweep(directory: Path, inode: int | None = None) -> None:
+    """Remove a lab's directory.
+
+    :param inode: That of the directory which was found dead. It is moved aside first, and moved
+        back if somebody has brought up another lab of that name since.
+    """
+    aside = directory.with_name(f".{directory.name.lstrip('.')}.{os.getpid()}")
+    try:
+        directory.rename(aside)
+    except OSError:  # already swept
+        return
+    if inode is not None and aside.stat().st_ino != inode:
+        aside.rename(directory)
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _claim(directory: Path) -> None:
+    """Make a lab's directory, with who makes it inside: it appears whole or not at all."""
+    draft = directory.with_name(f".{directory.name}.{os.getpid()}")
+    private_dir(draft)
+    (draft / STARTER).write_text(f"{os.getpid()} {start_time(os.getpid())}\n")
+    try:
+        draft.rename(directory)
+    except OSError as error:
+        shutil.rmtree(draft)
+        raise BusyError(
+            f"lab {directory.name} is being brought up by another command", "wait for it"
+        ) from error
 
 
 def up(
@@ -197,13 +247,19 @@ def up(
     l2.image(kernel, modules, progress)
     insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
     private_dir(labs_dir())
-    with debian.locked(directory):
-        private_dir(directory)
-        try:
-            return _boot(directory, kernel, memory, insmod, bound, progress)
-        except BaseException:
-            sweep(directory)
-            raise
+    _claim(directory)
+    try:
+        needed = debian.run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
+        initramfs.build(
+            directory / "initramfs",
+            init=init_script(kernel, insmod),
+            kernel=kernel,
+            modules=(*MODULES, *filter(None, needed)),
+        )
+        return _boot_somehow(directory, kernel, memory, bound=bound, progress=progress)
+    except BaseException:
+        sweep(directory)
+        raise
 
 
 def down(lab: Lab) -> None:
@@ -217,6 +273,8 @@ def down(lab: Lab) -> None:
                     select.select([pidfd], [], [], STOP_SECONDS)
         finally:
             os.close(pidfd)
+    with contextlib.suppress(ChildProcessError):  # it was started by an earlier command
+        os.waitpid(lab.pid, os.WNOHANG)
     sweep(lab.directory)
 
 
@@ -269,20 +327,30 @@ def execute(
     )
 
 
-def _boot(
-    directory: Path,
-    kernel: Kernel,
-    memory: str,
-    insmod: list[str],
-    bound: bool,
-    progress: Progress,
+def _boot_somehow(
+    directory: Path, kernel: Kernel, memory: str, *, bound: bool, progress: Progress
 ) -> Lab:
-    initrd = directory / "initramfs"
-    needed = debian.run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
-    modules = (*MODULES, *filter(None, needed))
-    initramfs.build(initrd, init=init_script(kernel, insmod), kernel=kernel, modules=modules)
-    accel = "tcg"
-    progress(f"booting {kernel.release} ({accel})")
+    """Boot with KVM where that works, else with TCG.
+
+    A ``/dev/kvm`` that opens proves nothing, so the probe is the boot itself, with a deadline. That
+    it failed is remembered until the host boots again.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
+    mark = cache_dir() / "kvm-does-not-work"
+    known_bad = mark.exists() and mark.read_text() == boot_id
+    if os.access("/dev/kvm", os.R_OK | os.W_OK) and not known_bad:
+        try:
+            return _boot(directory, kernel, memory, "kvm", bound=bound, progress=progress)
+        except (QemuError, DeadlineError) as error:
+            progress(f"KVM does not work here, which is no fault: {error.message[:120]}")
+            mark.write_text(boot_id)
+    return _boot(directory, kernel, memory, "tcg", bound=bound, progress=progress)
+
+
+def _boot(
+    directory: Path, kernel: Kernel, memory: str, accel: str, *, bound: bool, progress: Progress
+) -> Lab:
+    progress(f"booting {kernel.release} with {accel}")
     argv = [QEMU, *machine_arguments(directory.name, kernel, accel, memory)]
     with (directory / "qemu.log").open("wb") as log:
         try:
@@ -305,6 +373,8 @@ def _boot(
     except BaseException:
         process.kill()
         process.wait()
+        for path in directory.glob("exec-*"):
+            path.unlink()
         raise
 
 
@@ -333,31 +403,33 @@ def _wait_up(
 ) -> Lab:
     def alive() -> None:
         if process.poll() is not None:
-            words = (directory / "qemu.log").read_text(errors="replace").strip()
-            tail = _tail(directory / "console.log")
-            raise QemuError(f"L1 ended while booting: {words or tail or 'it said nothing'}")
+            words = _tail(directory / "qemu.log") or _tail(directory / "console.log")
+            raise QemuError(f"L1 ended while booting: {words or 'it said nothing'}")
 
     started = time.monotonic()
     last = directory / f"exec-{EXEC_PORTS - 1}.sock"
     while not last.exists():
         alive()
-        if time.monotonic() - started > BOOT_SECONDS:
+        if time.monotonic() - started > BOOT_SECONDS[accel]:
             raise DeadlineError("QEMU did not create its sockets")
         select.select([], [], [], 0.02)  # QEMU has no way to say that it listens
-    session = client.Session(directory)
     try:
-        session.wait_ready(BOOT_SECONDS, alive)
+        with contextlib.closing(client.Session(directory)) as session:
+            session.wait_ready(BOOT_SECONDS[accel], alive)
     except DeadlineError as error:
         raise DeadlineError(
             f"{error.message}; L1's last words: {_tail(directory / 'console.log')}"
         ) from error
-    finally:
-        session.close()
+    except MdoError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        alive()
+        raise
     began = start_time(process.pid)
     if began is None:
         raise QemuError("L1 ended as soon as it was up")
     lab = Lab(directory.name, process.pid, began, kernel.release, accel, time.time())
-    record = directory / "lab.json"
+    record = directory / RECORD
     record.with_suffix(".new").write_text(json.dumps(asdict(lab)))
     record.with_suffix(".new").rename(record)
     progress(f"up after {time.monotonic() - started:.1f} s")

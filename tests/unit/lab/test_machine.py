@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.errors import HostError, RequestError, UnknownError
+from mdev_orchestrator.errors import BusyError, HostError, RequestError, UnknownError
 from mdev_orchestrator.lab import debian, machine
 
 
@@ -52,9 +52,26 @@ def test_a_lab_whose_process_ended_is_swept_away() -> None:
 def test_what_a_killed_start_left_is_swept_away(places: Path) -> None:
     half = places / "state/labs/half"
     half.mkdir(parents=True)
-    (half / "initramfs").touch()
+    (half / machine.STARTER).write_text(f"{os.getpid()} {mine() + 1}\n")
     assert machine.labs() == []
     assert not half.exists()
+
+
+def test_a_lab_that_is_being_brought_up_is_left_alone(places: Path) -> None:
+    directory = places / "state/labs/young"
+    directory.parent.mkdir(parents=True)
+    machine._claim(directory)
+    assert machine.labs() == []
+    assert directory.exists()
+    with pytest.raises(BusyError, match="young is being brought up"):
+        machine._claim(directory)
+    assert [path.name for path in directory.parent.iterdir()] == ["young"]
+
+
+def test_a_lab_brought_up_while_its_dead_namesake_is_swept_survives() -> None:
+    directory = record("phoenix", os.getpid(), mine())
+    machine.sweep(directory, inode=directory.stat().st_ino + 1)
+    assert machine.find("phoenix").directory == directory
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"name": 1', '{"name": "x", "odd": 2}'])
