@@ -7,6 +7,7 @@ stand in a table, and only the one that is invoked is imported.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     from mdev_orchestrator.errors import MdoError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever a vendor calls his types
     try:
         return _invoke(name, arguments)
     except MdoError as error:

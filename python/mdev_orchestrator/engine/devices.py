@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -116,13 +116,16 @@ async def create_devices(
     """
     placement = await _place_patiently(type_id, count, parent, uuids, root)
     ours = _Creation(placement, root, write)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
     try:
-        async with asyncio.timeout(deadline) as timer:
+        async with asyncio.timeout_at(end):
             await ours.create_all()
-            await asyncio.gather(*(wait_ready(u, deadline, root) for u in placement.uuids))
+        left = max(end - loop.time(), 0)
+        await _all(wait_ready(uuid, left, root) for uuid in placement.uuids)
     except BaseException as error:
         await ours.undo(error)
-        if isinstance(error, TimeoutError) and timer.expired():
+        if isinstance(error, TimeoutError):
             raise _carry_notes(
                 error,
                 DeadlineError(
@@ -182,13 +185,7 @@ async def remove_devices(
                 error.hint,
             ) from None
 
-    tasks = [asyncio.ensure_future(remove(mdev)) for mdev in found]
-    try:
-        await asyncio.wait(tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    _raise_first([error for task in tasks if (error := task.exception()) is not None])
+    await _all(remove(mdev) for mdev in found)
     return wanted
 
 
@@ -384,6 +381,19 @@ def _refuse_held(mdev: Mdev, held: Holders, *, may_detach: bool) -> None:
                 f"mdev {mdev.uuid} is held by {holder}",
                 f"mdo remove --detach {mdev.uuid} takes it out of the guest first",
             )
+
+
+async def _all(coroutines: Iterable[Coroutine[None, None, None]]) -> None:
+    """Run all to their ends, then raise the first error; when cancelled, cancel all."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
+    _raise_first([error for task in tasks if (error := task.exception()) is not None])
 
 
 def _raise_first(errors: Sequence[BaseException]) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
@@ -63,13 +64,13 @@ def scan(root: Path = ROOT) -> Host:
     bus_dir = os.path.join(base, "sys/bus/mdev/devices")
     parent_names = _list(class_dir)
     mdev_names = _list(bus_dir)
+    damage: list[str] = []
     parents = tuple(
         parent
-        for name in sorted(parent_names or (), key=natural_key)
+        for name in sorted(_fit(parent_names or (), damage), key=natural_key)
         if (parent := _parent(class_dir, name)) is not None
     )
     apis = {(type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types}
-    damage: list[str] = []
     found: list[tuple[str, str, Mdev]] = []
     linked = set(mdev_names or ())
     for parent in parents:
@@ -195,6 +196,17 @@ def _list(path: str) -> list[str] | None:
         return None
 
 
+def _fit(names: Iterable[str], damage: list[str]) -> list[str]:
+    """The names that can be shown; the others, which the kernel never makes, are ``damage``."""
+    fit = []
+    for name in names:
+        if name.isprintable():  # neither control characters nor bytes that are no UTF-8
+            fit.append(name)
+        else:
+            damage.append(f"there is an entry with an unprintable name: {name!a}")
+    return fit
+
+
 def _bytes(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -254,7 +266,7 @@ def parse_count(text: str) -> int:
 
 def _shown(text: str) -> str:
     limit = 40
-    return repr(text if len(text) <= limit else text[:limit] + "...")
+    return ascii(text if len(text) <= limit else text[:limit] + "...")
 
 
 def _parent(class_dir: str, name: str) -> Parent | None:
@@ -269,7 +281,7 @@ def _parent(class_dir: str, name: str) -> Parent | None:
     types: list[MdevType] = []
     types_dir = os.path.join(path, "mdev_supported_types")
     try:
-        entries = [entry.name for entry in os.scandir(types_dir) if entry.is_dir()]
+        entries = _fit((entry.name for entry in os.scandir(types_dir) if entry.is_dir()), damage)
     except OSError as error:
         if not os.path.lexists(link):
             return None
@@ -340,7 +352,7 @@ def _attribute(entry: os.DirEntry[str], name: str, into: dict[str, str], damage:
         mode = entry.stat(follow_symlinks=False).st_mode
     except OSError:
         return
-    if not stat.S_ISREG(mode) or not mode & 0o444:
+    if not _fit((name,), damage) or not stat.S_ISREG(mode) or not mode & 0o444:
         return
     text = _text(entry.path, damage, optional=True, empty=True)
     if text is not None:

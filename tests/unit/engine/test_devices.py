@@ -233,7 +233,7 @@ async def test_a_device_that_never_becomes_usable_is_undone(cards: FakeSystem) -
         (cards.root / "dev/vfio/1").unlink(missing_ok=True)
         return status
 
-    with pytest.raises(DeadlineError, match=r"vfio/1 is not there|not created within"):
+    with pytest.raises(DeadlineError, match=r"vfio/1 is not there"):
         await create_devices("grid-12", deadline=0.1, root=cards.root, write=without_node)
     assert cards.uuids() == set()
 

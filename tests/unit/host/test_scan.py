@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from uuid import UUID
@@ -222,6 +223,19 @@ def test_a_device_of_a_parent_that_is_going_away_is_still_shown(system: FakeSyst
     (system.parents / "p").unlink()
     (mdev,) = scan(system.root).mdevs
     assert (mdev.parent, mdev.type_id, mdev.device_api) == ("p", "t", None)
+
+
+def test_names_that_cannot_be_shown_are_reported_and_not_shown(system: FakeSystem) -> None:
+    system.parent("p")
+    system.parent("p\x1b[2J")
+    system.type("p", "t", **{"bad\n": "1"})
+    (system.types("p") / os.fsdecode(b"\xff")).mkdir()
+    host = scan(system.root)
+    (parent,) = host.parents
+    assert [type_.id for type_ in parent.types] == ["t"]
+    assert host.damage == (r"there is an entry with an unprintable name: 'p\x1b[2J'",)
+    assert parent.damage == (r"there is an entry with an unprintable name: '\udcff'",)
+    assert parent.types[0].damage == (r"there is an entry with an unprintable name: 'bad\n'",)
 
 
 @given(st.integers(0, 2**32 - 1))
