@@ -223,7 +223,7 @@ def _text(
     path: str, damage: list[str], *, optional: bool = False, empty: bool = False
 ) -> str | None:
     """Text of a file, stripped; ``None`` and an entry in ``damage`` if it cannot be shown."""
-    name = os.path.basename(path)
+    name = path.rpartition("/")[2]
     try:
         data = _bytes(path)
     except OSError as error:
@@ -367,13 +367,13 @@ def _mdev(
     parent = ""
     type_id = None
     try:
-        parent = os.path.basename(os.path.dirname(os.readlink(path)))
+        parent = os.readlink(path).rpartition("/")[0].rpartition("/")[2]
     except FileNotFoundError:
         return None
     except OSError as error:
         damage.append(f"has no link to its parent: {os.strerror(error.errno or 0)}")
     try:
-        type_id = os.path.basename(os.readlink(path + "/mdev_type"))
+        type_id = os.readlink(path + "/mdev_type").rpartition("/")[2]
     except FileNotFoundError:
         if not os.path.exists(path):
             if not os.path.lexists(path):
@@ -408,7 +408,7 @@ def _leaving(path: str, uuid: UUID, parent: str) -> Mdev:
 
 def _group(path: str, damage: list[str]) -> int | None:
     try:
-        return parse_count(os.path.basename(os.readlink(path + "/iommu_group")))
+        return parse_count(os.readlink(path + "/iommu_group").rpartition("/")[2])
     except FileNotFoundError:
         return None
     except OSError as error:
