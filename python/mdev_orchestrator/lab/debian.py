@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import shutil
 import subprocess
@@ -72,8 +73,16 @@ def run(argv: Sequence[str | Path], *, cwd: Path | None = None) -> str:
     :raise HostError: It is not installed.
     :raise MdoError: It failed; with the first line that looks like the cause, or else the last.
     """
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # depmod, for one, is there
     try:
-        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            argv,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PATH": path, "LC_ALL": "C.UTF-8"},
+        )
     except FileNotFoundError as error:
         raise HostError(f"{argv[0]} is not installed", "run 'make setup'") from error
     if done.returncode:

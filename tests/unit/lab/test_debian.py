@@ -65,8 +65,13 @@ def test_a_program_that_is_missing_is_named(
     programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(programs))
-    with pytest.raises(HostError, match="apt-cache is not installed"):
-        debian.depends("anything")
+    with pytest.raises(HostError, match="no-such-program is not installed"):
+        debian.run(["no-such-program"])
+
+
+def test_what_stands_in_sbin_is_found_by_a_plain_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert "kmod" in debian.run(["depmod", "--version"])
 
 
 def test_an_unpacked_kernel_is_found_without_the_mirror(programs: Path, tmp_path: Path) -> None:
