@@ -374,7 +374,8 @@ async def detach(
     :raise UnknownError: There is no such guest, or it has no such mdev.
     """
     found = find_running(guest, root)
-    async with connect(found.qmp_socket, found.who, deadline=min(deadline, 10)) as qmp:
+    end = asyncio.get_running_loop().time() + deadline
+    async with connect(found.qmp_socket, found.who, deadline=deadline) as qmp:
         held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
         if uuid not in held:
             has = ", ".join(sorted(map(str, held))) or "none"
@@ -385,7 +386,7 @@ async def detach(
                 f"{found.who}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
                 "stop the guest",
             )
-        await _unplug(qmp, device, deadline)
+        await _unplug(qmp, device, end, deadline)
 
 
 async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS) -> None:
@@ -396,15 +397,15 @@ async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS)
     :raise DeadlineError: It did not let go in time; the device is still there.
     :raise QemuError: QEMU cannot be reached, refused, or ended meanwhile.
     """
-    async with connect(guest.qmp_socket, guest.who, deadline=min(deadline, 10)) as qmp:
+    end = asyncio.get_running_loop().time() + deadline
+    async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
         if device_id not in await _children(qmp, PERIPHERAL):
             raise UnknownError(f"{guest.who} has no device {device_id}")
-        await _unplug(qmp, device_id, deadline)
+        await _unplug(qmp, device_id, end, deadline)
 
 
-async def _unplug(qmp: Monitor, device_id: str, deadline: float) -> None:
+async def _unplug(qmp: Monitor, device_id: str, end: float, deadline: float) -> None:
     loop = asyncio.get_running_loop()
-    end = loop.time() + deadline
     names = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
     with qmp.events(names, lambda data: data.get("device") == device_id) as events:
         while await _ask_to_let_go(qmp, device_id):

@@ -41,6 +41,7 @@ T = TypeVar("T")
 GREETING_SECONDS = 10.0
 REPLY_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
+RETRY_SECONDS = 0.05
 MAX_EVENTS = 64
 """Events that wait to be looked at; a listener hears one device's, so a flood is a fault."""
 
@@ -215,21 +216,26 @@ def _convert(value: object, wanted: type[T], what: str, who: str) -> T:
         raise QemuError(f"{who}: {what} answered something odd: {error}: {shown}") from error
 
 
-def _open(path: Path, who: str) -> socket.socket:
-    """Connect without waiting: a Unix stream socket connects at once or not at all."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.connect(str(path))
-    except BlockingIOError:
-        sock.close()
-        raise DeadlineError(
-            f"{who}: its monitor is busy: too many others wait for it already",
-            "end the other programs that are connected to it",
-        ) from None
-    except OSError as error:
-        sock.close()
-        raise QemuError(f"{who}: cannot reach its monitor: {error.strerror or error}") from error
-    return sock
+async def _open(path: Path, who: str) -> socket.socket:
+    """Connect. A Unix stream socket connects at once, or not before somebody else is served.
+
+    QEMU lets one client wait beside the one it serves. For room in that queue the kernel has no
+    event (a blocking connect could not be cancelled), so it is tried again.
+    """
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            sock.close()
+            await asyncio.sleep(RETRY_SECONDS)
+        except OSError as error:
+            sock.close()
+            raise QemuError(
+                f"{who}: cannot reach its monitor: {error.strerror or error}"
+            ) from error
+        else:
+            return sock
 
 
 async def _close(client: QMPClient, sock: socket.socket) -> BaseException | None:
@@ -266,23 +272,32 @@ async def connect(
     :raise QemuError: Nobody listens there, or what answers is no QMP.
     :raise DeadlineError: It did not greet in time.
     """
-    sock = _open(path, who)
     client = QMPClient()
     client.events.event_filter = lambda _event: False  # it would keep every event for ever
     try:
         async with asyncio.timeout(deadline):
-            await client.connect(sock)
+            sock = await _open(path, who)
+            await _greet(client, sock, who)
     except TimeoutError:
         raise DeadlineError(
             f"{who}: its monitor did not answer within {deadline:g} s",
             "another program may hold the connection, or QEMU is stopped; try again",
         ) from None
-    except QMPError as error:
-        raise QemuError(f"{who}: {_cause(error)}") from error
-    finally:
-        if client.runstate is Runstate.IDLE:
-            sock.close()
     try:
         yield Monitor(client, sock, who)
     finally:
         await _close(client, sock)
+
+
+async def _greet(client: QMPClient, sock: socket.socket, who: str) -> None:
+    """Greeting and negotiation. Closes the socket if they fail."""
+    try:
+        await client.connect(sock)
+    except QMPError as error:
+        raise QemuError(f"{who}: {_cause(error)}") from error
+    except AssertionError as error:
+        # It hung up right after the greeting, and qemu.qmp asserts that it did not.
+        raise QemuError(f"{who}: {_cause(await _close(client, sock))}") from error
+    finally:
+        if client.runstate is Runstate.IDLE:
+            sock.close()

@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
@@ -53,7 +53,14 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.qemu.command import GuestSpec, Sockets, check, check_name, guest_argv
+from mdev_orchestrator.qemu.command import (
+    NAME_PATTERN,
+    GuestSpec,
+    Sockets,
+    check,
+    check_name,
+    guest_argv,
+)
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.state import private_dir, state_dir
 
@@ -61,6 +68,9 @@ START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 KILL_SECONDS = 15.0
 MAX_SUN_PATH = 107
+MAX_PID = 1 << 22
+MAX_TIME = 253402300799.0
+"""The last second that has a date."""
 MAX_WORDS = 16384
 """Bytes of QEMU's own output that are looked at."""
 
@@ -99,10 +109,10 @@ class Record(msgspec.Struct, frozen=True):
 
     name: str
     uuid: UUID
-    pid: int
+    pid: Annotated[int, msgspec.Meta(gt=1, le=MAX_PID)]
     start_time: int
     boot_id: str
-    created: float
+    created: Annotated[float, msgspec.Meta(ge=0, le=MAX_TIME)]
     argv: list[str]
     mdevs: list[UUID]
     memory: int
@@ -183,7 +193,11 @@ def list_guests(root: Path | None = None) -> list[Guest]:
     """Return all guests of this state directory, by name; damaged ones too."""
     root = root or guests_dir()
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        names = sorted(
+            entry.name
+            for entry in os.scandir(root)
+            if entry.is_dir(follow_symlinks=False) and NAME_PATTERN.fullmatch(entry.name)
+        )
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -251,8 +265,6 @@ def _read_record(directory: Path) -> Record:
         raise ValueError(str(error)) from error
     if record.name != directory.name:
         raise ValueError(f"it is of guest {record.name!r}")
-    if record.pid <= 1:
-        raise ValueError(f"{record.pid} is no process of a guest")
     return record
 
 
@@ -262,7 +274,7 @@ def _is_locked(directory: Path) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
+    except OSError:
         return False
     return False
 
@@ -610,7 +622,7 @@ async def _until_ready(
     dying = asyncio.ensure_future(_ended(process, None))
     try:
         await asyncio.wait((asking, dying), return_when=asyncio.FIRST_COMPLETED)
-        if asking.done() and asking.exception() is not None:
+        if asking.done() and isinstance(asking.exception(), QemuError):
             # A QEMU that dies hangs up first. Its status and words are worth a moment.
             await asyncio.wait((dying,), timeout=1)
     finally:

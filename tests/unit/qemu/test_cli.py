@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo guest``, ``attach`` and ``detach`` as they are typed, on a real QEMU without mdevs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import socket
+import subprocess
+import sys
+import threading
+import tty
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from mdev_orchestrator.cli import console
+from mdev_orchestrator.cli.main import main
+from mdev_orchestrator.qemu.process import Guest, State, find
+from unit.fakesys import FakeSystem
+
+Mdo = Callable[..., tuple[int, str, str]]
+NOBODY = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+
+@pytest.fixture
+def mdo(
+    place: Path,
+    system: FakeSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Mdo]:
+    """Run ``mdo`` in this process; gives exit status, output and errors."""
+    monkeypatch.setenv("MDO_STATE_DIR", str(place))
+    monkeypatch.setenv("MDO_ROOT", str(system.root))
+    monkeypatch.setenv("MDO_ACCEL", "tcg")
+
+    def mdo(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    yield mdo
+    for directory in (place / "guests").glob("*"):
+        mdo("guest", "stop", directory.name, "--deadline", "0", "--force")
+
+
+def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
+    uuid = str(uuid4())
+    code, out, err = mdo(
+        "guest", "start", "g", "--arg=-S", "--uuid", uuid, "--memory", "64M", "--json"
+    )
+    assert (code, err) == (0, "")
+    shown = json.loads(out)
+    assert shown | {"pid": 0, "created": ""} == {
+        "name": "g",
+        "state": "running",
+        "status": "prelaunch",
+        "uuid": uuid,
+        "pid": 0,
+        "memory": 64 << 20,
+        "cpus": 1,
+        "created": "",
+        "mdevs": [],
+        "directory": str(place / "guests" / "g"),
+        "damage": "",
+    }
+    code, out, err = mdo("guest", "list", "--json")
+    assert json.loads(out) == {"guests": [shown]}
+    code, out, err = mdo("guest", "list")
+    assert out.split()[-7:] == ["g", "running", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
+    code, out, err = mdo("guest", "stop", "g", "--deadline", "0.2")
+    assert (code, out) == (4, "")
+    assert "did not power down within 0.2 s \u2014 it still runs" in err
+    code, out, err = mdo("guest", "stop", "g", "--deadline", "0", "--force", "--json")
+    assert (code, json.loads(out)) == (0, {"name": "g", "how": "quit"})
+    assert mdo("guest", "list") == (0, "", "")
+    assert mdo("guest", "list", "--json") == (0, '{"guests":[]}\n', "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("guest", "stop", "g"), 2, "no guest is called g"),
+        (("guest", "stop", "../g"), 2, "cannot be the name of a guest"),
+        (("guest", "console", "g"), 2, "no guest is called g"),
+        (("guest", "start", "g", "--memory", "much"), 2, "no amount of memory"),
+        (("guest", "start", "g", "--accel", "warp"), 2, "no accelerator"),
+        (("guest", "start", "g", "--uuid", "x"), 2, "not a UUID"),
+        (("guest", "start", "g", "--mdev", "x"), 2, "not a UUID"),
+        (("guest", "start", "g", "--mdev", NOBODY), 2, f"no mdev {NOBODY}"),
+        (("guest", "start", "g", "--qemu", "no-such-qemu"), 5, "no program no-such-qemu"),
+        (("guest", "start", "g", "--kernel", "/nowhere"), 2, "/nowhere does not exist"),
+        (("guest", "start", "a,b"), 2, "cannot be the name of a guest"),
+        (("guest", "start"), 2, "missing argument"),
+        (("attach", "g", NOBODY), 2, "no guest is called g"),
+        (("detach", "g", NOBODY), 2, "no guest is called g"),
+        (("detach", "g", "x"), 2, "not a UUID"),
+    ],
+)
+def test_what_cannot_be(
+    mdo: Mdo, place: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    result = mdo(*arguments)
+    assert result[:2] == (code, "")
+    assert said in result[2]
+    assert result[2].count("\n") == 1
+    assert not list(place.glob("guests/*"))
+
+
+def test_qemu_says_no(qemu: str, mdo: Mdo, place: Path) -> None:
+    code, out, err = mdo("guest", "start", "g", "--arg=-device", "--arg=nonsense")
+    assert (code, out) == (3, "")
+    assert "'nonsense' is not a valid device model name" in err
+    assert "it was run as: /" in err
+    assert list(place.glob("guests/*")) == []
+
+
+def test_qemu_warns(qemu: str, mdo: Mdo) -> None:
+    code, out, err = mdo("guest", "start", "g", "--arg=-S", "--arg=-cpu", "--arg=qemu64,+vmx")
+    assert code == 0
+    assert out.startswith("g runs as process ")
+    assert err.startswith("mdo: guest g: QEMU says: ")
+    assert "vmx" in err
+
+
+def test_attach_and_detach_of_what_is_not_there(qemu: str, mdo: Mdo, system: FakeSystem) -> None:
+    system.parent("card0")
+    system.type("card0", "t-1", 0)
+    mdo("guest", "start", "g", "--arg=-S")
+    code, _, err = mdo("attach", "g", NOBODY)
+    assert (code, f"there is no mdev {NOBODY}" in err) == (2, True)
+    code, _, err = mdo("attach", "g", NOBODY, "--parent", "card0")
+    assert (code, "--parent goes with a type" in err) == (2, True)
+    code, _, err = mdo("attach", "g", "t-2")
+    assert (code, "t-2" in err) == (2, True)
+    code, _, err = mdo("attach", "g", "t-1")
+    assert (code, "t-1" in err) == (2, True)
+    code, _, err = mdo("detach", "g", NOBODY)
+    assert (code, f"guest g has no mdev {NOBODY}" in err) == (2, True)
+
+
+def test_a_damaged_guest_is_shown(mdo: Mdo, place: Path) -> None:
+    (place / "guests" / "g").mkdir(parents=True)
+    (place / "guests" / "g" / "record.json").write_bytes(b"\xff")
+    code, out, err = mdo("guest", "list")
+    assert code == 0
+    assert "damaged" in out
+    assert "record.json is damaged" in err
+    [shown] = json.loads(mdo("guest", "list", "--json")[1])["guests"]
+    assert shown["state"] == "damaged"
+    assert (shown["uuid"], shown["pid"], shown["mdevs"]) == (None, None, None)
+    assert mdo("guest", "stop", "g")[0] == 2
+    assert mdo("guest", "stop", "g", "--force")[:2] == (
+        0,
+        "g had ended already; its files are removed\n",
+    )
+
+
+def test_the_log_and_a_console_without_a_terminal(qemu: str, mdo: Mdo, place: Path) -> None:
+    mdo("guest", "start", "g", "--arg=-S")
+    log = find("g", place / "guests").console_log
+    log.write_bytes(b"hello\xff\n")
+    code, _, err = mdo("guest", "console", "g")
+    assert (code, "needs a terminal" in err) == (2, True)
+    assert mdo("guest", "console", "--log", "g")[0] == 0
+
+
+def test_log_is_passed_on_as_it_is(place: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    (place / "console.log").write_bytes(b"hello\xff\n")
+    console.print_log(Guest("g", place, State.GONE))
+    assert capfdbinary.readouterr().out == b"hello\xff\n"
+
+
+def test_copying_ends_at_the_escape_key() -> None:
+    """Keys arrive, output comes back, and what is typed after ctrl-] goes nowhere."""
+    guest, ours = socket.socketpair()
+    master, terminal = pty.openpty()
+    os.set_blocking(guest.fileno(), True)
+    heard: list[bytes] = []
+
+    def play() -> None:
+        guest.sendall(b"login: ")
+        heard.append(guest.recv(100))
+        os.write(master, b"\x1dignored")
+        while chunk := guest.recv(100):
+            heard.append(chunk)
+
+    tty.setraw(terminal)
+    player = threading.Thread(target=play)
+    player.start()
+    os.write(master, b"root")
+    console.copy(ours, terminal, terminal)
+    ours.close()
+    player.join()
+    assert heard == [b"root"]
+    assert os.read(master, 100) == b"login: "
+    for descriptor in (master, terminal):
+        os.close(descriptor)
+    guest.close()
+
+
+def test_copying_ends_with_the_guest() -> None:
+    guest, ours = socket.socketpair()
+    keys, typed = os.pipe()
+    shown, screen = os.pipe()
+    guest.sendall(b"bye")
+    guest.close()
+    console.copy(ours, keys, screen)
+    assert os.read(shown, 100) == b"bye"
+    ours.close()
+    for descriptor in (keys, typed, shown, screen):
+        os.close(descriptor)
+
+
+def test_naming_the_commands_does_not_load_qmp() -> None:
+    program = (
+        "import sys, mdev_orchestrator.cli.guest, mdev_orchestrator.cli.hotplug;"
+        "print({'asyncio', 'qemu.qmp', 'msgspec'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"set()\n"

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From a specification to QEMU's command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.qemu.command import (
+    GuestMdev,
+    GuestSpec,
+    Sockets,
+    check_name,
+    guest_argv,
+    option,
+    parse_accel,
+    parse_size,
+)
+
+GUEST = UUID("c0ffee00-0000-4000-8000-000000000001")
+M1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
+M2 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1002")
+SOCKETS = Sockets(qmp=3, query=4, console=5, console_log=Path("/s/console.log"))
+WINDOW = "pref64-reserve=1048576"
+BUS = Path("/sys/bus/mdev/devices")
+
+BARE = """\
+qemu-system-x86_64
+-name guest=render-1,debug-threads=on
+-uuid c0ffee00-0000-4000-8000-000000000001
+-machine q35
+-accel kvm
+-accel tcg
+-m 512M
+-smp 1
+-nodefaults
+-no-user-config
+-display none
+-chardev socket,id=qmp,fd=3,server=on,wait=off
+-mon chardev=qmp,mode=control
+-chardev socket,id=query,fd=4,server=on,wait=off
+-mon chardev=query,mode=control
+-chardev socket,id=console,fd=5,server=on,wait=off,logfile=/s/console.log
+-serial chardev:console
+"""
+
+
+def shown(argv: list[str]) -> str:
+    """An option and its value on one line."""
+    return re.sub(r"\n(?!-)", " ", "\n".join(argv)).replace(" -name", "\n-name") + "\n"
+
+
+def mdev(uuid: UUID, api: str = "vfio-pci") -> GuestMdev:
+    return GuestMdev(uuid, BUS / str(uuid), api)
+
+
+def spec(**changes: Any) -> GuestSpec:  # noqa: ANN401 - fields of GuestSpec
+    return replace(GuestSpec("render-1", GUEST, hotplug_ports=0), **changes)
+
+
+def added(**changes: Any) -> list[str]:  # noqa: ANN401
+    """Lines that the changes add to the bare command line."""
+    lines = shown(guest_argv(spec(**changes), SOCKETS)).splitlines()
+    return [line for line in lines if line not in BARE.splitlines()]
+
+
+def test_bare() -> None:
+    assert shown(guest_argv(spec(), SOCKETS)) == BARE
+
+
+def test_mdevs_take_the_first_ports_and_free_ones_follow() -> None:
+    port = "-device pcie-root-port,"
+    assert added(mdevs=(mdev(M1), mdev(M2)), hotplug_ports=1, hotplug_window=1 << 20) == [
+        f"{port}id=port0,bus=pcie.0,addr=0x01.0,chassis=1,slot=1,{WINDOW},multifunction=on",
+        f"{port}id=port1,bus=pcie.0,addr=0x01.1,chassis=2,slot=2,{WINDOW}",
+        f"{port}id=port2,bus=pcie.0,addr=0x01.2,chassis=3,slot=3,{WINDOW}",
+        f"-device vfio-pci,id=mdev-{M1},sysfsdev=/sys/bus/mdev/devices/{M1},bus=port0",
+        f"-device vfio-pci,id=mdev-{M2},sysfsdev=/sys/bus/mdev/devices/{M2},bus=port1",
+    ]
+
+
+def test_what_is_not_pci_sits_on_no_port() -> None:
+    assert added(
+        machine="s390-ccw-virtio",
+        hotplug_ports=4,
+        mdevs=(mdev(M1, "vfio-ccw"), mdev(M2, "vfio-ap")),
+    ) == [
+        "-machine s390-ccw-virtio",
+        f"-device vfio-ccw,id=mdev-{M1},sysfsdev=/sys/bus/mdev/devices/{M1}",
+        f"-device vfio-ap,id=mdev-{M2},sysfsdev=/sys/bus/mdev/devices/{M2}",
+    ]
+
+
+def test_boot() -> None:
+    assert added(
+        kernel=Path("/k"),
+        initrd=Path("/i"),
+        append="console=ttyS0 a,b",
+        disk=Path("/d,readonly=on"),
+        firmware=Path("/fw"),
+        memory=2 << 30,
+        cpus=3,
+        accel="tcg",
+        extra=("-S",),
+    ) == [
+        "-m 2048M",
+        "-smp 3",
+        "-L /fw",
+        "-kernel /k",
+        "-initrd /i",
+        "-append console=ttyS0 a,b",
+        "-drive if=none,id=disk0,format=raw,file=/d,,readonly=on",
+        "-device virtio-blk,drive=disk0",
+        "-S",
+    ]
+
+
+@pytest.mark.parametrize("count", [9, 64, 128])
+def test_ports_are_unique(count: int) -> None:
+    ports = [line for line in guest_argv(spec(hotplug_ports=count), SOCKETS) if "root-port" in line]
+    assert len(ports) == count
+    for key in ("id", "addr", "chassis", "slot"):
+        assert len({re.search(rf",{key}=([^,]*)", port)[1] for port in ports}) == count  # type: ignore[index]
+    firsts = [port for port in ports if "multifunction=on" in port]
+    assert all(re.search(r"addr=0x..\.0,", port) for port in firsts)
+    assert len(firsts) == -(-count // 8)
+
+
+def unescaped(text: str) -> list[str]:
+    """QEMU's rule, read from its manual: a comma ends a value, two commas are one inside it."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+
+
+@given(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1))
+def test_no_value_can_become_an_option(value: str) -> None:
+    assert unescaped(option("x", file=value, last=1)) == ["x", f"file={value}", "last=1"]
+
+
+@given(
+    st.text(st.characters(codec="utf-8")),
+    st.text(st.characters(codec="utf-8")),
+    st.text(st.characters(codec="utf-8"), max_size=8),
+    st.text(st.characters(codec="utf-8"), max_size=8),
+)
+def test_no_string_of_a_user_adds_an_argument(
+    append: str, disk: str, machine: str, disk_format: str
+) -> None:
+    plain = spec(kernel=Path("/k"), append="-x", disk=Path("/d"))
+    wild = replace(
+        plain,
+        append=append or "-x",
+        disk=Path("/d" + disk),
+        machine="q35-" + machine,
+        disk_format=disk_format,
+    )
+    try:
+        argv = guest_argv(wild, SOCKETS)
+    except RequestError:
+        assert "\0" in append + disk + machine + disk_format
+        return
+    usual = guest_argv(plain, SOCKETS)
+    assert len(argv) == len(usual)
+    assert [word for word in argv if word in {"-drive", "-device", "-mon", "-append"}][:4] == [
+        word for word in usual if word in {"-drive", "-device", "-mon", "-append"}
+    ][:4]
+    drive = unescaped(argv[usual.index("-drive") + 1])
+    assert drive == ["if=none", "id=disk0", f"format={disk_format}", f"file={wild.disk}"]
+
+
+def test_qemu_reads_it_so(qemu: str, tmp_path: Path) -> None:
+    disk = tmp_path / "d,readonly=on,id=oops"
+    disk.write_bytes(bytes(1 << 20))
+    argv = [qemu, "-display", "none", "-S", "-nodefaults", "-accel", "tcg", "-qmp", "stdio"]
+    argv += ["-drive", option("if=none", id="disk0", format="raw", file=disk)]
+    asked = b'{"execute":"qmp_capabilities"}{"execute":"query-block"}{"execute":"quit"}'
+    out = subprocess.run(argv, input=asked, capture_output=True, check=True).stdout
+    [answer] = [
+        value["return"]
+        for value in map(json.loads, out.splitlines())
+        if isinstance(value.get("return"), list)
+    ]
+    assert [(drive["device"], drive["inserted"]["file"]) for drive in answer] == [
+        ("disk0", str(disk))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "../x"}, "name of a guest"),
+        ({"name": "a,b"}, "name of a guest"),
+        ({"name": "-x"}, "name of a guest"),
+        ({"name": ""}, "name of a guest"),
+        ({"name": "a" * 41}, "name of a guest"),
+        ({"name": "a\n"}, "name of a guest"),
+        ({"memory": 0}, "memory"),
+        ({"memory": (1 << 20) + 1}, "memory"),
+        ({"cpus": 0}, "CPUs"),
+        ({"cpus": 1000}, "CPUs"),
+        ({"hotplug_ports": -1}, "ports"),
+        ({"hotplug_ports": 128, "mdevs": (mdev(M1),)}, "ports"),
+        ({"hotplug_window": 3 << 20}, "window"),
+        ({"hotplug_window": 0}, "window"),
+        ({"initrd": Path("/i")}, "kernel"),
+        ({"append": "x"}, "kernel"),
+        ({"mdevs": (mdev(M1), mdev(M1))}, "twice"),
+        ({"mdevs": (mdev(M1, "vfio-pci,x-y=on"),)}, "device_api"),
+        ({"mdevs": (mdev(M1, "-S"),)}, "device_api"),
+        ({"extra": ("\0",)}, "zero byte"),
+    ],
+)
+def test_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        guest_argv(spec(**changes), SOCKETS)
+
+
+@given(st.text())
+def test_a_name_that_passes_is_a_file_name_and_an_option(name: str) -> None:
+    try:
+        check_name(name)
+    except RequestError:
+        return
+    assert Path(name).name == name
+    assert option("x", guest=name) == f"x,guest={name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512M", 512 << 20), ("2g", 2 << 30), ("4096", 4096), (" 1K ", 1024)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@given(st.text())
+def test_other_sizes_are_refused(text: str) -> None:
+    try:
+        size = parse_size(text)
+    except RequestError:
+        return
+    assert size >= 0
+
+
+def test_accelerators() -> None:
+    assert parse_accel("tcg") == "tcg"
+    with pytest.raises(RequestError, match="accelerator"):
+        parse_accel("kvm,thread=multi")

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Attach and detach.
+
+A real QEMU without a guest's software shows what QEMU does by itself, with ordinary PCI devices
+instead of mdevs. What guests do (take, let go, refuse) comes from a scripted monitor, and for real
+in the lab's tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from mdev_orchestrator.errors import (
+    BusyError,
+    DeadlineError,
+    QemuError,
+    RequestError,
+    UnknownError,
+)
+from mdev_orchestrator.qemu import hotplug
+from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+from mdev_orchestrator.qemu.hotplug import Device, Port
+from mdev_orchestrator.qemu.monitor import CommandError, connect
+from mdev_orchestrator.qemu.process import Guest, State, start, stop
+from mdev_orchestrator.qemu.remedies import remedy
+from unit.qemu.conftest import Peer, Script, Serve
+
+M1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
+RNG = Device("rng", "virtio-rng-pci")
+
+
+@asynccontextmanager
+async def guest(qemu: str, place: Path, ports: int = 2, *extra: str) -> AsyncIterator[Guest]:
+    what = GuestSpec(
+        "g",
+        uuid4(),
+        memory=64 << 20,
+        accel="tcg",
+        qemu=qemu,
+        hotplug_ports=ports,
+        extra=("-S", *extra),
+    )
+    found = await start(what, root=place)
+    try:
+        yield found
+    finally:
+        await stop(found, deadline=0, force=True)
+
+
+async def ports(found: Guest) -> tuple[Port, ...]:
+    async with connect(found.query_socket, found.who) as qmp:
+        return await hotplug.ports(qmp)
+
+
+async def test_devices_take_free_ports(qemu: str, place: Path) -> None:
+    # one without an id sits in port1: only the bus itself knows
+    async with guest(qemu, place, 12, "-device", "virtio-rng-pci,bus=port1") as found:
+        assert await hotplug.plug(found, RNG) == "port0"
+        assert await hotplug.plug(found, Device("e", "edu")) == "port2"
+        known = await ports(found)
+        assert [port.id for port in known] == [f"port{number}" for number in range(12)]
+        assert [port.occupant for port in known[:4]] == [
+            "virtio-rng-pci",
+            "virtio-rng-pci",
+            "edu",
+            None,
+        ]
+
+
+async def test_no_port_is_free(qemu: str, place: Path) -> None:
+    async with guest(qemu, place, 1) as found:
+        await hotplug.plug(found, RNG)
+        with pytest.raises(RequestError, match="all 1 root ports are taken") as caught:
+            await hotplug.plug(found, Device("second", "edu"))
+        assert "--hotplug-ports" in caught.value.hint
+
+
+async def test_no_port_at_all(qemu: str, place: Path) -> None:
+    async with guest(qemu, place, 0) as found:
+        with pytest.raises(RequestError, match="it has no root port"):
+            await hotplug.plug(found, RNG)
+
+
+async def test_twice(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        await hotplug.plug(found, RNG)
+        with pytest.raises(RequestError, match="guest g has rng already"):
+            await hotplug.plug(found, RNG)
+
+
+async def test_many_at_once(qemu: str, place: Path) -> None:
+    async with guest(qemu, place, 3) as found:
+        devices = [Device(f"d{number}", "edu") for number in range(4)]
+        results = await asyncio.gather(
+            *(hotplug.plug(found, device) for device in devices), return_exceptions=True
+        )
+        *plugged, failed = sorted(results, key=lambda one: isinstance(one, Exception))
+        assert sorted(map(str, plugged)) == ["port0", "port1", "port2"]
+        assert "all 3 root ports are taken" in str(failed)
+
+
+async def test_qemu_refuses_a_device(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        mdev = GuestMdev(M1, Path("/sys/bus/mdev/devices") / str(M1))
+        with pytest.raises(CommandError, match="no such host device") as caught:
+            await hotplug.attach("g", mdev, root=place)
+        assert "mdo host" in caught.value.hint
+        assert caught.value.exit_code == 3
+        assert [port.occupant for port in await ports(found)] == [None, None]
+        with pytest.raises(CommandError, match="nonsense"):
+            await hotplug.plug(found, Device("x", "nonsense"))
+
+
+async def test_a_guest_without_software_never_takes(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        with pytest.raises(DeadlineError, match=r"has not taken rng.*it stays plugged"):
+            await hotplug.plug(found, RNG, deadline=1, wait_guest=True)
+        assert (await ports(found))[0].occupant == "virtio-rng-pci"
+
+
+async def test_a_guest_without_software_never_lets_go(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        await hotplug.plug(found, RNG)
+        for _ in range(2):  # the second is told that one is on its way, and waits for that
+            with pytest.raises(DeadlineError, match=r"did not let go of rng.*it still has"):
+                await hotplug.unplug(found, "rng", 0.3)
+            assert (await ports(found))[0].occupant == "virtio-rng-pci"
+
+
+async def test_a_listing_does_not_wait_for_an_unplug(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        await hotplug.plug(found, RNG)
+        task = asyncio.ensure_future(hotplug.unplug(found, "rng", 60))
+        for _ in range(3):
+            assert await hotplug.mdevs_of(found) == ()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_what_is_not_there_cannot_be_unplugged(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        with pytest.raises(UnknownError, match="guest g has no device rng"):
+            await hotplug.unplug(found, "rng")
+        with pytest.raises(UnknownError, match=rf"guest g has no mdev {M1} \(it has: none\)"):
+            await hotplug.detach("g", M1, 5, root=place)
+        with pytest.raises(UnknownError, match="no guest is called other"):
+            await hotplug.detach("other", M1, 5, root=place)
+        assert await hotplug.holder_of(M1, root=place) is None
+
+
+async def test_qemu_ends_while_a_device_is_waited_for(qemu: str, place: Path) -> None:
+    async with guest(qemu, place) as found:
+        await hotplug.plug(found, RNG)
+        task = asyncio.ensure_future(hotplug.unplug(found, "rng", 60))
+        async with connect(found.query_socket, found.who) as qmp:
+            await qmp.execute("query-status", object)
+            await qmp.quit()
+        with pytest.raises(QemuError, match="guest g"):
+            await task
+
+
+# ---------------------------------------------------------------- scripted
+
+
+class Fake:
+    """A QEMU with one root port, made of what its monitor answers."""
+
+    def __init__(self) -> None:
+        self.devices: dict[str, str] = {"port0": "pcie-root-port"}
+        self.sysfsdev: dict[str, str] = {}
+        self.pci: Iterator[list[dict[str, Any]]] = iter(())
+        self.on_add: list[dict[str, object]] = []
+        self.on_del: list[list[dict[str, object]]] = []
+        self.asked_to_go = 0
+        self.added = asyncio.Event()
+        self.answer_add = asyncio.Event()
+        self.answer_add.set()
+
+    async def __call__(self, peer: Peer) -> None:
+        await peer.greet()
+        while True:
+            command = await peer.command()
+            name = command["execute"].replace("-", "_")
+            reply = await getattr(self, name)(peer, **command.get("arguments", {}))
+            await peer.send({"id": command["id"], **reply})
+
+    async def qom_list(self, _peer: Peer, path: str) -> dict[str, object]:
+        match path.split("/")[2:]:
+            case ["peripheral"]:
+                found = [(name, f"child<{kind}>") for name, kind in self.devices.items()]
+            case ["peripheral", "port0", "port0"]:
+                inside = [kind for name, kind in self.devices.items() if name != "port0"]
+                found = [(f"child[{n}]", f"link<{kind}>") for n, kind in enumerate(inside)]
+            case _:
+                found = []
+        return {"return": [{"name": name, "type": kind} for name, kind in found]}
+
+    async def qom_get(self, _peer: Peer, path: str, property: str) -> dict[str, object]:  # noqa: A002
+        name = path.rsplit("/", 1)[1]
+        if property == "sysfsdev" and name in self.sysfsdev:
+            return {"return": self.sysfsdev[name]}
+        return {"error": {"class": "GenericError", "desc": "no property"}}
+
+    async def device_add(self, _peer: Peer, **arguments: str) -> dict[str, object]:
+        self.added.set()
+        await self.answer_add.wait()
+        if self.on_add:
+            return self.on_add.pop(0)
+        self.devices[arguments["id"]] = arguments["driver"]
+        return {"return": {}}
+
+    async def device_del(self, peer: Peer, id: str) -> dict[str, object]:  # noqa: A002
+        self.asked_to_go += 1
+        answer: dict[str, object] = {"return": {}}
+        for message in self.on_del.pop(0) if self.on_del else []:
+            if message.get("event") == "DEVICE_DELETED":
+                self.devices.pop(id, None)
+            if "event" in message:
+                await peer.send(message)
+            else:
+                answer = message
+        return answer
+
+    async def query_pci(self, _peer: Peer) -> dict[str, object]:
+        return {"return": next(self.pci)}
+
+
+def event(name: str, device: str) -> dict[str, object]:
+    return {"event": name, "data": {"device": device, "path": "/x"}, "timestamp": {}}
+
+
+@asynccontextmanager
+async def faked(serve: Serve, script: Script) -> AsyncIterator[Guest]:
+    async with serve(script) as path:
+        yield Guest("g", path.parent, State.RUNNING)
+
+
+@pytest.fixture
+def fake() -> Fake:
+    return Fake()
+
+
+def buses(*regions: tuple[int, str, int]) -> list[dict[str, Any]]:
+    shown = [
+        {"bar": bar, "type": kind, "size": 4096, "address": address}
+        for bar, kind, address in regions
+    ]
+    device = {"qdev_id": "rng", "slot": 0, "regions": shown}
+    bridge = {"bus": {"number": 0, "secondary": 1}, "devices": [device]}
+    port = {"qdev_id": "port0", "regions": [], "pci_bridge": bridge}
+    return [{"bus": 0, "devices": [{"qdev_id": "", "regions": []}, port]}]
+
+
+NOTHING: list[dict[str, Any]] = [{"bus": 0, "devices": []}]
+
+
+async def test_taken_when_every_memory_bar_decodes(serve: Serve, fake: Fake) -> None:
+    fake.pci = iter(
+        [
+            NOTHING,
+            buses((0, "memory", -1), (2, "memory", -1), (6, "memory", -1)),
+            buses((0, "memory", 0x1000), (2, "memory", -1), (4, "io", 0xC000)),
+            buses((0, "memory", 0x1000), (2, "memory", 0x2000), (4, "io", -1), (6, "memory", -1)),
+        ]
+    )
+    async with faked(serve, fake) as found:
+        assert await hotplug.plug(found, RNG, wait_guest=True) == "port0"
+    assert next(fake.pci, None) is None
+
+
+async def test_taken_with_nothing_but_io(serve: Serve, fake: Fake) -> None:
+    fake.pci = iter([buses((0, "io", -1)), buses((0, "io", 0xC000))])
+    async with faked(serve, fake) as found:
+        await hotplug.plug(found, RNG, wait_guest=True)
+    assert next(fake.pci, None) is None
+
+
+async def test_pci_that_is_nonsense(serve: Serve, fake: Fake) -> None:
+    fake.pci = iter([[{"devices": 3}]])
+    async with faked(serve, fake) as found:
+        with pytest.raises(QemuError, match="query-pci answered something odd"):
+            await hotplug.plug(found, RNG, wait_guest=True)
+
+
+async def test_qemu_takes_a_device_and_has_it_not(serve: Serve, fake: Fake) -> None:
+    fake.on_add = [{"return": {}}]
+    async with faked(serve, fake) as found:
+        with pytest.raises(QemuError, match="took rng, but does not list it"):
+            await hotplug.plug(found, RNG)
+
+
+async def test_a_race_for_the_id(serve: Serve, fake: Fake) -> None:
+    fake.on_add = [{"error": {"class": "GenericError", "desc": "Duplicate device ID 'rng'"}}]
+    async with faked(serve, fake) as found:
+        with pytest.raises(RequestError, match="guest g has rng already"):
+            await hotplug.plug(found, RNG)
+
+
+async def test_cancelled_while_it_is_plugged(serve: Serve, fake: Fake) -> None:
+    fake.answer_add.clear()
+    async with faked(serve, fake) as found:
+        task = asyncio.ensure_future(hotplug.plug(found, RNG))
+        await fake.added.wait()
+        task.cancel()
+        asyncio.get_running_loop().call_soon(fake.answer_add.set)
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+    assert "has rng by now; mdo detach" in caught.value.__notes__[0]
+
+
+async def test_device_add_is_never_answered(serve: Serve, fake: Fake) -> None:
+    fake.answer_add.clear()
+    async with faked(serve, fake) as found:
+        with pytest.raises(DeadlineError, match="no reply to device_add") as caught:
+            await hotplug.plug(found, RNG, deadline=0.5)
+        assert "not known" in caught.value.hint
+        fake.answer_add.set()
+
+
+@pytest.fixture
+def plugged(fake: Fake) -> Fake:
+    fake.devices[f"mdev-{M1}"] = "vfio-pci"
+    fake.sysfsdev[f"mdev-{M1}"] = f"/sys/bus/mdev/devices/{M1}"
+    fake.devices["whole"] = "vfio-pci"
+    fake.sysfsdev["whole"] = "/sys/bus/pci/devices/0000:01:00.0"
+    return fake
+
+
+DEVICE = f"mdev-{M1}"
+
+
+async def test_mdevs_are_known_by_sysfsdev(serve: Serve, plugged: Fake) -> None:
+    plugged.devices["nvidia0"] = plugged.devices.pop(DEVICE)
+    plugged.sysfsdev["nvidia0"] = plugged.sysfsdev.pop(DEVICE)
+    async with faked(serve, plugged) as found, connect(found.qmp_socket, "guest g") as qmp:
+        [one] = await hotplug.mdevs(qmp)
+    assert (one.uuid, one.device_id, one.driver) == (M1, "nvidia0", "vfio-pci")
+
+
+async def test_let_go(serve: Serve, plugged: Fake) -> None:
+    plugged.on_del = [[event("DEVICE_DELETED", "other"), event("DEVICE_DELETED", DEVICE)]]
+    async with faked(serve, plugged) as found:
+        await hotplug.unplug(found, DEVICE)
+    assert plugged.asked_to_go == 1
+
+
+async def test_let_go_before_device_del_is_answered(serve: Serve, plugged: Fake) -> None:
+    """The listener is there before the question; and the last device_del finds nothing."""
+    gone: dict[str, object] = {"error": {"class": "DeviceNotFound", "desc": "Device not found"}}
+    plugged.on_del = [[event("DEVICE_DELETED", DEVICE), gone]]
+    async with faked(serve, plugged) as found:
+        await hotplug.unplug(found, DEVICE)
+
+
+async def test_already_on_its_way(serve: Serve, plugged: Fake) -> None:
+    busy = {"class": "GenericError", "desc": "Device x is already in the process of unplug"}
+    plugged.on_del = [[{"error": busy}, event("DEVICE_DELETED", DEVICE)]]
+    async with faked(serve, plugged) as found:
+        await hotplug.unplug(found, DEVICE)
+
+
+async def test_the_guest_refuses(serve: Serve, plugged: Fake) -> None:
+    plugged.on_del = [[event("DEVICE_UNPLUG_GUEST_ERROR", DEVICE)]]
+    async with faked(serve, plugged) as found:
+        with pytest.raises(BusyError, match="guest g refuses to let go"):
+            await hotplug.unplug(found, DEVICE)
+    assert DEVICE in plugged.devices
+
+
+async def test_qemu_refuses_to_unplug(serve: Serve, plugged: Fake) -> None:
+    plugged.on_del = [[{"error": {"class": "GenericError", "desc": "does not support hotplug"}}]]
+    async with faked(serve, plugged) as found:
+        with pytest.raises(CommandError, match="does not support hotplug"):
+            await hotplug.unplug(found, DEVICE)
+
+
+async def test_the_event_is_lost(serve: Serve, plugged: Fake) -> None:
+    async def unheard(peer: Peer) -> None:
+        await peer.greet()
+        listed = 0
+        while True:
+            command = await peer.command()
+            value: object = {}
+            if command["execute"] == "qom-list":
+                listed += 1
+                value = [{"name": DEVICE, "type": "child<vfio-pci>"}] if listed == 1 else []
+            await peer.send({"return": value, "id": command["id"]})
+
+    async with faked(serve, unheard) as found:
+        await hotplug.unplug(found, DEVICE, 0.2)
+
+
+async def test_asked_again_when_the_guest_did_not_hear(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hotplug, "ASK_AGAIN_SECONDS", 0.05)
+    plugged.on_del = [[], [], [event("DEVICE_DELETED", DEVICE)]]
+    async with faked(serve, plugged) as found:
+        await hotplug.unplug(found, DEVICE)
+    assert plugged.asked_to_go == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("vfio x: error getting device from group 12: Input/output error", "dmesg"),
+        ("vfio x: failed to open /dev/vfio/3: Device or resource busy", "guest list"),
+        ("vfio x: failed to open /dev/vfio/3: Permission denied", "doctor"),
+        ("Could not access KVM kernel module: No such file or directory", "tcg"),
+        ("something else", ""),
+    ],
+)
+def test_remedies(words: str, advice: str) -> None:
+    assert advice in remedy(words)
+    assert bool(advice) == bool(remedy(words))
