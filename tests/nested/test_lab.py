@@ -211,23 +211,37 @@ def test_a_kernel_that_cannot_boot_says_so_and_leaves_nothing() -> None:
     assert not directory_of(name).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("moment", [b"booting", b"up after"])
-def test_a_run_that_is_interrupted_leaves_nothing(number: signal.Signals, moment: bytes) -> None:
-    name = f"{NAME}-i"
-    with subprocess.Popen(
-        [*MDO, "lab", "run", "--name", name, "--", "sleep", "100"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-    ) as client:
-        assert client.stderr is not None
-        for line in client.stderr:
-            if moment in line:
-                break
-        client.send_signal(number)
-        assert client.wait(60) in {128 + number, -number}
+def leaves_nothing(name: str) -> None:
+    """After SIGKILL the kernel ends the machine; the next command that looks sweeps its files."""
     deadline = time.monotonic() + 30
     while processes_of(name):
         assert time.monotonic() < deadline
-    assert name not in labs()  # after SIGKILL this is what sweeps its files away
+    assert name not in labs()
     assert not directory_of(name).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("moment", ["booting", "up after"])
+def test_a_run_that_is_interrupted_leaves_nothing(number: signal.Signals, moment: str) -> None:
+    command = ["lab", "run", "--name", f"{NAME}-i", "--", "sleep", "100"]
+    assert interrupted(command, moment, number)[0] in {128 + number, -number}
+    leaves_nothing(f"{NAME}-i")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_is_interrupted_leaves_nothing(number: signal.Signals) -> None:
+    status, pid = interrupted(["lab", "demo"], "boot the guest's Linux", number)
+    assert status in {128 + number, -number}
+    leaves_nothing(f"demo-{pid}")
+
+
+def interrupted(command: list[str], moment: str, number: signal.Signals) -> tuple[int, int]:
+    """Signal a command when it says a word; its exit status and process id."""
+    with subprocess.Popen([*MDO, *command], cwd=ROOT, stderr=subprocess.PIPE) as client:
+        assert client.stderr is not None
+        for line in client.stderr:
+            if moment.encode() in line:
+                break
+        client.send_signal(number)
+        client.stderr.read()
+        return client.wait(60), client.pid

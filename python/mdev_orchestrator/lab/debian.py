@@ -130,17 +130,6 @@ def fetch_kernel(series: str = DEFAULT_SERIES, progress: Progress = lambda _: No
     return Kernel(series, (place / "release").read_text().strip(), place)
 
 
-def cached_kernel(release: str) -> Kernel:
-    """The unpacked kernel of a release that a lab runs.
-
-    :raise UnknownError: The cache was emptied since.
-    """
-    for mark in (cache_dir() / "kernels").glob("*/release"):
-        if mark.read_text().strip() == release:
-            return Kernel(mark.parent.name, release, mark.parent)
-    raise UnknownError(f"kernel {release} is not in the cache any more", "'mdo lab down', then up")
-
-
 def _unpack_kernel(series: str, release: str, place: Path, progress: Progress) -> None:
     headers = f"linux-headers-{release}"
     packages = [f"linux-image-{release}", headers]

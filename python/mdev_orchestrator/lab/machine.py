@@ -90,6 +90,8 @@ class Lab:
     :ivar accel: ``tcg`` or ``kvm``.
     :ivar start_time: Of the QEMU process, in clock ticks since boot (``/proc/PID/stat``).
     :ivar created: Seconds since the epoch.
+    :ivar files: Where the built parts are that a command inside may want, by the name of the
+        environment variable that tells it.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Lab:
     release: str
     accel: str
     created: float
+    files: dict[str, str]
 
     @property
     def directory(self) -> Path:
@@ -244,7 +247,11 @@ def up(
             return lab
     kernel = debian.fetch_kernel(series, progress)
     modules = driver.build_modules(driver.checkout() / "kernel", kernel, progress)
-    l2.image(kernel, modules, progress)
+    files = {
+        "MDO_LAB_KERNEL": str(kernel.image),
+        "MDO_LAB_INITRD": str(l2.image(kernel, modules, progress)),
+        "MDO_LAB_MODULES": str(modules),
+    }
     insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
     private_dir(labs_dir())
     _claim(directory)
@@ -256,7 +263,8 @@ def up(
             kernel=kernel,
             modules=(*MODULES, *filter(None, needed)),
         )
-        return _boot_somehow(directory, kernel, memory, bound=bound, progress=progress)
+        boot = _Boot(directory, kernel, memory, files, bound, progress)
+        return _boot_somehow(boot)
     except BaseException:
         sweep(directory)
         raise
@@ -293,15 +301,15 @@ def environment(lab: Lab) -> dict[str, str]:
     passed = {key: os.environ[key] for key in ("TERM", "COLUMNS", "NO_COLOR") if key in os.environ}
     passed |= {key: value for key, value in os.environ.items() if key.startswith("MDO_TEST_")}
     venv = Path(sys.executable).parent
-    kernel = debian.cached_kernel(lab.release)
-    modules = driver.build_modules(driver.checkout() / "kernel", kernel)
-    return passed | {
-        "MDO_LAB": lab.name,
-        "MDO_CACHE_DIR": str(cache_dir()),
-        "MDO_LAB_KERNEL": str(kernel.image),
-        "MDO_LAB_INITRD": str(l2.image(kernel, modules)),
-        "PATH": f"{venv}:{ENVIRONMENT['PATH']}",
-    }
+    return (
+        passed
+        | lab.files
+        | {
+            "MDO_LAB": lab.name,
+            "MDO_CACHE_DIR": str(cache_dir()),
+            "PATH": f"{venv}:{ENVIRONMENT['PATH']}",
+        }
+    )
 
 
 def execute(
@@ -327,9 +335,19 @@ def execute(
     )
 
 
-def _boot_somehow(
-    directory: Path, kernel: Kernel, memory: str, *, bound: bool, progress: Progress
-) -> Lab:
+@dataclass(frozen=True, slots=True)
+class _Boot:
+    """What :func:`up` has decided."""
+
+    directory: Path
+    kernel: Kernel
+    memory: str
+    files: dict[str, str]
+    bound: bool
+    progress: Progress
+
+
+def _boot_somehow(boot: _Boot) -> Lab:
     """Boot with KVM where that works, else with TCG.
 
     A ``/dev/kvm`` that opens proves nothing, so the probe is the boot itself, with a deadline. That
@@ -340,18 +358,17 @@ def _boot_somehow(
     known_bad = mark.exists() and mark.read_text() == boot_id
     if os.access("/dev/kvm", os.R_OK | os.W_OK) and not known_bad:
         try:
-            return _boot(directory, kernel, memory, "kvm", bound=bound, progress=progress)
+            return _boot(boot, "kvm")
         except (QemuError, DeadlineError) as error:
-            progress(f"KVM does not work here, which is no fault: {error.message[:120]}")
+            boot.progress(f"KVM does not work here, which is no fault: {error.message[:120]}")
             mark.write_text(boot_id)
-    return _boot(directory, kernel, memory, "tcg", bound=bound, progress=progress)
+    return _boot(boot, "tcg")
 
 
-def _boot(
-    directory: Path, kernel: Kernel, memory: str, accel: str, *, bound: bool, progress: Progress
-) -> Lab:
-    progress(f"booting {kernel.release} with {accel}")
-    argv = [QEMU, *machine_arguments(directory.name, kernel, accel, memory)]
+def _boot(boot: _Boot, accel: str) -> Lab:
+    boot.progress(f"booting {boot.kernel.release} with {accel}")
+    directory = boot.directory
+    argv = [QEMU, *machine_arguments(directory.name, boot.kernel, accel, boot.memory)]
     with (directory / "qemu.log").open("wb") as log:
         try:
             process = subprocess.Popen(
@@ -362,14 +379,14 @@ def _boot(
                 stderr=log,
                 start_new_session=True,
                 umask=0o077,
-                preexec_fn=dies_with_parent() if bound else None,  # noqa: PLW1509 - one thread
+                preexec_fn=dies_with_parent() if boot.bound else None,  # noqa: PLW1509 - one thread
             )
         except FileNotFoundError as error:
             raise HostError(
                 f"{error.filename} is not installed", "apt-get install qemu-system-x86"
             ) from error
     try:
-        return _wait_up(directory, kernel, accel, process, progress)
+        return _wait_up(boot, accel, process)
     except BaseException:
         process.kill()
         process.wait()
@@ -394,13 +411,9 @@ def dies_with_parent() -> Callable[[], None]:
     return arrange
 
 
-def _wait_up(
-    directory: Path,
-    kernel: Kernel,
-    accel: str,
-    process: subprocess.Popen[bytes],
-    progress: Progress,
-) -> Lab:
+def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> Lab:
+    directory = boot.directory
+
     def alive() -> None:
         if process.poll() is not None:
             words = _tail(directory / "qemu.log") or _tail(directory / "console.log")
@@ -428,11 +441,19 @@ def _wait_up(
     began = start_time(process.pid)
     if began is None:
         raise QemuError("L1 ended as soon as it was up")
-    lab = Lab(directory.name, process.pid, began, kernel.release, accel, time.time())
+    lab = Lab(
+        name=directory.name,
+        pid=process.pid,
+        start_time=began,
+        release=boot.kernel.release,
+        accel=accel,
+        created=time.time(),
+        files=boot.files,
+    )
     record = directory / RECORD
     record.with_suffix(".new").write_text(json.dumps(asdict(lab)))
     record.with_suffix(".new").rename(record)
-    progress(f"up after {time.monotonic() - started:.1f} s")
+    boot.progress(f"up after {time.monotonic() - started:.1f} s")
     return lab
 
 

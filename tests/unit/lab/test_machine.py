@@ -21,7 +21,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def record(name: str, pid: int, start_time: int) -> Path:
-    lab = machine.Lab(name, pid, start_time, "6.12.1-amd64", "tcg", 0.0)
+    lab = machine.Lab(name, pid, start_time, "6.12.1-amd64", "tcg", 0.0, {})
     lab.directory.mkdir(parents=True)
     (lab.directory / "lab.json").write_text(json.dumps(asdict(lab)))
     return lab.directory
