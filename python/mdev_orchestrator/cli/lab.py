@@ -134,8 +134,9 @@ def down(
     """End a lab; a second time does nothing."""
     from mdev_orchestrator.lab import machine
 
-    for lab in machine.labs():
-        if every or lab.name == name:
+    chosen = machine.labs() if every else [machine.look(name)]
+    for lab in chosen:
+        if lab is not None:
             machine.down(lab)
 
 

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mdev_orchestrator.errors import (
@@ -100,7 +100,7 @@ class Lab:
     release: str
     accel: str
     created: float
-    files: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -140,15 +140,18 @@ def check_name(name: str) -> str:
 
 
 def labs() -> list[Lab]:
-    """Every lab that runs; what dead ones left behind is swept away."""
+    """Every lab that runs; what dead ones left behind is swept away.
+
+    One whose record is damaged is passed over here: :func:`find` says so when it is asked for.
+    """
     found = []
     for directory in sorted(labs_dir().glob("*/")):
         with contextlib.suppress(FileNotFoundError):  # somebody else swept it
             inode = directory.stat().st_ino
             if (directory / RECORD).exists():
                 lab = _read(directory)
-                alive = lab.alive
-                if alive:
+                alive = lab is None or lab.alive
+                if lab and lab.alive:
                     found.append(lab)
             else:
                 alive = _is_being_made(directory)
@@ -166,14 +169,29 @@ def _is_being_made(directory: Path) -> bool:
     return start_time(pid) == began
 
 
-def _read(directory: Path) -> Lab:
+def _read(directory: Path) -> Lab | None:
+    """What a lab's record says; None when that is nothing to rely on."""
     try:
         return Lab(**json.loads((directory / RECORD).read_bytes()))
     except (ValueError, TypeError):
+        return None
+
+
+def look(name: str) -> Lab | None:
+    """The running lab of a name, if there is one.
+
+    :raise HostError: Its record is damaged.
+    """
+    for lab in labs():
+        if lab.name == name:
+            return lab
+    directory = labs_dir() / check_name(name)
+    if (directory / RECORD).exists():
         raise HostError(
-            f"the record of lab {directory.name} is damaged",
+            f"the record of lab {name} is damaged",
             f"end its QEMU if one runs, and delete {directory}",
-        ) from None
+        )
+    return None
 
 
 def find(name: str) -> Lab:
@@ -181,10 +199,9 @@ def find(name: str) -> Lab:
 
     :raise UnknownError: There is none.
     """
-    for lab in labs():
-        if lab.name == name:
-            return lab
-    raise UnknownError(f"no lab '{name}' is up", f"start it with 'mdo lab up --name {name}'")
+    if (lab := look(name)) is None:
+        raise UnknownError(f"no lab '{name}' is up", f"start it with 'mdo lab up --name {name}'")
+    return lab
 
 
 def sweep(directory: Path, inode: int | None = None) -> None:
@@ -238,13 +255,12 @@ def up(
     directory = labs_dir() / check_name(name)
     if "MDO_LAB" in os.environ:
         raise RequestError("this is inside a lab already", "run it on the host")
-    for lab in labs():
-        if lab.name == name:
-            if not lab.release.startswith(f"{series}."):
-                raise RequestError(
-                    f"lab {name} is up with kernel {lab.release}", f"'mdo lab down --name {name}'"
-                )
-            return lab
+    if (lab := look(name)) is not None:
+        if not lab.release.startswith(f"{series}."):
+            raise RequestError(
+                f"lab {name} is up with kernel {lab.release}", f"'mdo lab down --name {name}'"
+            )
+        return lab
     kernel = debian.fetch_kernel(series, progress)
     modules = driver.build_modules(driver.checkout() / "kernel", kernel, progress)
     files = {
