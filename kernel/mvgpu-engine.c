@@ -7,6 +7,8 @@
  */
 
 #include <linux/crc32.h>
+#include <linux/file.h>
+#include <linux/fs.h>
 #include <linux/sched.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
@@ -28,6 +30,8 @@ static u32 mvgpu_error(int err)
 		return 0;
 	case -ECANCELED:
 		return MVGPU_ERR_ABORTED;
+	case -EXDEV:
+		return MVGPU_ERR_PEER;
 	default:
 		/* shmem: -ENOMEM, -ENOSPC, -EIO from swap */
 		return MVGPU_ERR_MEMORY;
@@ -112,6 +116,37 @@ static int mvgpu_copy(struct mvgpu_dev *mv, const struct mvgpu_job *job,
 	return 0;
 }
 
+/*
+ * Between two devices: neither's lock is held. The peer's framebuffer is kept
+ * by a reference, and asked for again before every piece, since the group can
+ * stop and the peer can be closed or removed meanwhile.
+ */
+static int mvgpu_peer_copy(struct mvgpu_dev *mv, const struct mvgpu_job *job,
+			   void *buf)
+{
+	struct file *peer = mv->engine.peer;
+	u64 done = 0;
+	int ret;
+
+	while (done < job->len) {
+		size_t n = min_t(u64, job->len - done, MVGPU_CHUNK);
+
+		if (mvgpu_engine_aborted(mv))
+			return -ECANCELED;
+		if (!mvgpu_group_has_peer(mv, peer))
+			return -EXDEV;
+
+		ret = mvgpu_fb_read_file(peer, job->src + done, buf, n);
+		if (ret)
+			return ret;
+		ret = mvgpu_fb_write(mv, job->dst + done, buf, n);
+		if (ret)
+			return ret;
+		done += n;
+	}
+	return 0;
+}
+
 static void mvgpu_engine_end(struct mvgpu_dev *mv, u32 error)
 {
 	struct mvgpu_engine *engine = &mv->engine;
@@ -133,6 +168,7 @@ static void mvgpu_engine_work(struct work_struct *work)
 					    engine.work);
 	struct mvgpu_engine *engine = &mv->engine;
 	const struct mvgpu_job *job = &engine->job;
+	struct file *peer;
 	u32 result = 0;
 	void *buf;
 	int ret;
@@ -150,6 +186,9 @@ static void mvgpu_engine_work(struct work_struct *work)
 	case MVGPU_CMD_CHECKSUM:
 		ret = mvgpu_checksum(mv, job, buf, &result);
 		break;
+	case MVGPU_CMD_PEER_COPY:
+		ret = mvgpu_peer_copy(mv, job, buf);
+		break;
 	default:
 		ret = mvgpu_copy(mv, job, buf);
 		break;
@@ -158,24 +197,50 @@ static void mvgpu_engine_work(struct work_struct *work)
 
 out:
 	mutex_lock(&mv->lock);
+	peer = engine->peer;
+	engine->peer = NULL;
 	/* Whoever aborts wants silence: the registers are about to go. */
 	if (!READ_ONCE(engine->abort)) {
 		engine->result = result;
 		mvgpu_engine_end(mv, mvgpu_error(ret));
 	}
 	mutex_unlock(&mv->lock);
+
+	if (peer)
+		fput(peer);
 }
 
-static bool mvgpu_engine_inside(struct mvgpu_dev *mv, u64 pos, u64 len)
+static bool mvgpu_engine_inside(u64 size, u64 pos, u64 len)
 {
-	u64 size = mv->type->desc->framebuffer;
-
 	return pos <= size && len <= size - pos;
+}
+
+/* A peer's framebuffer can have another size than the own one. */
+static u32 mvgpu_engine_check_peer(struct mvgpu_dev *mv,
+				   const struct mvgpu_job *job)
+{
+	struct file *peer = mvgpu_group_peer(mv, job->peer);
+
+	lockdep_assert_held(&mv->lock);
+
+	if (!peer)
+		return MVGPU_ERR_PEER;
+
+	if (!mvgpu_engine_inside(i_size_read(file_inode(peer)), job->src,
+				 job->len) ||
+	    !mvgpu_engine_inside(mv->type->desc->framebuffer, job->dst,
+				 job->len)) {
+		fput(peer);
+		return MVGPU_ERR_RANGE;
+	}
+	mv->engine.peer = peer;
+	return 0;
 }
 
 static u32 mvgpu_engine_check(struct mvgpu_dev *mv,
 			      const struct mvgpu_job *job)
 {
+	u64 size = mv->type->desc->framebuffer;
 	bool src = true, dst = true;
 
 	switch (job->command) {
@@ -189,13 +254,15 @@ static u32 mvgpu_engine_check(struct mvgpu_dev *mv,
 		break;
 	case MVGPU_CMD_COPY:
 		break;
+	case MVGPU_CMD_PEER_COPY:
+		return mvgpu_engine_check_peer(mv, job);
 	default:
 		return MVGPU_ERR_COMMAND;
 	}
 
-	if (src && !mvgpu_engine_inside(mv, job->src, job->len))
+	if (src && !mvgpu_engine_inside(size, job->src, job->len))
 		return MVGPU_ERR_RANGE;
-	if (dst && !mvgpu_engine_inside(mv, job->dst, job->len))
+	if (dst && !mvgpu_engine_inside(size, job->dst, job->len))
 		return MVGPU_ERR_RANGE;
 	return 0;
 }
@@ -250,10 +317,20 @@ void mvgpu_engine_open(struct mvgpu_dev *mv)
 /* Returns when no job runs, and none can start before the next open. */
 void mvgpu_engine_stop(struct mvgpu_dev *mv)
 {
+	struct file *peer;
+
 	mutex_lock(&mv->lock);
 	mv->engine.closed = true;
 	WRITE_ONCE(mv->engine.abort, true);
 	mutex_unlock(&mv->lock);
 
 	cancel_work_sync(&mv->engine.work);
+
+	/* Of a job that never ran. */
+	mutex_lock(&mv->lock);
+	peer = mv->engine.peer;
+	mv->engine.peer = NULL;
+	mutex_unlock(&mv->lock);
+	if (peer)
+		fput(peer);
 }

@@ -28,14 +28,24 @@ int mvgpu_fb_open(struct mvgpu_dev *mv)
 
 	/* Without it, writes stop at 2 GiB. */
 	fb->f_flags |= O_LARGEFILE;
+
+	mutex_lock(&mvgpu_group_lock);
 	mv->fb = fb;
+	mutex_unlock(&mvgpu_group_lock);
 	return 0;
 }
 
+/* A peer in the middle of a copy keeps the file for one more piece. */
 void mvgpu_fb_close(struct mvgpu_dev *mv)
 {
-	fput(mv->fb);
+	struct file *fb;
+
+	mutex_lock(&mvgpu_group_lock);
+	fb = mv->fb;
 	mv->fb = NULL;
+	mutex_unlock(&mvgpu_group_lock);
+
+	fput(fb);
 }
 
 static bool mvgpu_fb_inside(struct mvgpu_dev *mv, u64 pos, size_t count)
@@ -46,16 +56,13 @@ static bool mvgpu_fb_inside(struct mvgpu_dev *mv, u64 pos, size_t count)
 }
 
 /* Reading what was never written gives zeroes and takes no memory. */
-int mvgpu_fb_read(struct mvgpu_dev *mv, u64 pos, void *buf, size_t count)
+int mvgpu_fb_read_file(struct file *fb, u64 pos, void *buf, size_t count)
 {
 	loff_t off = pos;
 	ssize_t done;
 
-	if (WARN_ON_ONCE(!mvgpu_fb_inside(mv, pos, count)))
-		return -EINVAL;
-
 	while (count) {
-		done = kernel_read(mv->fb, buf, count, &off);
+		done = kernel_read(fb, buf, count, &off);
 		if (done < 0)
 			return done;
 		if (!done)
@@ -64,6 +71,14 @@ int mvgpu_fb_read(struct mvgpu_dev *mv, u64 pos, void *buf, size_t count)
 		count -= done;
 	}
 	return 0;
+}
+
+int mvgpu_fb_read(struct mvgpu_dev *mv, u64 pos, void *buf, size_t count)
+{
+	if (WARN_ON_ONCE(!mvgpu_fb_inside(mv, pos, count)))
+		return -EINVAL;
+
+	return mvgpu_fb_read_file(mv->fb, pos, buf, count);
 }
 
 int mvgpu_fb_write(struct mvgpu_dev *mv, u64 pos, const void *buf,

@@ -16,6 +16,7 @@
 #include "mvgpu-priv.h"
 
 #define MVGPU_MAX_PARENTS	64
+#define MVGPU_MAX_LINKS		65535
 
 static unsigned int grid_parents = 1;
 module_param(grid_parents, uint, 0444);
@@ -33,6 +34,27 @@ unsigned int mvgpu_aperture_mib = MVGPU_APERTURE_DEFAULT / SZ_1M;
 module_param_named(aperture_mib, mvgpu_aperture_mib, uint, 0444);
 MODULE_PARM_DESC(aperture_mib,
 		 "MiB of framebuffer in BAR 2, a power of two up to 256 (default 2)");
+
+/* Enough for a group of four, or for one of three and five of two. */
+static unsigned int links = 8;
+module_param(links, uint, 0444);
+MODULE_PARM_DESC(links,
+		 "peer-to-peer links of each parent, 0 to 65535 (default 8)");
+
+bool mvgpu_group_hotplug;
+module_param_named(group_hotplug, mvgpu_group_hotplug, bool, 0444);
+MODULE_PARM_DESC(group_hotplug,
+		 "an mdev can join a group that is online (default no)");
+
+bool mvgpu_implicit_start = true;
+module_param_named(implicit_start, mvgpu_implicit_start, bool, 0444);
+MODULE_PARM_DESC(implicit_start,
+		 "start at the first open, stop at the final release (default yes)");
+
+bool mvgpu_has_online = true;
+module_param_named(has_online, mvgpu_has_online, bool, 0444);
+MODULE_PARM_DESC(has_online,
+		 "mdevs have the attributes of start groups (default yes)");
 
 struct workqueue_struct *mvgpu_wq;
 
@@ -60,6 +82,7 @@ static void mvgpu_parent_release(struct device *dev)
  */
 static struct class mvgpu_class = {
 	.name = MVGPU_NAME,
+	.dev_groups = mvgpu_parent_groups,
 	.dev_release = mvgpu_parent_release,
 };
 
@@ -77,6 +100,7 @@ static int mvgpu_probe(struct mdev_device *mdev)
 		goto err_put;
 
 	dev_set_drvdata(&mdev->dev, mv);
+	mvgpu_log(mv, MVGPU_EVENT_CREATED, NULL, mv->type->desc->id);
 	return 0;
 
 err_put:
@@ -90,6 +114,8 @@ static void mvgpu_remove(struct mdev_device *mdev)
 	struct mvgpu_dev *mv = dev_get_drvdata(&mdev->dev);
 
 	vfio_unregister_group_dev(&mv->vdev);
+	mvgpu_group_leave(mv);
+	mvgpu_log(mv, MVGPU_EVENT_REMOVED, NULL, 0);
 	vfio_put_device(&mv->vdev);
 }
 
@@ -99,6 +125,7 @@ static struct mdev_driver mvgpu_driver = {
 		.name = MVGPU_NAME,
 		.owner = THIS_MODULE,
 		.mod_name = KBUILD_MODNAME,
+		.dev_groups = mvgpu_mdev_groups,
 	},
 	.probe = mvgpu_probe,
 	.remove = mvgpu_remove,
@@ -127,6 +154,8 @@ static int mvgpu_parent_add(const struct mvgpu_personality *personality,
 
 	parent->personality = personality;
 	parent->pool_free = personality->pool;
+	parent->links = links;
+	parent->links_free = links;
 	mutex_init(&parent->lock);
 	for (i = 0; i < personality->nr_types; i++) {
 		struct mvgpu_type *type = &parent->types[i];
@@ -223,13 +252,27 @@ static int __init mvgpu_init(void)
 		return -EINVAL;
 	}
 
+	if (links > MVGPU_MAX_LINKS) {
+		pr_err(MVGPU_NAME ": at most %d links\n", MVGPU_MAX_LINKS);
+		return -EINVAL;
+	}
+
+	if (!mvgpu_has_online && !mvgpu_implicit_start) {
+		pr_err(MVGPU_NAME ": without has_online only implicit_start can start a group\n");
+		return -EINVAL;
+	}
+
 	mvgpu_wq = alloc_workqueue(MVGPU_NAME, WQ_UNBOUND, 0);
 	if (!mvgpu_wq)
 		return -ENOMEM;
 
-	ret = class_register(&mvgpu_class);
+	ret = mvgpu_debug_init();
 	if (ret)
 		goto err_wq;
+
+	ret = class_register(&mvgpu_class);
+	if (ret)
+		goto err_debug;
 
 	ret = mdev_register_driver(&mvgpu_driver);
 	if (ret)
@@ -250,6 +293,8 @@ err_parents:
 	mdev_unregister_driver(&mvgpu_driver);
 err_class:
 	class_unregister(&mvgpu_class);
+err_debug:
+	mvgpu_debug_exit();
 err_wq:
 	destroy_workqueue(mvgpu_wq);
 	return ret;
@@ -260,6 +305,7 @@ static void __exit mvgpu_exit(void)
 	mvgpu_parents_del();
 	mdev_unregister_driver(&mvgpu_driver);
 	class_unregister(&mvgpu_class);
+	mvgpu_debug_exit();
 	destroy_workqueue(mvgpu_wq);
 }
 

@@ -10,15 +10,20 @@
  * regs    BAR 0
  * fb      the framebuffer
  * engine  what the doorbell starts
+ * group   start groups: links, owner, who is online
+ * sysfs   the attributes of an mdev and of a parent
+ * debug   faults to inject, and the log that proves the order of events
  */
 #ifndef MVGPU_PRIV_H
 #define MVGPU_PRIV_H
 
 #include <linux/device.h>
+#include <linux/list.h>
 #include <linux/mdev.h>
 #include <linux/mutex.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
+#include <linux/uuid.h>
 #include <linux/vfio.h>
 #include <linux/workqueue.h>
 
@@ -29,6 +34,7 @@
 struct eventfd_ctx;
 struct file;
 struct kobject;
+struct pid;
 struct virqfd;
 
 /* What a type promises. Constant. */
@@ -75,8 +81,30 @@ struct mvgpu_parent {
 	u64 pool_free;		/* bytes; under lock */
 	const struct mvgpu_type *active;	/* homogeneous: the one in use */
 
+	unsigned int links;		/* peer-to-peer links */
+	unsigned int links_free;	/* under mvgpu_group_lock */
+
 	struct mdev_type **mtypes;
 	struct mvgpu_type types[];
+};
+
+/*
+ * The mdevs of one parent that come online and go offline together. Every mdev
+ * is in one; without a UUID it is alone in it. All under mvgpu_group_lock.
+ */
+struct mvgpu_group {
+	struct list_head node;		/* in the list of all groups */
+	guid_t uuid;			/* guid_null: none */
+	struct mvgpu_parent *parent;
+	struct list_head members;
+	unsigned int nr_members;
+	unsigned int nr_open;		/* members that are open */
+	u32 slots;			/* taken ones, a bit each */
+	bool starting;			/* somebody is about to commit */
+	bool online;
+	unsigned int links;		/* committed */
+	struct pid *owner;		/* thread group of the first opener */
+	char *error;			/* why it did not start, or NULL */
 };
 
 /* What interrupts the user has asked for */
@@ -102,6 +130,7 @@ struct mvgpu_irq {
 struct mvgpu_job {
 	u32 command;
 	u32 seed;
+	u32 peer;
 	u64 src, dst, len;
 };
 
@@ -111,6 +140,7 @@ struct mvgpu_engine {
 	bool closed;			/* the doorbell is dead; device lock */
 	struct mvgpu_job regs;		/* as written; device lock */
 	struct mvgpu_job job;		/* what the work runs */
+	struct file *peer;		/* framebuffer to read; device lock */
 	u32 status, result, sequence;	/* device lock */
 };
 
@@ -125,12 +155,24 @@ struct mvgpu_dev {
 	struct mutex lock;		/* registers, configuration space */
 	u8 *config;			/* configuration space as read */
 	u8 *config_rw;			/* its writable bits */
-	u32 state;			/* MVGPU_REG_STATE */
 	u32 scratch;
 	struct mvgpu_engine engine;
 	struct mvgpu_irq irq;
 
-	struct file *fb;		/* from open_device to close_device */
+	/*
+	 * From open_device to close_device. Changes under mvgpu_group_lock, as
+	 * peers look at it; the device's own user needs no lock.
+	 */
+	struct file *fb;
+
+	struct mvgpu_group *group;	/* under mvgpu_group_lock, and below */
+	struct list_head member;	/* in group->members */
+	unsigned int slot;		/* in the group */
+	bool open;
+	char *params;			/* vgpu_params, or NULL */
+	u32 frl;			/* MVGPU_REG_FRL; fixed while open */
+
+	atomic_t accessed;		/* since it was opened */
 };
 
 static inline struct mvgpu_dev *mvgpu_from_vdev(struct vfio_device *vdev)
@@ -146,6 +188,9 @@ static inline struct mvgpu_type *mvgpu_from_mtype(struct mdev_type *mtype)
 /* mvgpu-main.c */
 extern struct workqueue_struct *mvgpu_wq;
 extern unsigned int mvgpu_aperture_mib;
+extern bool mvgpu_group_hotplug;
+extern bool mvgpu_implicit_start;
+extern bool mvgpu_has_online;
 
 /* mvgpu-types.c */
 unsigned int mvgpu_type_available(struct mdev_type *mtype);
@@ -190,6 +235,7 @@ void mvgpu_regs_write(struct mvgpu_dev *mv, u32 pos, const u8 *buf,
 /* mvgpu-fb.c */
 int mvgpu_fb_open(struct mvgpu_dev *mv);
 void mvgpu_fb_close(struct mvgpu_dev *mv);
+int mvgpu_fb_read_file(struct file *fb, u64 pos, void *buf, size_t count);
 int mvgpu_fb_read(struct mvgpu_dev *mv, u64 pos, void *buf, size_t count);
 int mvgpu_fb_write(struct mvgpu_dev *mv, u64 pos, const void *buf,
 		   size_t count);
@@ -201,5 +247,52 @@ void mvgpu_engine_init(struct mvgpu_dev *mv);
 void mvgpu_engine_open(struct mvgpu_dev *mv);
 void mvgpu_engine_stop(struct mvgpu_dev *mv);
 void mvgpu_engine_doorbell(struct mvgpu_dev *mv, u32 command);
+
+/* mvgpu-group.c */
+extern struct mutex mvgpu_group_lock;
+int mvgpu_group_init(struct mvgpu_dev *mv);
+void mvgpu_group_leave(struct mvgpu_dev *mv);
+int mvgpu_group_join(struct mvgpu_dev *mv, const guid_t *uuid);
+int mvgpu_group_online(struct mvgpu_dev *mv);
+int mvgpu_group_offline(struct mvgpu_dev *mv);
+int mvgpu_group_open(struct mvgpu_dev *mv);
+void mvgpu_group_close(struct mvgpu_dev *mv);
+bool mvgpu_group_is_online(struct mvgpu_dev *mv);
+u32 mvgpu_group_members(struct mvgpu_dev *mv);
+u32 mvgpu_group_word(struct mvgpu_dev *mv, u32 index);
+struct file *mvgpu_group_peer(struct mvgpu_dev *mv, u32 slot);
+bool mvgpu_group_has_peer(struct mvgpu_dev *mv, const struct file *fb);
+
+/* mvgpu-sysfs.c */
+extern const struct attribute_group *mvgpu_mdev_groups[];
+extern const struct attribute_group *mvgpu_parent_groups[];
+
+/* mvgpu-debug.c */
+enum mvgpu_fault_point {
+	MVGPU_FAULT_CREATE,
+	MVGPU_FAULT_START,
+	MVGPU_FAULT_OPEN,
+	MVGPU_FAULT_REGION,
+	MVGPU_NR_FAULTS,
+};
+
+enum mvgpu_event {
+	MVGPU_EVENT_CREATED,
+	MVGPU_EVENT_GROUPED,
+	MVGPU_EVENT_STARTED,
+	MVGPU_EVENT_REFUSED,
+	MVGPU_EVENT_OPENED,
+	MVGPU_EVENT_ACCESSED,
+	MVGPU_EVENT_CLOSED,
+	MVGPU_EVENT_STOPPED,
+	MVGPU_EVENT_REMOVED,
+};
+
+int mvgpu_debug_init(void);
+void mvgpu_debug_exit(void);
+int mvgpu_fault(enum mvgpu_fault_point point, const guid_t *uuid,
+		const guid_t *group);
+void mvgpu_log(struct mvgpu_dev *mv, enum mvgpu_event event,
+	       const guid_t *group, int value);
 
 #endif /* MVGPU_PRIV_H */

@@ -15,6 +15,10 @@ static u32 mvgpu_reg_read(struct mvgpu_dev *mv, u32 reg)
 
 	lockdep_assert_held(&mv->lock);
 
+	if (reg >= MVGPU_REG_GROUP && reg < MVGPU_REG_GROUP +
+	    MVGPU_GROUP_SLOTS * MVGPU_GROUP_STRIDE)
+		return mvgpu_group_word(mv, (reg - MVGPU_REG_GROUP) / 4);
+
 	switch (reg) {
 	case MVGPU_REG_MAGIC:
 		return MVGPU_MAGIC;
@@ -22,7 +26,7 @@ static u32 mvgpu_reg_read(struct mvgpu_dev *mv, u32 reg)
 		return MVGPU_ABI_VERSION;
 	case MVGPU_REG_FEATURES:
 		return MVGPU_FEATURE_FILL | MVGPU_FEATURE_CHECKSUM |
-		       MVGPU_FEATURE_COPY;
+		       MVGPU_FEATURE_COPY | MVGPU_FEATURE_PEER;
 	case MVGPU_REG_PERSONALITY:
 		return mv->type->parent->personality->id;
 	case MVGPU_REG_UUID:
@@ -35,7 +39,7 @@ static u32 mvgpu_reg_read(struct mvgpu_dev *mv, u32 reg)
 	case MVGPU_REG_HEADS:
 		return desc->num_heads;
 	case MVGPU_REG_FRL:
-		return desc->frl_config;
+		return mv->frl;
 	case MVGPU_REG_MAX_RES:
 		return desc->width << 16 | desc->height;
 	case MVGPU_REG_FB_SIZE_LO:
@@ -47,9 +51,13 @@ static u32 mvgpu_reg_read(struct mvgpu_dev *mv, u32 reg)
 	case MVGPU_REG_APERTURE_HI:
 		return upper_32_bits(mv->aperture);
 	case MVGPU_REG_STATE:
-		return mv->state;
+		return mvgpu_group_is_online(mv) ? MVGPU_STATE_ONLINE : 0;
 	case MVGPU_REG_SCRATCH:
 		return mv->scratch;
+	case MVGPU_REG_SLOT:
+		return mv->slot;	/* fixed while open */
+	case MVGPU_REG_MEMBERS:
+		return mvgpu_group_members(mv);
 	case MVGPU_REG_SRC_LO:
 		return lower_32_bits(engine->regs.src);
 	case MVGPU_REG_SRC_HI:
@@ -64,6 +72,8 @@ static u32 mvgpu_reg_read(struct mvgpu_dev *mv, u32 reg)
 		return upper_32_bits(engine->regs.len);
 	case MVGPU_REG_SEED:
 		return engine->regs.seed;
+	case MVGPU_REG_PEER:
+		return engine->regs.peer;
 	case MVGPU_REG_STATUS:
 		return engine->status;
 	case MVGPU_REG_RESULT:
@@ -121,6 +131,9 @@ static void mvgpu_reg_write(struct mvgpu_dev *mv, u32 reg, u32 val)
 		break;
 	case MVGPU_REG_SEED:
 		regs->seed = val;
+		break;
+	case MVGPU_REG_PEER:
+		regs->peer = val;
 		break;
 	case MVGPU_REG_COMMAND:
 		mvgpu_engine_doorbell(mv, val);

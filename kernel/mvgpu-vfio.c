@@ -41,12 +41,17 @@ static int mvgpu_vfio_init(struct vfio_device *vdev)
 	struct mvgpu_type *type = mvgpu_from_mtype(mdev->type);
 	int ret;
 
+	ret = mvgpu_fault(MVGPU_FAULT_CREATE, &mdev->uuid, &guid_null);
+	if (ret)
+		return ret;
+
 	ret = mvgpu_type_take(type);
 	if (ret)
 		return ret;
 
 	mv->mdev = mdev;
 	mv->type = type;
+	mv->frl = type->desc->frl_config;
 	mv->aperture = min_t(u64, type->desc->framebuffer,
 			     (u64)mvgpu_aperture_mib * SZ_1M);
 	mvgpu_uuid_regs(mv, &mdev->uuid);
@@ -55,12 +60,18 @@ static int mvgpu_vfio_init(struct vfio_device *vdev)
 	if (ret)
 		goto err_give;
 
+	ret = mvgpu_group_init(mv);
+	if (ret)
+		goto err_pci;
+
 	mutex_init(&mv->reset_lock);
 	mutex_init(&mv->lock);
 	mvgpu_irq_init(mv);
 	mvgpu_engine_init(mv);
 	return 0;
 
+err_pci:
+	mvgpu_pci_destroy(mv);
 err_give:
 	mvgpu_type_give(type);
 	return ret;
@@ -72,6 +83,9 @@ static void mvgpu_vfio_release(struct vfio_device *vdev)
 	struct mvgpu_dev *mv = mvgpu_from_vdev(vdev);
 	struct mvgpu_type *type = mv->type;
 
+	/* It has left already, unless the probe failed. */
+	mvgpu_group_leave(mv);
+	kfree(mv->params);
 	mvgpu_irq_destroy(mv);
 	mutex_destroy(&mv->lock);
 	mutex_destroy(&mv->reset_lock);
@@ -101,12 +115,23 @@ static int mvgpu_open_device(struct vfio_device *vdev)
 	struct mvgpu_dev *mv = mvgpu_from_vdev(vdev);
 	int ret;
 
-	ret = mvgpu_fb_open(mv);
+	ret = mvgpu_fault(MVGPU_FAULT_OPEN, &mv->mdev->uuid, &guid_null);
 	if (ret)
 		return ret;
 
-	mv->state = MVGPU_STATE_ONLINE;
+	ret = mvgpu_group_open(mv);
+	if (ret)
+		return ret;
+
+	ret = mvgpu_fb_open(mv);
+	if (ret) {
+		mvgpu_group_close(mv);
+		return ret;
+	}
+
 	mvgpu_reset(mv);
+	atomic_set(&mv->accessed, 0);
+	mvgpu_log(mv, MVGPU_EVENT_OPENED, NULL, 0);
 	dev_info(mdev_dev(mv->mdev), "opened\n");
 	return 0;
 }
@@ -118,9 +143,10 @@ static void mvgpu_close_device(struct vfio_device *vdev)
 
 	mvgpu_engine_stop(mv);
 	mvgpu_irq_close(mv);
-	mv->state = 0;
 	mvgpu_fb_close(mv);
+	mvgpu_log(mv, MVGPU_EVENT_CLOSED, NULL, 0);
 	dev_info(mdev_dev(mv->mdev), "closed\n");
+	mvgpu_group_close(mv);
 }
 
 static void mvgpu_request(struct vfio_device *vdev, unsigned int count)
@@ -173,6 +199,21 @@ static int mvgpu_region_write(struct mvgpu_dev *mv, u32 index, u64 pos,
 	}
 }
 
+/* Whatever touches the device. The first one is what a start must precede. */
+static int mvgpu_touch(struct mvgpu_dev *mv)
+{
+	int ret;
+
+	ret = mvgpu_fault(MVGPU_FAULT_REGION, &mv->mdev->uuid, &guid_null);
+	if (ret)
+		return ret;
+
+	if (!atomic_read(&mv->accessed) && !atomic_xchg(&mv->accessed, 1))
+		mvgpu_log(mv, MVGPU_EVENT_ACCESSED, NULL,
+			  mvgpu_group_is_online(mv));
+	return 0;
+}
+
 /*
  * One access in pieces, through a buffer on the stack or, for bulk, a page.
  * A piece ends at a multiple of its size, so that no register is split.
@@ -196,6 +237,10 @@ static ssize_t mvgpu_access(struct mvgpu_dev *mv, char __user *rbuf,
 	if (pos >= size)
 		return -EINVAL;
 	count = min_t(u64, count, size - pos);
+
+	ret = mvgpu_touch(mv);
+	if (ret)
+		return ret;
 
 	if (count > piece) {
 		page = (void *)__get_free_page(GFP_KERNEL);
@@ -246,9 +291,14 @@ static int mvgpu_mmap(struct vfio_device *vdev, struct vm_area_struct *vma)
 {
 	const unsigned int shift = MVGPU_OFFSET_SHIFT - PAGE_SHIFT;
 	unsigned long pgoff = vma->vm_pgoff & ((1UL << shift) - 1);
+	int ret;
 
 	if (vma->vm_pgoff >> shift != VFIO_PCI_BAR0_REGION_INDEX + MVGPU_BAR_FB)
 		return -EINVAL;
+
+	ret = mvgpu_touch(mvgpu_from_vdev(vdev));
+	if (ret)
+		return ret;
 
 	return mvgpu_fb_mmap(mvgpu_from_vdev(vdev), vma, pgoff);
 }

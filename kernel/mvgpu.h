@@ -51,6 +51,8 @@
 /* State */
 #define MVGPU_REG_STATE			0x040	/* MVGPU_STATE_*, read only */
 #define MVGPU_REG_SCRATCH		0x044	/* read, write; no effect */
+#define MVGPU_REG_SLOT			0x048	/* of itself in its start group */
+#define MVGPU_REG_MEMBERS		0x04c	/* of its start group */
 
 /* Engine; COMMAND is written last: it is the doorbell */
 #define MVGPU_REG_SRC_LO		0x100	/* offset in the framebuffer */
@@ -60,7 +62,7 @@
 #define MVGPU_REG_LEN_LO		0x110	/* bytes */
 #define MVGPU_REG_LEN_HI		0x114
 #define MVGPU_REG_SEED			0x118
-#define MVGPU_REG_PEER			0x11c	/* reserved: index of a group member */
+#define MVGPU_REG_PEER			0x11c	/* slot of a group member */
 #define MVGPU_REG_COMMAND		0x120	/* MVGPU_CMD_*, doorbell */
 #define MVGPU_REG_STATUS		0x124	/* MVGPU_STATUS_*, read only */
 #define MVGPU_REG_RESULT		0x128	/* of CHECKSUM, read only */
@@ -71,6 +73,14 @@
 #define MVGPU_REG_IRQ_ENABLE		0x184	/* MVGPU_IRQ_* */
 #define MVGPU_REG_IRQ_COUNT		0x188	/* raised since reset, read only */
 
+/*
+ * The start group, read only: a UUID for every slot, as in the text form, or
+ * zeroes. A member keeps its slot as long as it is a member.
+ */
+#define MVGPU_REG_GROUP			0x200
+#define MVGPU_GROUP_SLOTS		16
+#define MVGPU_GROUP_STRIDE		16	/* bytes */
+
 #define MVGPU_MAGIC			0x7570676d	/* "mgpu" in memory */
 #define MVGPU_ABI_VERSION		1
 
@@ -80,7 +90,7 @@
 #define MVGPU_FEATURE_FILL		0x1
 #define MVGPU_FEATURE_CHECKSUM		0x2
 #define MVGPU_FEATURE_COPY		0x4
-#define MVGPU_FEATURE_PEER		0x8	/* reserved */
+#define MVGPU_FEATURE_PEER		0x8
 
 #define MVGPU_STATE_ONLINE		0x1	/* resources are committed */
 
@@ -89,11 +99,13 @@
  * [DST, DST + LEN), becomes SEED + o / 4 * MVGPU_FILL_STEP, modulo 2^32.
  * CHECKSUM: RESULT is the CRC-32 (that of zlib) of [SRC, SRC + LEN).
  * COPY: [SRC, SRC + LEN) to DST within the framebuffer; they may overlap.
+ * PEER_COPY: [SRC, SRC + LEN) of the framebuffer of the member in slot PEER to
+ * DST in the own one.
  */
 #define MVGPU_CMD_FILL			1
 #define MVGPU_CMD_CHECKSUM		2
 #define MVGPU_CMD_COPY			3
-#define MVGPU_CMD_PEER_COPY		4	/* reserved */
+#define MVGPU_CMD_PEER_COPY		4
 #define MVGPU_FILL_STEP			0x9e3779b1
 
 /* BUSY, or DONE with or without ERROR; 0 when nothing was ever asked */
@@ -109,7 +121,7 @@
 #define MVGPU_ERR_ALIGN			3	/* FILL: not a multiple of 4 */
 #define MVGPU_ERR_ABORTED		4	/* reset or removed meanwhile */
 #define MVGPU_ERR_MEMORY		5	/* the host has no memory left */
-#define MVGPU_ERR_PEER			6	/* reserved */
+#define MVGPU_ERR_PEER			6	/* no such peer, or not any more */
 
 #define MVGPU_IRQ_ENGINE		0x1	/* a command has ended */
 

@@ -392,7 +392,12 @@ static void check_engine(void)
     ok(error_of(run(MVGPU_CMD_CHECKSUM, -1ULL, 0, 2, 0)) == MVGPU_ERR_RANGE,
        "checksum, sum overflows");
     ok(error_of(run(MVGPU_CMD_COPY, 0, size - 8, 16, 0)) == MVGPU_ERR_RANGE, "copy, target too far");
-    ok(error_of(run(MVGPU_CMD_PEER_COPY, 0, 0, 16, 0)) == MVGPU_ERR_COMMAND, "no peer copy yet");
+    wr32(REGS, MVGPU_REG_PEER, rd32(REGS, MVGPU_REG_SLOT));
+    ok(error_of(run(MVGPU_CMD_PEER_COPY, 0, 0, 16, 0)) == MVGPU_ERR_PEER, "not a peer of itself");
+    wr32(REGS, MVGPU_REG_PEER, MVGPU_GROUP_SLOTS - 1);
+    ok(error_of(run(MVGPU_CMD_PEER_COPY, 0, 0, 16, 0)) == MVGPU_ERR_PEER, "a slot without a peer");
+    wr32(REGS, MVGPU_REG_PEER, ~0U);
+    ok(error_of(run(MVGPU_CMD_PEER_COPY, 0, 0, 0, 0)) == MVGPU_ERR_PEER, "a slot far beyond all");
     ok(error_of(run(0, 0, 0, 0, 0)) == MVGPU_ERR_COMMAND, "command 0");
 
     /* A long job, rung again meanwhile, and cut short. */
