@@ -265,7 +265,6 @@ def up(
     modules = driver.build_modules(driver.checkout() / "kernel", kernel, progress)
     files = {
         "MDO_LAB_KERNEL": str(kernel.image),
-        "MDO_LAB_MODULES": str(modules),
         "MDO_LAB_INITRD": str(l2.image(kernel, modules, progress)),
         "MDO_LAB_MODULES": str(modules),
     }
