@@ -69,6 +69,7 @@ static int nr_buttons;
 static bool power_pressed;
 
 static char error_text[256];
+static uint32_t error_code; /* MVGPU_ERR_* of the command that failed, or 0 */
 
 __attribute__((format(printf, 1, 2))) static int fail(const char *format, ...)
 {
@@ -113,7 +114,11 @@ __attribute__((format(printf, 2, 3))) static void answer(const char *cmd, const 
 
 static void answer_error(const char *cmd)
 {
-    printf("@mvgpu {\"ok\":false,\"cmd\":\"%s\",\"error\":\"%s\"}\n", cmd, error_text);
+    printf("@mvgpu {\"ok\":false,\"cmd\":\"%s\",\"error\":\"%s\"", cmd, error_text);
+    if (error_code) {
+        printf(",\"code\":%" PRIu32, error_code);
+    }
+    printf("}\n");
     fflush(stdout);
 }
 
@@ -182,13 +187,13 @@ static uint64_t reg64(volatile uint32_t *regs, unsigned lo)
     return regs[lo / 4] | (uint64_t)regs[lo / 4 + 1] << 32;
 }
 
-static void format_uuid(volatile uint32_t *regs, char *text)
+static void format_uuid(volatile uint32_t *regs, unsigned reg, char *text)
 {
     char *p = text;
     unsigned i;
 
     for (i = 0; i < 16; i++) {
-        unsigned byte = regs[MVGPU_REG_UUID / 4 + i / 4] >> (8 * (i % 4)) & 0xff;
+        unsigned byte = regs[reg / 4 + i / 4] >> (8 * (i % 4)) & 0xff;
 
         if (i == 4 || i == 6 || i == 8 || i == 10) {
             *p++ = '-';
@@ -242,7 +247,7 @@ static int identify(struct function *f)
     } else if (regs[MVGPU_REG_ABI / 4] != MVGPU_ABI_VERSION) {
         ret = fail("%s: unknown ABI version %" PRIu32, f->bdf, regs[MVGPU_REG_ABI / 4]);
     } else {
-        format_uuid(regs, f->uuid);
+        format_uuid(regs, MVGPU_REG_UUID, f->uuid);
         f->type = regs[MVGPU_REG_TYPE / 4];
         f->fb_bytes = reg64(regs, MVGPU_REG_FB_SIZE_LO);
     }
@@ -518,8 +523,9 @@ static int command(struct handle *h, uint32_t cmd, uint64_t length)
     }
     h->irqs++;
     if (status != MVGPU_STATUS_DONE) {
+        error_code = (status & MVGPU_STATUS_CODE_MASK) >> MVGPU_STATUS_CODE_SHIFT;
         return fail("command %" PRIu32 ": status %#" PRIx32 ", error %" PRIu32, cmd, status,
-                    (status & MVGPU_STATUS_CODE_MASK) >> MVGPU_STATUS_CODE_SHIFT);
+                    error_code);
     }
     if (h->regs[MVGPU_REG_SEQUENCE / 4] != sequence + 1) {
         return fail("command %" PRIu32 ": the sequence register did not advance by one", cmd);
@@ -606,7 +612,7 @@ static int use(struct function *f, uint32_t seed, uint64_t length, const char *i
         return -1;
     }
     irqs_before = h->regs[MVGPU_REG_IRQ_COUNT / 4];
-    format_uuid(h->regs, uuid);
+    format_uuid(h->regs, MVGPU_REG_UUID, uuid);
     if (h->regs[MVGPU_REG_MAGIC / 4] != MVGPU_MAGIC || strcmp(uuid, f->uuid)) {
         fail("%s says it is %s", f->bdf, uuid);
         goto out;
@@ -739,6 +745,92 @@ static int do_use(const char *cmd, char **args)
     return 0;
 }
 
+/* The slot of a UUID in the function's start group; one that is none if it is not there. */
+static uint32_t slot_of(struct handle *h, const char *uuid)
+{
+    char text[UUID_LENGTH + 1];
+    uint32_t slot;
+
+    for (slot = 0; slot < MVGPU_GROUP_SLOTS; slot++) {
+        format_uuid(h->regs, MVGPU_REG_GROUP + slot * MVGPU_GROUP_STRIDE, text);
+        if (!strcasecmp(text, uuid)) {
+            break;
+        }
+    }
+    return slot;
+}
+
+/* The target holds something else first, so that what is found there was copied. */
+static int peer_copy(struct handle *dst, struct handle *src, const char *src_uuid, uint32_t seed,
+                     uint64_t length, uint32_t *crc, uint32_t *slot)
+{
+    uint32_t before, after;
+
+    if (fill(src, seed, length) || checksum(src, length, crc) || fill(dst, ~seed, length) ||
+        checksum(dst, length, &before)) {
+        return -1;
+    }
+    if (before == *crc) {
+        return fail("both patterns have the checksum %#" PRIx32, before);
+    }
+    *slot = slot_of(dst, src_uuid);
+    dst->regs[MVGPU_REG_PEER / 4] = *slot;
+    dst->regs[MVGPU_REG_SRC_LO / 4] = 0;
+    dst->regs[MVGPU_REG_SRC_HI / 4] = 0;
+    dst->regs[MVGPU_REG_DST_LO / 4] = 0;
+    dst->regs[MVGPU_REG_DST_HI / 4] = 0;
+    if (command(dst, MVGPU_CMD_PEER_COPY, length) || checksum(dst, length, &after)) {
+        return -1;
+    }
+    if (after != *crc) {
+        return fail("checksum %#" PRIx32 " after the copy, and not %#" PRIx32, after, *crc);
+    }
+    return check_words(dst, seed, length);
+}
+
+static int do_peer(const char *cmd, char **args)
+{
+    double start = now();
+    struct function fd, fs;
+    struct handle dst, src;
+    uint64_t seed, length;
+    uint32_t crc, slot;
+    int ret;
+
+    if (parse_uuid(args[0]) || parse_uuid(args[1]) || parse_number(args[2], UINT32_MAX, &seed) ||
+        parse_number(args[3], UINT64_MAX, &length)) {
+        return -1;
+    }
+    if (length < 8 || length % 4) {
+        return fail("a length is a multiple of 4 and at least 8");
+    }
+    if (!strcasecmp(args[0], args[1])) {
+        return fail("a peer is another function");
+    }
+    if (!find(args[0], &fd)) {
+        return fail("there is no usable function with UUID %s", args[0]);
+    }
+    if (!find(args[1], &fs)) {
+        return fail("there is no usable function with UUID %s", args[1]);
+    }
+    if (use_begin(&fd, &dst)) {
+        return -1;
+    }
+    if (use_begin(&fs, &src)) {
+        use_end(&dst);
+        return -1;
+    }
+    ret = peer_copy(&dst, &src, fs.uuid, (uint32_t)seed, length, &crc, &slot);
+    use_end(&src);
+    use_end(&dst);
+    if (!ret) {
+        answer(cmd, ",\"uuid\":\"%s\",\"peer\":\"%s\",\"slot\":%" PRIu32 ",\"crc32\":%" PRIu32
+               ",\"irqs\":%u,\"bytes\":%" PRIu64 ",\"seconds\":%.3f", fd.uuid, fs.uuid, slot, crc,
+               dst.irqs + src.irqs, length, now() - start);
+    }
+    return ret;
+}
+
 static double write_speed(volatile uint32_t *words, size_t bytes)
 {
     double start = now();
@@ -809,6 +901,7 @@ static bool serve(char *line)
     while (n < 4 && (args[n] = strtok_r(NULL, " \t\r\n", &save))) {
         n++;
     }
+    error_code = 0;
 
     if (!strcmp(cmd, "ping")) {
         ret = do_ping(cmd);
@@ -818,6 +911,8 @@ static bool serve(char *line)
         ret = do_wait(cmd, args);
     } else if (!strcmp(cmd, "use")) {
         ret = do_use(cmd, args);
+    } else if (!strcmp(cmd, "peer")) {
+        ret = do_peer(cmd, args);
     } else if (!strcmp(cmd, "bench")) {
         ret = do_bench(cmd, args);
     } else if (!strcmp(cmd, "poweroff")) {
@@ -825,7 +920,7 @@ static bool serve(char *line)
         return false;
     } else {
         cmd = "unknown";
-        ret = fail("the commands are ping, list, wait, gone, use, bench and poweroff");
+        ret = fail("the commands are ping, list, wait, gone, use, peer, bench and poweroff");
     }
     if (ret) {
         answer_error(cmd);
