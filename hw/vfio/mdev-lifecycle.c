@@ -279,18 +279,48 @@ static MdevFailure *file_failure(MdevLifecycle *lifecycle, Member *member,
                        hint);
 }
 
+/* Whether a member other than the one at @path is online, whoever uses it. */
+static bool group_is_online(MdevLifecycle *lifecycle, const char *path,
+                            const char *group)
+{
+    g_auto(GStrv) paths = NULL;
+    int i;
+
+    if (!group ||
+        lifecycle->ops->siblings(lifecycle->opaque, path, &paths) < 0) {
+        return false;
+    }
+    for (i = 0; paths[i]; i++) {
+        g_autofree char *theirs = NULL;
+        int online;
+
+        if (strcmp(paths[i], path) &&
+            read_group(lifecycle, paths[i], &theirs) == 0 &&
+            !g_strcmp0(theirs, group) &&
+            read_online(lifecycle, paths[i], &online) == 0 && online) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* @joins: some of the group were online before. */
 static MdevFailure *start_failure(MdevLifecycle *lifecycle, Member *member,
-                                  int err)
+                                  bool joins, int err)
 {
     g_autofree char *group = describe_group(lifecycle, member);
     const char *hint;
 
-    if (member->group->open) {
-        hint = err == EBUSY
-               ? "Its driver lets no member join a group that is online: "
-                 "attach all members before the guest starts."
-               : "The group stays online without it; the kernel log may say "
-                 "more.";
+    if (joins) {
+        if (err != EBUSY) {
+            hint = "The group stays online without it; the kernel log may say "
+                   "more.";
+        } else if (member->group->open) {
+            hint = "Its driver lets no member join a group that is online: "
+                   "attach all members before the guest starts.";
+        } else {
+            hint = "Another process uses the group.";
+        }
         return failure_new(member->uuid, err,
                            g_strdup_printf("cannot join %s, which is online: "
                                            "%s", group, g_strerror(err)),
@@ -350,6 +380,7 @@ static MdevFailure *start(MdevLifecycle *lifecycle, Member *member)
     bool must = member->public.policy == MDEV_START_ON;
     MdevFailure *failure;
     int online, ret;
+    bool joins;
 
     ret = read_online(lifecycle, member->path, &online);
     if (ret == -ENOENT && must) {
@@ -385,12 +416,14 @@ static MdevFailure *start(MdevLifecycle *lifecycle, Member *member)
         return NULL;
     }
 
+    joins = group_is_online(lifecycle, member->path, group->uuid);
     ret = lifecycle->ops->write(lifecycle->opaque, member->path,
                                 MDEV_ATTR_ONLINE, "1");
     switch (-ret) {
     case 0:
         if (group->starter == MDEV_STARTER_NONE) {
-            set_starter(lifecycle, group, MDEV_STARTER_QEMU);
+            set_starter(lifecycle, group, joins ? MDEV_STARTER_OTHER
+                                                : MDEV_STARTER_QEMU);
         }
         member->public.starter = group->starter;
         set_state(lifecycle, member, MDEV_ONLINE, NULL);
@@ -402,7 +435,7 @@ static MdevFailure *start(MdevLifecycle *lifecycle, Member *member)
                                -ret);
         goto unusable;
     default:
-        return start_failure(lifecycle, member, -ret);
+        return start_failure(lifecycle, member, joins, -ret);
     }
 
 unusable:
