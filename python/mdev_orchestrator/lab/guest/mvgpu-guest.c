@@ -794,7 +794,7 @@ static int do_peer(const char *cmd, char **args)
     struct function fd, fs;
     struct handle dst, src;
     uint64_t seed, length;
-    uint32_t crc, slot;
+    uint32_t crc = 0, slot = 0;
     int ret;
 
     if (parse_uuid(args[0]) || parse_uuid(args[1]) || parse_number(args[2], UINT32_MAX, &seed) ||
