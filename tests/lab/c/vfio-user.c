@@ -3,7 +3,7 @@
  * vfio-user: opens an mdev as QEMU does and abuses it as QEMU would not
  *
  * usage: vfio-user UUID check       every bound, every refusal; TAP on stdout
- *        vfio-user UUID hold        opens it, says "open", until stdin ends
+ *        vfio-user UUID... hold     opens them in turn, says "open", until stdin ends
  *        vfio-user UUID fill BYTES  fills and checks, prints the CRC-32
  *
  * Runs on the machine that has mvgpu.ko loaded, as root.
@@ -37,6 +37,8 @@
 static int container = -1, group = -1, device = -1;
 static struct vfio_region_info regions[VFIO_PCI_NUM_REGIONS];
 static int tests, failures;
+/* Volatile, so that no compiler warns of what is done on purpose. */
+static void *volatile nowhere;
 
 static void die(const char *what)
 {
@@ -277,7 +279,7 @@ static void check_bounds(void)
         ok(wr(some[i], size, buf, 4) < 0 && errno == EINVAL, "region %d: write at its end", some[i]);
         ok(rd(some[i], size - 4, buf, 64) == 4, "region %d: read across its end is cut", some[i]);
         ok(rd(some[i], 1ULL << 39, buf, 1) < 0, "region %d: read far behind it", some[i]);
-        ok(rd(some[i], 0, NULL, 4) < 0 && errno == EFAULT, "region %d: read to nowhere", some[i]);
+        ok(rd(some[i], 0, nowhere, 4) < 0 && errno == EFAULT, "region %d: read to nowhere", some[i]);
     }
     ok(pread(device, buf, 4, (off_t)1 << 40) < 0, "read of BAR 1, that is not there");
     ok(pread(device, buf, 4, (off_t)200 << 40) < 0, "read of region 200");
@@ -594,18 +596,22 @@ static int hold(void)
 
 int main(int argc, char **argv)
 {
+    int i;
+
     if (argc == 3 && !strcmp(argv[2], "check")) {
         open_mdev(argv[1]);
         return check(argv[1]);
     }
-    if (argc == 3 && !strcmp(argv[2], "hold")) {
-        open_mdev(argv[1]);
+    if (argc >= 3 && !strcmp(argv[argc - 1], "hold")) {
+        for (i = 1; i < argc - 1; i++) {
+            open_mdev(argv[i]);
+        }
         return hold();
     }
     if (argc == 4 && !strcmp(argv[2], "fill")) {
         open_mdev(argv[1]);
         return fill(argv[3]);
     }
-    fprintf(stderr, "usage: vfio-user UUID check | hold | fill BYTES\n");
+    fprintf(stderr, "usage: vfio-user UUID check | UUID... hold | UUID fill BYTES\n");
     return 2;
 }
