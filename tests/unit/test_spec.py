@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 import pytest
@@ -26,6 +27,7 @@ from mdev_orchestrator.spec import (
     schema_text,
 )
 
+KINDS: tuple[Literal["toml"], Literal["json"]] = ("toml", "json")
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,7 +147,7 @@ def test_conditions() -> None:
 # ---- what is wrong ----
 
 GUEST = '[[guest]]\nname = "a"\n'
-WRONG = {
+WRONG: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "s is empty"),
     "blank": (" \n\t\n", "s is empty"),
     "only a comment": ("# nothing\n", "s asks for nothing"),
@@ -320,9 +322,9 @@ PIECES += ["mdev", "count", "1", ".", '"', "\\", "#", ":", "type", '{"guest":', 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
 @example('{"guest": [{"name": "a", "mdev": null}]}')
 def test_no_text_breaks_the_reader(text: str) -> None:
-    for kind in ("toml", "json"):
+    for kind in KINDS:
         try:
-            parse(text, kind=kind)  # type: ignore[arg-type]
+            parse(text, kind=kind)
         except RequestError as error:
             assert "\n" not in str(error)  # noqa: PT017 - both outcomes are right
 
