@@ -304,42 +304,66 @@ static bool group_is_online(MdevLifecycle *lifecycle, const char *path,
     return false;
 }
 
+/* A line of an attribute that need not exist; NULL if it is empty. */
+static char *read_word(MdevLifecycle *lifecycle, const char *path,
+                       const char *attr)
+{
+    g_autofree char *text = NULL;
+
+    if (lifecycle->ops->read(lifecycle->opaque, path, attr, &text) < 0) {
+        return NULL;
+    }
+    g_strstrip(text);
+    return text[0] ? g_steal_pointer(&text) : NULL;
+}
+
+/* "Device or resource busy (what the driver knows about it)" */
+static char *describe_error(MdevLifecycle *lifecycle, Member *member, int err)
+{
+    g_autofree char *words = read_word(lifecycle, member->path,
+                                       MDEV_ATTR_ERROR);
+
+    return words ? g_strdup_printf("%s (%s)", g_strerror(err), words)
+                 : g_strdup(g_strerror(err));
+}
+
+/* Who else has the group, in words; NULL if nobody is known. */
+static char *describe_owner(MdevLifecycle *lifecycle, Member *member)
+{
+    g_autofree char *owner = read_word(lifecycle, member->path,
+                                       MDEV_ATTR_OWNER);
+
+    return owner && strcmp(owner, "0")
+           ? g_strdup_printf("its group belongs to process %s", owner)
+           : NULL;
+}
+
 /* @joins: some of the group were online before. */
 static MdevFailure *start_failure(MdevLifecycle *lifecycle, Member *member,
                                   bool joins, int err)
 {
     g_autofree char *group = describe_group(lifecycle, member);
-    const char *hint;
+    g_autofree char *error = describe_error(lifecycle, member, err);
+    const char *hint = "The kernel log may say more.";
 
-    if (joins) {
-        if (err != EBUSY) {
-            hint = "The group stays online without it; the kernel log may say "
-                   "more.";
-        } else if (member->group->open) {
-            hint = "Its driver lets no member join a group that is online: "
-                   "attach all members before the guest starts.";
-        } else {
-            hint = "Another process uses the group.";
-        }
-        return failure_new(member->uuid, err,
-                           g_strdup_printf("cannot join %s, which is online: "
-                                           "%s", group, g_strerror(err)),
-                           hint);
-    }
-    switch (err) {
-    case ENOSPC:
+    if (joins && err == EBUSY) {
+        hint = member->group->open
+               ? "Its driver lets no member join a group that is online: "
+                 "attach all members before the guest starts."
+               : "Another process uses the group.";
+    } else if (joins) {
+        hint = "The group stays online without it; the kernel log may say "
+               "more.";
+    } else if (err == EBUSY) {
+        hint = "Another process has a member of the group open.";
+    } else if (err == ENOSPC) {
         hint = "The parent has too few resources left for the whole group: "
                "stop another group or take a smaller one.";
-        break;
-    case EBUSY:
-        hint = "Another process has a member of the group open.";
-        break;
-    default:
-        hint = "The kernel log may say more.";
     }
     return failure_new(member->uuid, err,
-                       g_strdup_printf("cannot start %s: %s", group,
-                                       g_strerror(err)),
+                       g_strdup_printf("cannot %s %s: %s",
+                                       joins ? "join the online" : "start",
+                                       group, error),
                        hint);
 }
 
@@ -523,8 +547,21 @@ void mdev_lifecycle_opened(MdevLifecycle *lifecycle, void *key)
 MdevFailure *mdev_lifecycle_explain(MdevLifecycle *lifecycle, void *key)
 {
     Member *member = find(lifecycle, key);
+    char *text = NULL;
 
-    return member && member->unusable ? failure_copy(member->unusable) : NULL;
+    if (!member) {
+        return NULL;
+    }
+    if (member->unusable) {
+        return failure_copy(member->unusable);
+    }
+    if (member->group->open == 1) {
+        text = describe_owner(lifecycle, member);
+    }
+    if (!text) {
+        text = read_word(lifecycle, member->path, MDEV_ATTR_ERROR);
+    }
+    return text ? failure_new(member->uuid, 0, text, NULL) : NULL;
 }
 
 /* The mdev went away, and its resources with it. */

@@ -32,6 +32,10 @@
 #define MDEV_ATTR_GROUP "group_uuid"
 #define MDEV_ATTR_ONLINE "online"
 
+/* Drivers may have these too; they only make messages better. */
+#define MDEV_ATTR_ERROR "group_error"   /* why the last start was refused */
+#define MDEV_ATTR_OWNER "group_owner"   /* process that has the group, or 0 */
+
 typedef struct MdevLifecycle MdevLifecycle;
 
 typedef enum {

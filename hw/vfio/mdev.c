@@ -525,10 +525,10 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
     }
     failure = mdev_lifecycle_explain(lifecycle, vbasedev);
     if (failure) {
-        error_prepend(errp, "%s; the driver did not start it either: ",
+        error_prepend(errp, "%s; opening it failed: ",
                       failure->text);
     }
-    error_append_hint(errp, "Its driver turned the open down; "
+    error_append_hint(errp, "If its driver turned the open down, "
                       "the kernel log may say why.\n");
     vfio_mdev_detach(vbasedev);
 }

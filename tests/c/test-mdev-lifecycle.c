@@ -50,6 +50,8 @@ typedef struct Driver {
     int start_error;            /* of writing 1 */
     int stop_error;             /* of writing 0 */
     int open_error;
+    const char *error;          /* what "group_error" reads, or NULL */
+    const char *owner;          /* what "group_owner" reads, or NULL */
     int starts, stops, busy_stops;
     int events;
     MdevState last_state;
@@ -214,7 +216,13 @@ static int op_read(void *opaque, const char *path, const char *attr,
         *text = g_strdup_printf("%s\n", group_names[device->group]);
         return 0;
     }
-    g_assert_cmpstr(attr, ==, MDEV_ATTR_ONLINE);
+    if (strcmp(attr, MDEV_ATTR_ONLINE)) {
+        const char *words = !strcmp(attr, MDEV_ATTR_ERROR) ? driver->error
+                                                           : driver->owner;
+
+        *text = g_strdup_printf("%s\n", words ?: "");
+        return words ? 0 : -ENOENT;
+    }
     if (!driver->has_online) {
         return -ENOENT;
     }
@@ -480,6 +488,23 @@ static void test_refused_group(Fixture *f, const void *data)
     g_assert_true(DETACH(1));
 }
 
+static void test_driver_gives_reasons(Fixture *f, const void *data)
+{
+    g_autofree char *start = NULL;
+    g_autofree char *open = NULL;
+
+    f->driver->start_error = ENOSPC;
+    f->driver->error = "3 links asked, 1 of 8 left";
+    g_assert_cmpint(ATTACH(0, AUTO, &start), ==, ENOSPC);
+    g_assert_nonnull(strstr(start, " (3 links asked, 1 of 8 left)"));
+
+    f->d[0].online = true;
+    f->d[0].held = true;
+    f->driver->owner = "4711";
+    g_assert_cmpint(ATTACH(0, AUTO, &open), ==, EBUSY);
+    g_assert_cmpstr(open, ==, "its group belongs to process 4711");
+}
+
 static void test_failed_open_stops(Fixture *f, const void *data)
 {
     make_group(f, 2);
@@ -580,7 +605,7 @@ static void test_join(Fixture *f, const void *data)
     g_assert_cmpint(ATTACH(1, AUTO, NULL), ==, 0);
     f->d[2].group = 1;
     g_assert_cmpint(ATTACH(2, AUTO, &text), ==, EBUSY);
-    g_assert_nonnull(strstr(text, "which is online"));
+    g_assert_nonnull(strstr(text, "cannot join the online group "));
     g_assert_false(f->d[2].online);
     f->driver->hotplug = true;
     g_assert_cmpint(ATTACH(2, AUTO, NULL), ==, 0);
@@ -866,6 +891,7 @@ int main(int argc, char **argv)
         test_group_starts_once_and_stops_last);
     ADD("same-group-of-two-parents", test_same_group_of_two_parents);
     ADD("refused-group", test_refused_group);
+    ADD("driver-gives-reasons", test_driver_gives_reasons);
     ADD("failed-open-stops", test_failed_open_stops);
     ADD("no-online-file", test_no_online_file);
     ADD("not-writable", test_not_writable);
