@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo qemu``: a QEMU with our patches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Build a QEMU that starts and stops groups itself.")
+
+Series = Annotated[str, typer.Option("--series", help="Series of QEMU: 10.0 or 10.2.")]
+
+
+@app.command()
+def build(
+    series: Series = "10.0",
+    source: Annotated[
+        Path | None, typer.Option(help="A source tree to take instead of Debian's; it is copied.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Compilers at a time; 0: one a processor.")] = 0,
+) -> None:
+    """Fetch, patch and build a series; quick when only our files have changed."""
+    from mdev_orchestrator.cli import output
+    from mdev_orchestrator.lab import qemubuild
+
+    def progress(line: str) -> None:
+        sys.stderr.write(f"qemu {series}: {line}\n")
+
+    done = qemubuild.build(series, source=source, jobs=jobs, progress=progress)
+    output.emit(str(done.binary))
+
+
+@app.command("list")
+def list_(
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """List the series that there are patches for, and what is built of them."""
+    from mdev_orchestrator.cli import output
+    from mdev_orchestrator.lab import qemubuild
+
+    rows = []
+    for series in qemubuild.series_known():
+        done = qemubuild.find(series)
+        rows.append(
+            {
+                "series": series,
+                "built": done is not None,
+                "current": done is not None and done.digest == qemubuild.digest(series),
+                "version": done.version if done else None,
+                "binary": str(done.binary) if done else None,
+                "firmware": str(done.firmware) if done else None,
+            }
+        )
+    if json:
+        output.emit_json({"qemus": rows})
+        return
+    states = {(False, False): "not built", (True, False): "out of date", (True, True): "built"}
+    output.emit_table(
+        "QEMU",
+        ("series", "state", "version", "binary"),
+        [
+            (
+                str(row["series"]),
+                states[bool(row["built"]), bool(row["current"])],
+                str(row["version"] or "-"),
+                str(row["binary"] or "-"),
+            )
+            for row in rows
+        ],
+    )
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Where to write the patches.")],
+    series: Series = "10.0",
+) -> None:
+    """Write the complete series, new files included, for 'git am' or quilt."""
+    from mdev_orchestrator.cli import output
+    from mdev_orchestrator.lab import qemubuild
+
+    for path in qemubuild.export(series, directory):
+        output.emit(str(path))
