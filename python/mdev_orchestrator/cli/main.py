@@ -25,6 +25,7 @@ COMMANDS = {
     "detach": ("hotplug:detach", "Unplug a device from a running guest"),
     "watch": ("watch:watch", "Print events as they happen"),
     "doctor": ("doctor:doctor", "Say what this host lacks, and how to mend it"),
+    "qemu": ("qemu:app", "Build a QEMU that starts and stops groups itself"),
     "lab": ("lab:app", "A nested machine to try everything in"),
 }
 
