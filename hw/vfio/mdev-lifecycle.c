@@ -16,7 +16,7 @@
 
 /* Members of one group that are open here; gone when there are none. */
 typedef struct MdevGroup {
-    char *parent;
+    char *place;                /* its parent, or the mdev that has no uuid */
     char *uuid;                 /* NULL: the group of one mdev */
     unsigned int open;
     MdevStarter starter;
@@ -95,7 +95,7 @@ static void group_free(void *data)
 {
     MdevGroup *group = data;
 
-    g_free(group->parent);
+    g_free(group->place);
     g_free(group->uuid);
     g_free(group);
 }
@@ -175,16 +175,15 @@ static int read_group(MdevLifecycle *lifecycle, const char *path, char **uuid)
     return 0;
 }
 
-static MdevGroup *find_group(MdevLifecycle *lifecycle, const char *parent,
+static MdevGroup *find_group(MdevLifecycle *lifecycle, const char *place,
                              const char *uuid)
 {
     GList *each;
 
-    for (each = lifecycle->groups; uuid && each; each = each->next) {
+    for (each = lifecycle->groups; each; each = each->next) {
         MdevGroup *group = each->data;
 
-        if (group->uuid && !strcmp(group->uuid, uuid) &&
-            !strcmp(group->parent, parent)) {
+        if (!g_strcmp0(group->uuid, uuid) && !strcmp(group->place, place)) {
             return group;
         }
     }
@@ -270,8 +269,8 @@ static MdevFailure *file_failure(MdevLifecycle *lifecycle, Member *member,
     const char *hint = NULL;
 
     if (err == EACCES || err == EPERM) {
-        hint = "Let QEMU's user write the file, or have somebody else start "
-               "the group and use mdev-start=off.";
+        hint = "Let QEMU's user write the file, or start the group before "
+               "QEMU does.";
     }
     return failure_new(member->uuid, err,
                        g_strdup_printf("cannot %s %s: %s", verb, file,
@@ -473,7 +472,7 @@ unusable:
 bool mdev_lifecycle_open(MdevLifecycle *lifecycle, void *key, const char *path,
                          MdevStart policy, MdevFailure **failure)
 {
-    g_autofree char *parent = g_path_get_dirname(path);
+    g_autofree char *place = NULL;
     g_autofree char *group_uuid = NULL;
     Member *member = g_new0(Member, 1);
     MdevFailure *failed = NULL;
@@ -484,10 +483,11 @@ bool mdev_lifecycle_open(MdevLifecycle *lifecycle, void *key, const char *path,
     member->path = g_strdup(path);
     member->uuid = g_path_get_basename(path);
     ret = read_group(lifecycle, path, &group_uuid);
-    member->group = find_group(lifecycle, parent, group_uuid);
+    place = group_uuid ? g_path_get_dirname(path) : g_strdup(path);
+    member->group = find_group(lifecycle, place, group_uuid);
     if (!member->group) {
         member->group = g_new0(MdevGroup, 1);
-        member->group->parent = g_steal_pointer(&parent);
+        member->group->place = g_steal_pointer(&place);
         member->group->uuid = g_steal_pointer(&group_uuid);
         lifecycle->groups = g_list_append(lifecycle->groups, member->group);
     }

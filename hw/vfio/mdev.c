@@ -525,8 +525,10 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
     }
     failure = mdev_lifecycle_explain(lifecycle, vbasedev);
     if (failure) {
-        error_prepend(errp, "%s; opening it failed: ",
-                      failure->text);
+        error_prepend(errp, "%s; opening it failed: ", failure->text);
+        if (failure->hint) {
+            error_append_hint(errp, "%s\n", failure->hint);
+        }
     }
     error_append_hint(errp, "If its driver turned the open down, "
                       "the kernel log may say why.\n");

@@ -467,6 +467,21 @@ static void test_same_group_of_two_parents(Fixture *f, const void *data)
     g_assert_true(DETACH(PER_PARENT));
 }
 
+static void test_same_mdev_twice(Fixture *f, const void *data)
+{
+    int second;
+
+    g_assert_cmpint(ATTACH(0, AUTO, NULL), ==, 0);
+    f->driver->owner = "4711";  /* that is us */
+    g_assert_true(mdev_lifecycle_open(f->lifecycle, &second, f->d[0].path,
+                                      MDEV_START_AUTO, NULL));
+    g_assert_null(mdev_lifecycle_explain(f->lifecycle, &second));
+    g_assert_true(mdev_lifecycle_close(f->lifecycle, &second, NULL));
+    g_assert_true(f->d[0].online);
+    g_assert_true(DETACH(0));
+    g_assert_false(f->d[0].online);
+}
+
 static void test_refused_group(Fixture *f, const void *data)
 {
     g_autofree char *text = NULL;
@@ -890,6 +905,7 @@ int main(int argc, char **argv)
     ADD("group-starts-once-and-stops-last",
         test_group_starts_once_and_stops_last);
     ADD("same-group-of-two-parents", test_same_group_of_two_parents);
+    ADD("same-mdev-twice", test_same_mdev_twice);
     ADD("refused-group", test_refused_group);
     ADD("driver-gives-reasons", test_driver_gives_reasons);
     ADD("failed-open-stops", test_failed_open_stops);
