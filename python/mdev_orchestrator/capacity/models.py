@@ -258,8 +258,9 @@ def infer(parent: Parent, existing: Mapping[str | None, int]) -> ParentCapacity:
     """Infer how one parent fills, from its types, their counts and what exists.
 
     A driver that is known by its names is believed as long as its counts agree. Otherwise the
-    first model of these that agrees: homogeneous (when a device exists and every other type reads
-    0), parent counter (all counts equal), shared pool (all sizes known), independent.
+    first model of these that agrees: independent (when devices exist and every type has all the
+    rest of its ``max_instance``), homogeneous (when a device exists and every other type reads 0),
+    parent counter (all counts equal), shared pool (all sizes known), independent.
 
     :param existing: How many devices of each type id exist; under ``None`` those without a type.
     """
@@ -325,6 +326,19 @@ class _Evidence:
 
     def known(self) -> list[int]:
         return [index for index, n in enumerate(self.left) if n is not None]
+
+    def separate(self) -> bool:
+        """Whether devices exist, and every type has all the rest of its ``max_instance``."""
+        totals = self.totals()
+        return (
+            any(self.used)
+            and not self.unseen
+            and all(f.max_instance == n for f, n in zip(self.facts, totals, strict=True))
+            and (
+                sum(n > 0 for n in self.used) > 1
+                or any(left and not n for left, n in zip(self.left, self.used, strict=True))
+            )
+        )
 
     def totals(self) -> Counts:
         """What exists and what is left, by type; 0 where the count cannot be read."""
@@ -417,6 +431,8 @@ def _named(evidence: _Evidence, name: str, resources: tuple[str, ...]) -> Iterat
 def _guesses(evidence: _Evidence) -> Iterator[tuple[Model, str]]:
     model: Model
     in_use = sum(n > 0 for n in evidence.used)
+    if evidence.separate():
+        yield _independent(evidence), "what exists of one type took nothing from the others"
     zeros = [n == 0 for n, used in zip(evidence.left, evidence.used, strict=True) if not used]
     if in_use == 1 and all(zeros) and any(evidence.left):
         for model in _homogeneous(evidence):

@@ -31,11 +31,11 @@ IGD = {
     "mvgpu-256M": ("IGD 256M", 1, 60, 256, "1920x1200", 4),
     "mvgpu-512M": ("IGD 512M", 1, 60, 512, "1920x1200", 2),
 }
-GVTG = {  # by type: low MB, high MB, fences, weight, resolution
-    "i915-GVTg_V5_1": (512, 2048, 4, 16, "1920x1200"),
-    "i915-GVTg_V5_2": (256, 1024, 4, 8, "1920x1200"),
-    "i915-GVTg_V5_4": (128, 512, 4, 4, "1920x1200"),
-    "i915-GVTg_V5_8": (64, 384, 4, 2, "1024x768"),
+GVTG: dict[str, tuple[int, int, int]] = {  # by type: low MB, high MB, fences
+    "i915-GVTg_V5_1": (512, 2048, 4),
+    "i915-GVTg_V5_2": (256, 1024, 4),
+    "i915-GVTg_V5_4": (128, 512, 4),
+    "i915-GVTg_V5_8": (64, 384, 4),
 }
 Texts = tuple[str | None, str | None, dict[str, str]]  # name, description, files
 
@@ -171,22 +171,24 @@ def gvtg(name: str = "0000:00:02.0") -> Driver:
 
     def left(used: Counter[str], type_: str) -> int:
         free = [have - sum(GVTG[t][i] * n for t, n in used.items()) for i, have in enumerate(total)]
-        return min(have // take for have, take in zip(free, GVTG[type_], strict=False))
+        return min(have // take for have, take in zip(free, GVTG[type_], strict=True))
 
     texts: dict[str, Texts] = {
         id_: (
             None,
-            f"low_gm_size: {low}MB\nhigh_gm_size: {high}MB\nfence: {fence}\nweight: {weight}\n",
+            f"low_gm_size: {low}MB\nhigh_gm_size: {high}MB\nfence: {fence}\nweight: 4\n",
             {},
         )
-        for id_, (low, high, fence, weight, _) in GVTG.items()
+        for id_, (low, high, fence) in GVTG.items()
     }
     return Driver(name, texts, left)
 
 
 def independent(name: str = "cards") -> Driver:
     total = {"acme-a": 2, "acme-b": 3}
-    texts: dict[str, Texts] = {id_: (None, None, {}) for id_ in total}
+    texts: dict[str, Texts] = {
+        id_: (None, None, {"max_instance": str(n)}) for id_, n in total.items()
+    }
     return Driver(name, texts, lambda used, type_: total[type_] - used[type_])
 
 
