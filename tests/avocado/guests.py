@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the functional tests share: devices, guests and commands that clean up after themselves.
+
+A test is a story told inside one coroutine. avocado never awaits an asynchronous ``setUp``, so
+whatever a story needs is an ``async with`` block: it is there when the block begins, and gone when
+it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from avocado import Test
+
+from mdev_orchestrator.engine.devices import create_devices, remove_devices
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.lab import l2
+from mdev_orchestrator.lab.story import as_guest_mdev, counts, settled
+from mdev_orchestrator.model import Mdev
+from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.command import GuestSpec
+from mdev_orchestrator.qemu.process import Guest
+
+MEMORY = 256 << 20
+FILL_BYTES = 256 << 10
+GUEST_SECONDS = 60
+COMMAND_SECONDS = 120.0
+
+#: What a kernel says when it has found a fault in itself. Soft lockups and stalls are left out: an
+#: emulated processor that its host does not run for a while has them without any fault of ours.
+COMPLAINT = re.compile(
+    r"WARNING: (?!.*soft lockup)|BUG: (?!soft lockup|workqueue lockup)|Oops|general protection"
+    r"|possible (circular|recursive|irq|deadlock)|refcount_t:|list_(add|del) corruption"
+    r"|blocked for more than"
+)
+
+
+class KernelLog:
+    """The lines that the kernel prints from now on."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Look no further."""
+        os.close(self._descriptor)
+
+    def lines(self) -> list[str]:
+        """What was printed since the last look."""
+        found = []
+        while True:
+            try:
+                record = os.read(self._descriptor, 8192)
+            except BlockingIOError:
+                return found
+            except BrokenPipeError:  # the oldest were overwritten meanwhile; go on with the rest
+                continue
+            found.append(record.decode(errors="replace").partition(";")[2].partition("\n")[0])
+
+    def complaints(self) -> list[str]:
+        """Those that tell of a fault of the kernel's or a driver's."""
+        return [line for line in self.lines() if COMPLAINT.search(line)]
+
+
+class GuestTest(Test):  # type: ignore[misc]  # avocado has no types
+    """A test after which the kernel has nothing to complain of."""
+
+    def setUp(self) -> None:
+        self.kernel_log = KernelLog()
+
+    def tearDown(self) -> None:
+        complaints = self.kernel_log.complaints()
+        self.kernel_log.close()
+        if complaints:
+            self.fail(f"the kernel complains: {' | '.join(complaints[:3])}")
+
+
+@contextlib.asynccontextmanager
+async def unchanged() -> AsyncIterator[None]:
+    """When the block has ended, every count and every mdev is as it was before."""
+    before = counts(sysfs.scan())
+    known = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    assert before, "the driver offers no types"
+    yield
+    after = await settled(before)
+    assert after == before, f"available instances: {before} before, {after} after"
+    left = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    assert left == known, f"mdevs: {known} before, {left} after"
+
+
+@contextlib.asynccontextmanager
+async def mdevs(type_id: str, count: int = 1) -> AsyncIterator[tuple[Mdev, ...]]:
+    """So many fresh mdevs of a type; those that the story has not removed go at the end."""
+    made = await create_devices(type_id, count)
+    try:
+        yield made
+    finally:
+        if left := [str(mdev.uuid) for mdev in made if sysfs.read_mdev(mdev.uuid) is not None]:
+            await remove_devices(left)
+
+
+def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = True) -> GuestSpec:
+    """A guest of the lab's kernel and initramfs, or one that has nothing to boot."""
+    return GuestSpec(
+        name=name,
+        uuid=uuid4(),
+        memory=MEMORY,
+        kernel=Path(os.environ["MDO_LAB_KERNEL"]) if boots else None,
+        initrd=Path(os.environ["MDO_LAB_INITRD"]) if boots else None,
+        append=l2.APPEND if boots else "",
+        mdevs=tuple(as_guest_mdev(mdev) for mdev in devices),
+        extra=extra,
+    )
+
+
+@contextlib.asynccontextmanager
+async def started(what: GuestSpec) -> AsyncIterator[Guest]:
+    """A QEMU that runs; ended without asking its guest when the story has not ended it."""
+    guest = await process.start(what)
+    try:
+        yield guest
+    finally:
+        await process.stop(guest, deadline=0, force=True)
+
+
+@contextlib.asynccontextmanager
+async def guest(name: str, *devices: Mdev) -> AsyncIterator[l2.Program]:
+    """A guest that has booted: the program in it."""
+    async with (
+        started(spec(name, *devices)) as running,
+        l2.program(name, running.console_socket) as program,
+    ):
+        yield program
+
+
+@contextlib.asynccontextmanager
+async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[Guest]:
+    """A QEMU whose processor was never started: its guest answers nothing, ever."""
+    async with started(spec(name, *devices, boots=False, extra=("-S",))) as running:
+        yield running
+
+
+async def use(
+    program: l2.Program, mdev: Mdev, *, seed: int = 2016, interrupt: str = "msi"
+) -> dict[str, Any]:
+    """The guest checks identity, fills, sums up and takes interrupts; the sum is checked here."""
+    answer = await program.ask(f"use {mdev.uuid} {seed} {FILL_BYTES} {interrupt}")
+    assert UUID(answer["uuid"]) == mdev.uuid
+    assert answer["crc32"] == zlib.crc32(l2.pattern(seed, FILL_BYTES)), answer
+    assert answer["irqs"] == 4, answer
+    assert answer["irq"] == interrupt, answer
+    return answer
+
+
+async def functions(program: l2.Program) -> dict[UUID, dict[str, Any]]:
+    """The mvgpu functions that a guest sees."""
+    answer = await program.ask("list")
+    return {UUID(function["uuid"]): function for function in answer["functions"]}
+
+
+async def appears(program: l2.Program, mdev: Mdev) -> dict[str, Any]:
+    """Wait until the guest has a function and can use it."""
+    return await program.ask(f"wait {mdev.uuid} {GUEST_SECONDS}", GUEST_SECONDS + 10)
+
+
+async def disappears(program: l2.Program, mdev: Mdev) -> None:
+    """Wait until the guest has a function no more."""
+    await program.ask(f"gone {mdev.uuid} {GUEST_SECONDS}", GUEST_SECONDS + 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:  # noqa: ANN401 - it is JSON
+        """What it printed, as a value."""
+        assert self.status == 0, self
+        return json.loads(self.out)
+
+
+async def mdo(*arguments: str) -> Done:
+    """Run ``mdo`` as a user does: in a process of its own."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "mdev_orchestrator.cli.main", *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(COMMAND_SECONDS):
+            out, err = await child.communicate()
+    except BaseException:
+        child.kill()
+        await child.wait()
+        raise
+    return Done(child.returncode or 0, out.decode(), err.decode())
+
+
+def one_line(text: str) -> str:
+    """The one line that an error is."""
+    lines = text.splitlines()
+    assert len(lines) == 1, f"an error is one line, not {text!r}"
+    return lines[0]
+
+
+@contextlib.contextmanager
+def refused(kind: type[BaseException], *words: str) -> Any:  # noqa: ANN401
+    """The block must fail with an error of this kind whose text has all these words."""
+    try:
+        yield
+    except kind as error:
+        for word in words:
+            assert word in str(error), f"no {word!r} in: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Devices that come and go while the guest runs, by QMP."""
+
+from __future__ import annotations
+
+from guests import (
+    GuestTest,
+    appears,
+    disappears,
+    functions,
+    guest,
+    halted_guest,
+    mdevs,
+    mdo,
+    one_line,
+    refused,
+    unchanged,
+    use,
+)
+
+from mdev_orchestrator.engine.devices import remove_devices
+from mdev_orchestrator.errors import DeadlineError, RequestError
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.lab.story import as_guest_mdev, counts
+from mdev_orchestrator.qemu import hotplug, process
+
+SMALL = "mvgpu-128M"
+PORTS = 4
+
+
+class HotPlug(GuestTest):
+    async def test_devices_come_and_go_in_every_port(self) -> None:
+        async with unchanged(), mdevs(SMALL, PORTS + 1) as devices, guest("ports") as program:
+            *four, fifth = devices
+            first, second, *_ = four
+            assert await functions(program) == {}
+
+            # With wait_guest the guest has the device when attach returns.
+            port = await hotplug.attach("ports", as_guest_mdev(first), wait_guest=True)
+            assert port == "port0"
+            await appears(program, first)
+            await use(program, first, seed=1)
+
+            # Detach returns when QEMU has closed it: nobody holds it then.
+            await hotplug.detach("ports", first.uuid)
+            assert not holders((first,)).of(first.uuid)
+            await disappears(program, first)
+
+            # The same device again, and one in every other port.
+            for number, mdev in enumerate(four):
+                port = await hotplug.attach("ports", as_guest_mdev(mdev), wait_guest=True)
+                assert port == f"port{number}"
+            for seed, mdev in enumerate(four):
+                await appears(program, mdev)
+                await use(program, mdev, seed=seed)
+            with refused(RequestError, "guest ports", "all 4 root ports are taken", "detach"):
+                await hotplug.attach("ports", as_guest_mdev(fifth))
+            with refused(RequestError, "guest ports has", str(first.uuid), "already"):
+                await hotplug.attach("ports", as_guest_mdev(first))
+            held = await hotplug.mdevs_of(process.find("ports"))
+            assert {one.uuid for one in held} == {mdev.uuid for mdev in four}
+
+            # A port that is free again takes another, which the host can also remove for good.
+            await hotplug.detach("ports", second.uuid)
+            await remove_devices([str(second.uuid)])
+            assert await hotplug.attach("ports", as_guest_mdev(fifth), wait_guest=True) == "port1"
+            await appears(program, fifth)
+            await use(program, fifth, seed=5)
+            seen = await functions(program)
+            assert seen.keys() == {mdev.uuid for mdev in devices} - {second.uuid}
+
+    async def test_guest_that_ignores_an_unplug(self) -> None:
+        async with unchanged(), mdevs(SMALL) as (mdev,):
+            async with halted_guest("deaf", mdev) as deaf:
+                with refused(DeadlineError, "guest deaf", str(mdev.uuid), "still has the device"):
+                    await hotplug.detach("deaf", mdev.uuid, 1)
+                (plugged,) = await hotplug.mdevs_of(deaf)
+                assert plugged.uuid == mdev.uuid
+
+                # To ask again is no error, and a command tells the same by its exit code.
+                done = await mdo("detach", "deaf", str(mdev.uuid), "--deadline", "1")
+                assert done.status == DeadlineError.exit_code, done
+                assert "did not let go" in one_line(done.err)
+                assert sysfs.read_mdev(mdev.uuid) is not None
+                assert counts(sysfs.scan())[SMALL] == 7
+            # A guest that has ended holds nothing.
+            assert not holders((mdev,)).of(mdev.uuid)
+            await remove_devices([str(mdev.uuid)])

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest outlives the command that started it, and its devices outlive the guest."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import framebuffer
+from guests import (
+    FILL_BYTES,
+    GuestTest,
+    appears,
+    guest,
+    mdevs,
+    mdo,
+    one_line,
+    refused,
+    unchanged,
+    use,
+)
+
+from mdev_orchestrator.errors import BusyError, QemuError
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.lab import l2
+from mdev_orchestrator.qemu import process
+
+SMALL = "mvgpu-128M"
+BIG_FILL = 96 << 20
+
+
+class Lifetime(GuestTest):
+    async def test_commands_find_a_guest_again(self) -> None:
+        """The whole life of a guest and its devices by commands, each a process of its own."""
+        async with unchanged():
+            uuid = str(uuid4())
+            created = (await mdo("create", SMALL, "-n", "2")).out.split()
+            cold, held = map(UUID, created)
+            try:
+                begun = await mdo(
+                    *("guest", "start", "later", "--uuid", uuid, "--memory", "256M"),
+                    *("--kernel", os.environ["MDO_LAB_KERNEL"]),
+                    *("--initrd", os.environ["MDO_LAB_INITRD"]),
+                    *("--append", l2.APPEND, "--mdev", str(cold), "--json"),
+                )
+                shape = begun.json()
+                assert shape["state"] == "running"
+
+                # Another command finds the same process, and it is the same guest.
+                (listed,) = (await mdo("guest", "list", "--json")).json()["guests"]
+                assert listed["name"] == "later"
+                assert listed["pid"] == shape["pid"]
+                assert listed["uuid"] == uuid
+                assert [one["uuid"] for one in listed["mdevs"]] == [str(cold)]
+                words = Path(f"/proc/{shape['pid']}/cmdline").read_bytes().split(b"\0")
+                assert words[words.index(b"-uuid") + 1] == uuid.encode()
+
+                found = process.find_running("later")
+                async with l2.program("later", found.console_socket) as program:
+                    attached = await mdo("attach", "later", str(held), "--wait-guest", "--json")
+                    assert attached.json()["taken"] is True
+                    (one,) = [m for m in sysfs.scan().mdevs if m.uuid == held]
+                    await appears(program, one)
+                    await use(program, one)
+
+                    # What a guest holds is not removed, and the refusal names the guest.
+                    done = await mdo("remove", str(held))
+                    assert done.status == BusyError.exit_code, done
+                    assert "held by guest 'later'" in one_line(done.err)
+                    assert "--detach" in done.err
+                    assert sysfs.read_mdev(held) is not None
+                    await use(program, one)
+
+                    # Unless it is taken out of the guest first.
+                    done = await mdo("remove", "--detach", str(held))
+                    assert done.status == 0, done
+                    assert sysfs.read_mdev(held) is None
+
+                stopped = await mdo("guest", "stop", "later", "--json")
+                assert stopped.json() == {"name": "later", "how": "powerdown"}
+                assert (await mdo("guest", "list", "--json")).json() == {"guests": []}
+                assert not Path(f"/proc/{shape['pid']}").exists()
+                assert (await mdo("remove", str(cold))).status == 0
+            finally:
+                for left in process.list_guests():
+                    await process.stop(left, deadline=0, force=True)
+                left = [str(mdev) for mdev in (cold, held) if sysfs.read_mdev(mdev)]
+                if left:
+                    await mdo("remove", *left)
+
+    async def test_qemu_that_dies_at_start(self) -> None:
+        async with unchanged(), mdevs(SMALL) as (mdev,):
+            uuid = str(uuid4())
+            done = await mdo(
+                *("guest", "start", "stillborn", "--uuid", uuid, "--mdev", str(mdev.uuid)),
+                *("--arg=-device", "--arg=no-such-device"),
+            )
+            assert done.status == QemuError.exit_code, done
+            words = one_line(done.err)
+            assert "'no-such-device' is not a valid device model name" in words
+            assert "it was run as: " in words
+            assert f"-uuid {uuid}" in words
+            assert str(mdev.path) in words
+            # Nothing of the guest is left, and the device is as it was.
+            assert process.list_guests() == []
+            assert sysfs.read_mdev(mdev.uuid) == mdev
+            assert not holders((mdev,)).of(mdev.uuid)
+
+    async def test_qemu_killed_in_the_middle(self) -> None:
+        async with unchanged(), mdevs(SMALL) as (mdev,):
+            async with guest("victim", mdev) as program:
+                record = process.find("victim").record
+                assert record is not None
+                await use(program, mdev)
+                asking = asyncio.ensure_future(program.ask(f"use {mdev.uuid} 7 {BIG_FILL} msi"))
+                await asyncio.wait({asking}, timeout=0.5)
+                assert not asking.done(), "the device was too quick for this test"
+                os.kill(record.pid, signal.SIGKILL)
+                with refused(QemuError, "guest victim ended"):
+                    await asking
+                assert await process.wait_ended(process.find("victim"))
+
+                (listed,) = (await mdo("guest", "list", "--json")).json()["guests"]
+                assert listed["state"] == "gone"
+                assert listed["pid"] is None
+
+                # The device is free, and its next user finds nothing of what was in it.
+                assert not holders((mdev,)).of(mdev.uuid)
+                assert framebuffer.read(mdev, FILL_BYTES) == bytes(FILL_BYTES)
+
+                stopped = await mdo("guest", "stop", "victim", "--json")
+                assert stopped.json() == {"name": "victim", "how": "gone"}
+                assert not process.guests_dir().joinpath("victim").exists()
+                done = await mdo("remove", str(mdev.uuid))
+                assert done.status == 0, done

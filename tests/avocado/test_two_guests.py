@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two guests at once do not disturb each other."""
+
+from __future__ import annotations
+
+import asyncio
+
+from guests import (
+    GuestTest,
+    disappears,
+    functions,
+    guest,
+    mdevs,
+    mdo,
+    one_line,
+    refused,
+    spec,
+    started,
+    unchanged,
+    use,
+)
+
+from mdev_orchestrator.errors import BusyError, QemuError
+from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.lab.story import GRID_TYPE, as_guest_mdev
+from mdev_orchestrator.qemu import hotplug, process
+
+SMALL = "mvgpu-128M"
+
+
+class TwoGuests(GuestTest):
+    async def test_each_has_its_own_devices(self) -> None:
+        async with (
+            unchanged(),
+            mdevs(GRID_TYPE, 2) as (grid_of_left, grid_of_right),
+            mdevs(SMALL) as (shared,),
+            guest("left", grid_of_left, shared) as left,
+            guest("right", grid_of_right) as right,
+        ):
+            # Same type, same moment, different contents.
+            answers = await asyncio.gather(
+                use(left, grid_of_left, seed=1), use(right, grid_of_right, seed=2)
+            )
+            assert answers[0]["crc32"] != answers[1]["crc32"]
+            assert (await functions(left)).keys() == {grid_of_left.uuid, shared.uuid}
+            assert (await functions(right)).keys() == {grid_of_right.uuid}
+
+            # What the left one has, the right one cannot get, nor can a third: by command…
+            done = await mdo("attach", "right", str(shared.uuid))
+            assert done.status == BusyError.exit_code, done
+            assert "held by guest 'left'" in one_line(done.err)
+            # …nor past the command's checks, where the kernel is the arbiter.
+            with refused(QemuError, "Device or resource busy", "another process holds the mdev"):
+                await hotplug.attach("right", as_guest_mdev(shared))
+            with refused(QemuError, "guest third", "Device or resource busy"):
+                async with started(spec("third", shared, boots=False)):
+                    pass
+            assert [found.name for found in process.list_guests()] == ["left", "right"]
+            (holder,) = holders((shared,)).of(shared.uuid)
+            assert holder.guest == "left"
+            await use(left, shared, seed=3)
+
+            # It changes hands when the left one has let go.
+            await hotplug.detach("left", shared.uuid)
+            await disappears(left, shared)
+            await hotplug.attach("right", as_guest_mdev(shared), wait_guest=True)
+            await right.ask(f"wait {shared.uuid} 60")
+            await use(right, shared, seed=4)
+
+            # The end of one is nothing to the other.
+            ended = await process.stop(process.find("left"))
+            assert ended.how == "powerdown"
+            await use(right, grid_of_right, seed=5)
+            assert not holders((grid_of_left,)).of(grid_of_left.uuid)
