@@ -32,7 +32,15 @@ from difflib import get_close_matches
 from typing import Literal, TypeAlias
 
 from mdev_orchestrator.capacity.attributes import TypeFacts, meets, shown
-from mdev_orchestrator.capacity.models import Counts, Model, ParentCapacity
+from mdev_orchestrator.capacity.models import (
+    Counts,
+    Homogeneous,
+    Independent,
+    Model,
+    ParentCapacity,
+    ParentCounter,
+    SharedPool,
+)
 from mdev_orchestrator.spec import Condition
 
 Policy = Literal["pack", "spread"]
@@ -203,6 +211,7 @@ class _Kind:
         types = max(1, len(whole))
         self.weights = tuple(_SCALE // (max(1, n) * types) for n in whole)
         self.share = tuple(_SCALE // n if n else _SCALE for n in whole)
+        self.volume = _volume(model)
 
     def state(self, used: Counts) -> _State:
         found = self.states.get(used)
@@ -222,6 +231,26 @@ class _Kind:
             )
             found = self.eligible[number] = self.model.choices(fitting)
         return found
+
+
+def _volume(model: Model) -> Counts:
+    """For each type a share of the parent, such that what fits never adds up to more than all."""
+    match model:
+        case SharedPool():
+            return tuple(
+                sum(
+                    _SCALE * take // max(1, have)
+                    for take, have in zip(cost, model.size, strict=True)
+                )
+                // len(model.size)
+                for cost in model.costs
+            )
+        case Homogeneous():
+            return tuple(_SCALE // max(1, n) for n in model.capacity)
+        case ParentCounter():
+            return (_SCALE // max(1, model.total),) * len(model.types)
+        case Independent():
+            return (_SCALE // max(1, sum(model.capacity)),) * len(model.types)
 
 
 class _After:
@@ -449,7 +478,34 @@ class _Job:
             room = sum(self.room(self.start[index], demand) for index in self.places(item))
             if room < len(members):
                 return False
-        return True
+        return self._volume_fits(part)
+
+    def _volume_fits(self, part: list[int]) -> bool:
+        """Whether the least shares that all items take are no more than what is free."""
+        needed = 0
+        open_: set[int] = set()
+        for (demand, _), members in self._signatures_of(part):
+            there = [
+                index
+                for index in self.places(self.items[members[0]])
+                if self.options(self.start[index], demand)
+            ]
+            open_.update(there)
+            kinds = {self.start[index].kind for index in there}
+            needed += len(members) * sum(
+                count
+                * min(
+                    kind.volume[type_]
+                    for kind in kinds
+                    for type_ in kind.types(selector, self.selectors[selector])
+                )
+                for selector, count in demand
+            )
+        free = sum(
+            _SCALE - sum(map(int.__mul__, state.used, state.kind.volume))
+            for state in (self.start[index] for index in open_)
+        )
+        return needed <= free
 
     def _signatures_of(
         self, part: Iterable[int]
