@@ -47,7 +47,7 @@ static void test_property(void)
 static void check_refused(const char *path, const char *options,
                           const char *words)
 {
-    QTestState *qts = qtest_init("-nodefaults -machine q35");
+    QTestState *qts = qtest_init("-nodefaults -machine pc");
     QDict *answer, *error;
 
     answer = qtest_qmp(qts, "{ 'execute': 'device_add', 'arguments': {"
