@@ -34,7 +34,8 @@
 #include "trace.h"
 
 #define MDEV_DEVICES "/sys/bus/mdev/devices"
-#define MDEV_CREATE "/sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/create"
+#define MDEV_CREATE \
+    "/sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/create"
 
 /* How long a write may take before QEMU says what it waits for. */
 #define MDEV_PATIENCE_MS 5000
