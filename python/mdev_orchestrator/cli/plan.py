@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo plan``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from mdev_orchestrator.capacity.models import Confidence, survey
+from mdev_orchestrator.capacity.planner import Asked, ParentPlan, Plan, requests_of
+from mdev_orchestrator.capacity.planner import plan as make_plan
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.spec import Document, GuestMdev, Place, key, load
+
+
+class Policy(StrEnum):
+    """How devices are placed where several parents will do."""
+
+    PACK = "pack"
+    SPREAD = "spread"
+
+
+def plan(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
+    *,
+    policy: Annotated[
+        Policy, typer.Option(help="Fill parents one after the other, or all alike.")
+    ] = Policy.PACK,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Show where the devices of a spec would go and what capacity would remain; changes nothing.
+
+    Ends with 0 when all fit, with 2 when not.
+    """
+    document = load(spec)
+    host = scan(output.host_root())
+    asked = requests_of(document, host)
+    answer = make_plan(
+        asked.requests, survey(host), "spread" if policy is Policy.SPREAD else "pack"
+    )
+    if json:
+        output.emit_json(shape(document, asked, answer))
+    else:
+        _show(document, asked, answer)
+    _say_doubts(answer)
+    if not answer.fits:
+        raise _misfit(document, answer)
+
+
+def shape(document: Document, asked: Asked, answer: Plan) -> dict[str, Any]:
+    """The documented JSON shape of a plan."""
+    who = _owners(document)
+    return {
+        "fits": answer.fits,
+        "proven": answer.proven,
+        "policy": answer.policy,
+        "existing": [
+            {
+                "request": device.request,
+                **who[device.request],
+                "uuid": str(device.uuid),
+                "parent": device.parent,
+                "type": device.type_id,
+            }
+            for device in asked.existing
+        ],
+        "placements": [
+            {
+                "request": placement.request,
+                **who[placement.request],
+                "parent": placement.parent,
+                "type": placement.type_id,
+            }
+            for placement in answer.placements
+        ],
+        "shortfalls": [
+            {
+                "request": shortfall.request,
+                **who[shortfall.request],
+                "asked": shortfall.asked,
+                "placed": shortfall.placed,
+                "reason": shortfall.reason,
+                "hint": shortfall.hint,
+            }
+            for shortfall in answer.shortfalls
+        ],
+        "parents": [_parent_shape(parent) for parent in answer.parents],
+    }
+
+
+def _parent_shape(parent: ParentPlan) -> dict[str, Any]:
+    capacity = parent.capacity
+    return {
+        "name": capacity.name,
+        "model": capacity.model.name,
+        "confidence": str(capacity.confidence),
+        "why": capacity.why,
+        "types": [
+            {
+                "id": type_,
+                "used_before": parent.used_before[type_],
+                "used_after": parent.used_after[type_],
+                "available_before": _known(parent, type_, parent.available_before),
+                "available_after": _known(parent, type_, parent.available_after),
+            }
+            for type_ in capacity.types
+        ],
+    }
+
+
+def _known(parent: ParentPlan, type_: str, numbers: Mapping[str, int]) -> int | None:
+    return None if type_ in parent.capacity.unreadable else numbers[type_]
+
+
+def _places(document: Document) -> dict[str, Place]:
+    return {key(place): place for place, _, _ in document.spec.devices()}
+
+
+def _owners(document: Document) -> dict[str, dict[str, str | None]]:
+    """For each request the guest or pool that it is for, and its group."""
+    return {
+        key(place): {
+            "guest": owner if isinstance(devices, GuestMdev) else None,
+            "pool": None if isinstance(devices, GuestMdev) else owner,
+            "group": devices.group if isinstance(devices, GuestMdev) else None,
+        }
+        for place, owner, devices in document.spec.devices()
+    }
+
+
+def _show(document: Document, asked: Asked, answer: Plan) -> None:
+    who = _owners(document)
+
+    def words(request: str) -> tuple[str, str]:
+        owner = who[request]
+        name = owner["guest"] or f"pool {owner['pool']}"
+        return name, owner["group"] or ""
+
+    placed = Counter(
+        (*words(placement.request), placement.type_id, placement.parent)
+        for placement in answer.placements
+    )
+    there = [
+        (*words(device.request), device.type_id, device.parent, f"exists: {device.uuid}")
+        for device in asked.existing
+    ]
+    output.emit_table(
+        "Devices" if answer.fits else "Devices that would fit",
+        ("for", "group", "type", "parent", "devices"),
+        there + [(*where, str(count)) for where, count in placed.items()],
+    )
+    if placed or there:
+        output.emit("")
+    output.emit_table(
+        "Does not fit",
+        ("for", "group", "asked", "placed", "reason", "remedy"),
+        [
+            (*words(s.request), str(s.asked), str(s.placed), s.reason, s.hint)
+            for s in answer.shortfalls
+        ],
+    )
+    if answer.shortfalls:
+        output.emit("")
+    output.emit_table(
+        "Capacity",
+        ("parent", "type", "used", "free", "model"),
+        [
+            (
+                parent.capacity.name,
+                type_,
+                _change(parent.used_before[type_], parent.used_after[type_]),
+                _change(
+                    _known(parent, type_, parent.available_before),
+                    _known(parent, type_, parent.available_after),
+                ),
+                f"{parent.capacity.model.name} ({parent.capacity.confidence})",
+            )
+            for parent in answer.parents
+            for type_ in parent.capacity.types
+        ],
+    )
+
+
+def _change(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return "?"
+    return str(before) if before == after else f"{before} -> {after}"
+
+
+def _say_doubts(answer: Plan) -> None:
+    """Name the parents of which the answer is a guess."""
+    used = {placement.parent for placement in answer.placements}
+    for parent in answer.parents:
+        capacity = parent.capacity
+        if capacity.name in used and capacity.confidence is Confidence.GUESSED:
+            output.say(f"what remains on {capacity.name} is a guess: {capacity.why}")
+
+
+def _misfit(document: Document, answer: Plan) -> RequestError:
+    first = answer.shortfalls[0]
+    others = len(answer.shortfalls) - 1
+    more = f"; {others} more do not fit" if others else ""
+    return document.fault(
+        _places(document)[first.request],
+        f"{first.asked} asked for, {first.placed} fit: {first.reason}{more}",
+        first.hint,
+    )
