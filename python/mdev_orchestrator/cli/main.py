@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "host": ("host:host", "Show parents, types and devices, free and used"),
     "create": ("create:create", "Create devices of one type, all or none"),
+    "plan": ("plan:plan", "Show what a spec would create and what would remain; changes nothing"),
     "remove": ("remove:remove", "Remove devices, and take them out of their guest first if asked"),
     "guest": ("guest:app", "List, start and stop guests, and open their consoles"),
     "attach": ("hotplug:attach", "Plug a device into a running guest"),
