@@ -11,11 +11,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid5
 
-from mdev_orchestrator.errors import UuidError
+from mdev_orchestrator.errors import RequestError, UuidError
+
+GROUP_NAMESPACE = UUID("5a52f6d2-30f3-4c0e-9d8b-2f6f5b7b3c11")
+"""Start groups may be given a name: its UUID is version 5 (RFC 4122) of the name in here."""
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -33,6 +37,27 @@ def parse_uuid(text: str) -> UUID:
         shown = text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - fits one line
         raise UuidError(f"{shown!r} is not a UUID", "write it as 8-4-4-4-12 hexadecimal digits")
     return UUID(text)
+
+
+def group_uuid(text: str) -> UUID:
+    """The UUID of the start group that is called ``text``, by its UUID or by a name.
+
+    The same name gives the same UUID on every host, see :data:`GROUP_NAMESPACE`.
+
+    :raise RequestError: It is neither.
+    """
+    if is_uuid(text):
+        uuid = UUID(text)
+        if not uuid.int:
+            raise UuidError("the UUID of all zeroes is no start group", "choose another, or a name")
+        return uuid
+    if not _GROUP_NAME.fullmatch(text):
+        shown = text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - fits one line
+        raise RequestError(
+            f"{shown!r} is neither a UUID nor the name of a start group",
+            "a name has up to 64 letters, digits, '_', '.' and '-', a letter or digit first",
+        )
+    return uuid5(GROUP_NAMESPACE, text)
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
@@ -74,11 +99,16 @@ class Parent:
     :ivar name: Kernel name of the device.
     :ivar path: Its real directory in sysfs.
     :ivar types: Its types, in natural order of their ids.
+    :ivar links: Peer-to-peer links that it has for start groups, as its driver's ``p2p_links``
+        says; ``None`` where the driver says nothing.
+    :ivar links_free: How many of them no group has now (``p2p_links_free``).
     """
 
     name: str
     path: Path
     types: tuple[MdevType, ...] = ()
+    links: int | None = None
+    links_free: int | None = None
     damage: tuple[str, ...] = ()
 
 
@@ -92,6 +122,9 @@ class Mdev:
     :ivar type_id: Id of its type, ``None`` while the kernel has not linked it yet.
     :ivar device_api: As its type says.
     :ivar iommu_group: Number of its VFIO group, ``None`` without one.
+    :ivar group_uuid: The start group that it was put into, ``None`` for none.
+    :ivar online: Whether its resources are committed; ``None`` when its driver does not tell.
+    :ivar params: The vendor's parameters as they are, ``None`` when its driver has none.
     """
 
     uuid: UUID
@@ -100,7 +133,34 @@ class Mdev:
     type_id: str | None
     device_api: str | None = None
     iommu_group: int | None = None
+    group_uuid: UUID | None = None
+    online: bool | None = None
+    params: str | None = None
     damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StartGroup:
+    """The mdevs of one parent that come online together, all or none.
+
+    :ivar parent: Name of the parent device.
+    :ivar uuid: What their ``group_uuid`` says; ``None`` for a single mdev that was put into none,
+        which is a group of its own.
+    :ivar members: In order of their UUIDs.
+    :ivar online: Whether all are; ``None`` when the driver does not tell.
+    """
+
+    parent: str
+    uuid: UUID | None
+    members: tuple[UUID, ...]
+    online: bool | None = None
+
+    @property
+    def who(self) -> str:
+        """How messages name it."""
+        if self.uuid is None:
+            return f"mdev {self.members[0]}"
+        return f"start group {self.uuid}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +181,33 @@ class Host:
     def find(self, uuid: UUID) -> Mdev | None:
         """The mdev with that UUID, if there is one."""
         return next((mdev for mdev in self.mdevs if mdev.uuid == uuid), None)
+
+    @property
+    def groups(self) -> tuple[StartGroup, ...]:
+        """The start groups that have a UUID, in order of parent and UUID."""
+        members: dict[tuple[str, UUID], list[Mdev]] = {}
+        for mdev in self.mdevs:
+            if mdev.group_uuid is not None:
+                members.setdefault((mdev.parent, mdev.group_uuid), []).append(mdev)
+        return tuple(_group(members[key]) for key in sorted(members, key=_group_key))
+
+    def group_of(self, mdev: Mdev) -> StartGroup:
+        """The start group of an mdev; its own when it was put into none."""
+        if mdev.group_uuid is None:
+            return _group([mdev])
+        key = mdev.parent, mdev.group_uuid
+        return _group([other for other in self.mdevs if (other.parent, other.group_uuid) == key])
+
+
+def _group_key(key: tuple[str, UUID]) -> tuple[list[tuple[int, int, str]], UUID]:
+    return natural_key(key[0]), key[1]
+
+
+def _group(mdevs: list[Mdev]) -> StartGroup:
+    states = {mdev.online for mdev in mdevs}
+    return StartGroup(
+        parent=mdevs[0].parent,
+        uuid=mdevs[0].group_uuid,
+        members=tuple(sorted(mdev.uuid for mdev in mdevs)),
+        online=None if None in states else states == {True},
+    )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.host import mdev_shape
 from mdev_orchestrator.engine.devices import DEADLINE, create_devices
+from mdev_orchestrator.errors import RequestError
 
 
 def create(
@@ -22,6 +24,14 @@ def create(
     uuid: Annotated[
         list[str] | None, typer.Option(help="UUID to use; may be given again. Others are random.")
     ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="UUID|NAME", help="Start group that they are put into."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
+    ] = None,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for the whole.")] = DEADLINE,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
@@ -32,6 +42,8 @@ def create(
             count,
             parent=parent,
             uuids=uuid or (),
+            group=group,
+            attributes=parse_attributes(set_ or ()),
             deadline=deadline,
             root=output.host_root(),
         )
@@ -40,3 +52,19 @@ def create(
         output.emit_json({"created": [mdev_shape(mdev) for mdev in made]})
     else:
         output.emit("\n".join(str(mdev.uuid) for mdev in made))
+
+
+def parse_attributes(texts: Iterable[str]) -> dict[str, str]:
+    """``FILE=VALUE`` as given on the command line; the value may contain more of them.
+
+    :raise RequestError: One is something else, or a file is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(f"--set {text!r} has no '='", "write it like --set vgpu_params=a=1")
+        if name in found:
+            raise RequestError(f"--set gives {name!r} twice", "a file holds one value")
+        found[name] = value
+    return found

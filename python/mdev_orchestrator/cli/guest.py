@@ -11,8 +11,10 @@ import typer
 from mdev_orchestrator.cli import output
 
 if TYPE_CHECKING:
+    from mdev_orchestrator.model import Host
     from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-    from mdev_orchestrator.qemu.process import Guest
+    from mdev_orchestrator.qemu.hotplug import Plugged
+    from mdev_orchestrator.qemu.process import Ended, Guest
     from mdev_orchestrator.qemu.status import Report
 
 app = typer.Typer(add_completion=False, help="List, start and stop guests, and open their console.")
@@ -25,17 +27,33 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 @app.command("list")
 def list_(*, json: JsonOption = False) -> None:
     """Show all guests, with what they hold."""
-    from mdev_orchestrator.qemu.process import list_guests
-    from mdev_orchestrator.qemu.status import look_all
+    from mdev_orchestrator.host.sysfs import scan
 
-    reports = output.run(look_all(list_guests()))
+    reports = output.run(_look_all())
+    host = scan(output.host_root())
     if json:
-        output.emit_json({"guests": [guest_shape(report) for report in reports]})
+        output.emit_json({"guests": [guest_shape(report, host) for report in reports]})
         return
-    output.emit_table("Guests", HEADERS, [_row(report) for report in reports])
+    output.emit_table("Guests", HEADERS, [_row(report, host) for report in reports])
     for report in reports:
         if report.damage:
             output.say(f"{report.guest.who}: {report.damage}")
+
+
+async def _look_all() -> list[Report]:
+    from mdev_orchestrator.qemu.process import list_guests
+    from mdev_orchestrator.qemu.status import look_all
+
+    await sweep()
+    return await look_all(list_guests())
+
+
+async def sweep() -> None:
+    """Take offline what guests that have ended left online, and say so."""
+    from mdev_orchestrator.engine.lifecycle import sweep as sweep_groups
+
+    for swept in await sweep_groups(host=output.host_root()):
+        output.say(str(swept))
 
 
 @app.command()
@@ -104,7 +122,9 @@ def start(
     if words := qemu_words(report.guest.qemu_log):
         output.say(f"{report.guest.who}: QEMU says: {words}")
     if json:
-        output.emit_json(guest_shape(report))
+        from mdev_orchestrator.host.sysfs import scan
+
+        output.emit_json(guest_shape(report, scan(output.host_root())))
     else:
         record = report.guest.record
         output.emit(f"{name} runs as process {record.pid if record else NONE}")
@@ -113,11 +133,13 @@ def start(
 async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
     from dataclasses import replace
 
-    from mdev_orchestrator.qemu.process import start as start_guest
+    from mdev_orchestrator.engine.lifecycle import launch
     from mdev_orchestrator.qemu.status import look
 
+    await sweep()
     mdevs = [await usable_mdev(uuid, deadline) for uuid in uuids]
-    guest = await start_guest(replace(spec, mdevs=tuple(mdevs)), deadline=deadline)
+    spec = replace(spec, mdevs=tuple(mdevs))
+    guest = await launch(spec, deadline=deadline, host=output.host_root())
     return await look(guest)
 
 
@@ -161,14 +183,20 @@ def stop(
     json: JsonOption = False,
 ) -> None:
     """Power a guest down and remove its files. One that has ended is only tidied up."""
-    from mdev_orchestrator.qemu.process import find
-    from mdev_orchestrator.qemu.process import stop as stop_guest
-
-    ended = output.run(stop_guest(find(name), deadline=deadline, force=force))
+    ended = output.run(_stop(name, deadline, force=force))
     if json:
         output.emit_json({"name": ended.name, "how": ended.how})
     else:
         output.emit(f"{name} {HOW[ended.how]}")
+
+
+async def _stop(name: str, deadline: float, *, force: bool) -> Ended:
+    from mdev_orchestrator.engine.lifecycle import end
+    from mdev_orchestrator.qemu.process import find
+
+    ended = await end(find(name), deadline=deadline, force=force, host=output.host_root())
+    await sweep()
+    return ended
 
 
 HOW = {
@@ -204,11 +232,11 @@ def console(
 HEADERS = ("name", "state", "qemu", "pid", "memory", "cpus", "mdevs")
 
 
-def _row(report: Report) -> tuple[str, ...]:
+def _row(report: Report, host: Host) -> tuple[str, ...]:
     record = report.guest.record
     held = NONE if report.mdevs is None else str(len(report.mdevs))
     if report.mdevs:
-        held = ", ".join(sorted(str(plugged.uuid) for plugged in report.mdevs))
+        held = ", ".join(sorted(_held(plugged, host) for plugged in report.mdevs))
     return (
         report.guest.name,
         str(report.guest.state),
@@ -220,7 +248,18 @@ def _row(report: Report) -> tuple[str, ...]:
     )
 
 
-def guest_shape(report: Report) -> dict[str, Any]:
+def _held(plugged: Plugged, host: Host) -> str:
+    """An mdev with its state and group, as far as its driver has them."""
+    mdev = host.find(plugged.uuid)
+    words = [str(plugged.uuid)]
+    if mdev is not None and mdev.online is not None:
+        words.append("online" if mdev.online else "offline")
+    if mdev is not None and mdev.group_uuid is not None:
+        words.append(f"in group {mdev.group_uuid}")
+    return " ".join(words)
+
+
+def guest_shape(report: Report, host: Host) -> dict[str, Any]:
     """The documented JSON shape of a guest."""
     from mdev_orchestrator.qemu.process import created
 
@@ -236,17 +275,21 @@ def guest_shape(report: Report) -> dict[str, Any]:
         "created": record and created(record).isoformat(timespec="seconds"),
         "mdevs": None
         if report.mdevs is None
-        else [
-            {
-                "uuid": str(plugged.uuid),
-                "device": plugged.device_id,
-                "driver": plugged.driver,
-                "port": plugged.port,
-            }
-            for plugged in report.mdevs
-        ],
+        else [_plugged_shape(plugged, host) for plugged in report.mdevs],
         "directory": str(guest.directory),
         "damage": report.damage,
+    }
+
+
+def _plugged_shape(plugged: Plugged, host: Host) -> dict[str, Any]:
+    mdev = host.find(plugged.uuid)
+    return {
+        "uuid": str(plugged.uuid),
+        "device": plugged.device_id,
+        "driver": plugged.driver,
+        "port": plugged.port,
+        "group_uuid": mdev and mdev.group_uuid and str(mdev.group_uuid),
+        "online": mdev and mdev.online,
     }
 
 

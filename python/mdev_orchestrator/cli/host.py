@@ -14,6 +14,8 @@ from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.model import Host, Mdev
 
 UNKNOWN = "?"
+NONE = "-"
+STATES = {None: NONE, False: "offline", True: "online"}
 
 
 def host(
@@ -52,11 +54,22 @@ def shape(found: Host, held: Holders) -> dict[str, Any]:
                     }
                     for type_ in parent.types
                 ],
+                "links": parent.links,
+                "links_free": parent.links_free,
                 "damage": parent.damage,
             }
             for parent in found.parents
         ],
         "mdevs": [mdev_shape(mdev, held) for mdev in found.mdevs],
+        "groups": [
+            {
+                "uuid": str(group.uuid),
+                "parent": group.parent,
+                "members": [str(uuid) for uuid in group.members],
+                "online": group.online,
+            }
+            for group in found.groups
+        ],
         "unseen_processes": held.unseen,
         "damage": found.damage,
     }
@@ -71,6 +84,9 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
         "type": mdev.type_id,
         "device_api": mdev.device_api,
         "iommu_group": mdev.iommu_group,
+        "group_uuid": None if mdev.group_uuid is None else str(mdev.group_uuid),
+        "online": mdev.online,
+        "params": mdev.params,
         "damage": mdev.damage,
     }
     if held is not None:
@@ -109,17 +125,27 @@ def _show(found: Host, held: Holders) -> None:
             if not parent.types
         ],
     )
+    linked = [parent for parent in found.parents if parent.links is not None]
+    if linked:
+        output.emit("")
+    output.emit_table(
+        "Links between devices of a start group",
+        ("parent", "links", "free"),
+        [(parent.name, _line(parent.links), _line(parent.links_free)) for parent in linked],
+    )
     if found.parents and found.mdevs:
         output.emit("")
     output.emit_table(
         "Devices",
-        ("uuid", "parent", "type", "group", "holder", "remarks"),
+        ("uuid", "parent", "type", "iommu", "state", "group", "holder", "remarks"),
         [
             (
                 str(mdev.uuid),
                 mdev.parent,
                 _line(mdev.type_id),
                 _line(mdev.iommu_group),
+                STATES[mdev.online],
+                NONE if mdev.group_uuid is None else str(mdev.group_uuid),
                 ", ".join(map(str, held.of(mdev.uuid))),
                 "; ".join(mdev.damage),
             )

@@ -37,13 +37,14 @@ def attach(
 async def _attach(
     guest: str, what: str, *, parent: str | None, wait_guest: bool, deadline: float
 ) -> dict[str, Any]:
-    from mdev_orchestrator.cli.guest import usable_mdev
+    from mdev_orchestrator.cli.guest import sweep, usable_mdev
+    from mdev_orchestrator.engine import lifecycle
     from mdev_orchestrator.engine.devices import create_devices
     from mdev_orchestrator.errors import RequestError, UuidError
     from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu import hotplug
     from mdev_orchestrator.qemu.process import find_running
 
+    await sweep()
     found = find_running(guest)
     try:
         uuid, created = parse_uuid(what), False
@@ -56,8 +57,9 @@ async def _attach(
         uuid, created = made[0].uuid, True
     try:
         mdev = await usable_mdev(str(uuid), deadline)
-        device = hotplug.device_for(mdev)
-        port = await hotplug.plug(found, device, deadline=deadline, wait_guest=wait_guest)
+        port = await lifecycle.attach(
+            found, mdev, deadline=deadline, wait_guest=wait_guest, host=output.host_root()
+        )
     except BaseException as error:
         if created:
             await _take_back(str(uuid), error)
@@ -65,7 +67,7 @@ async def _attach(
     return {
         "guest": guest,
         "uuid": str(uuid),
-        "device": device.id,
+        "device": mdev.device_id,
         "port": port,
         "created": created,
         "taken": True if wait_guest else None,
@@ -102,11 +104,11 @@ def detach(
 
 
 async def _detach(guest: str, text: str, *, remove: bool, deadline: float) -> None:
+    from mdev_orchestrator.engine import lifecycle
     from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu import hotplug
 
     uuid = parse_uuid(text)
-    await hotplug.detach(guest, uuid, deadline)
+    await lifecycle.detach(guest, uuid, deadline, host=output.host_root())
     if remove:
         from mdev_orchestrator.engine.devices import remove_devices
 

@@ -37,6 +37,6 @@ def remove(
 
 
 async def _detach(guest: str, uuid: UUID, deadline: float) -> None:
-    from mdev_orchestrator.qemu import hotplug  # needs QMP, and few removals do
+    from mdev_orchestrator.engine import lifecycle  # needs QMP, and few removals do
 
-    await hotplug.detach(guest, uuid, deadline)
+    await lifecycle.detach(guest, uuid, deadline, host=output.host_root())

@@ -44,8 +44,9 @@ def shape(event: Event) -> dict[str, str]:
         case ParentEvent(parent, registered):
             action = "registered" if registered else "unregistered"
             return {"event": "parent", "action": action, "parent": parent}
-        case MdevEvent(action, uuid, parent):
-            return {"event": "mdev", "action": action, "uuid": str(uuid), "parent": parent}
+        case MdevEvent(action, uuid, parent, state):
+            told = {"event": "mdev", "action": action, "uuid": str(uuid), "parent": parent}
+            return told if state is None else told | {"state": state}
         case NodeEvent(action, node):
             return {"event": "node", "action": action, "node": node}
         case Rescan(reason):

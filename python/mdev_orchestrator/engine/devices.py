@@ -8,12 +8,14 @@ user interrupts, is undone; a failed undo stands beside the first error and neve
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from uuid import UUID, uuid4
 
 from mdev_orchestrator.errors import (
@@ -31,7 +33,7 @@ from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart
-from mdev_orchestrator.model import Host, Mdev, MdevType, parse_uuid
+from mdev_orchestrator.model import Host, Mdev, MdevType, group_uuid, parse_uuid
 
 DEADLINE = 30.0
 """Seconds that a creation or a removal may take unless another deadline is given."""
@@ -41,6 +43,14 @@ Detach = Callable[[str, UUID, float], Awaitable[None]]
 
 _CONCURRENT = 16  # writers at once; a driver's own lock makes more of them pointless
 _GRACE = 0.5  # seconds that the driver may take to give back the instances just removed
+_SHOWN = 60  # characters of a name in a message
+_VALUE_LIMIT = 4095  # bytes: sysfs takes one page, less the zero at its end
+_NOT_SET = {
+    "group_uuid": "--group puts a device into a start group",
+    "online": "a device comes online when its guest starts",
+    "remove": "mdo remove removes a device",
+    "uevent": "it is the kernel's own",
+}
 _LISTED = 8  # candidates that fit one line
 
 
@@ -101,6 +111,8 @@ async def create_devices(
     *,
     parent: str | None = None,
     uuids: Sequence[str] = (),
+    group: str | None = None,
+    attributes: Mapping[str, str] = MappingProxyType({}),
     deadline: float = DEADLINE,
     root: Path = ROOT,
     write: Writer = write_apart,
@@ -110,17 +122,33 @@ async def create_devices(
     Takes what :func:`place` takes and raises what it raises; when cancelled it undoes what it did
     before it ends.
 
+    :param group: Start group that they are put into, by its UUID or by a name
+        (:func:`mdev_orchestrator.model.group_uuid`).
+    :param attributes: What is written to files of each mdev's directory, in this order and before
+        it is put into the group.
+    :raise HostError: The driver has no start groups, or no such file.
     :param deadline: Seconds for the whole.
     :raise DeadlineError: It took longer; everything was undone.
     :raise MdoError: The kernel refused; everything was undone. Its notes name what was not.
     """
+    group_id = None if group is None else group_uuid(group)
+    for name, value in attributes.items():
+        check_attribute(name, value)
     placement = await _place_patiently(type_id, count, parent, uuids, root)
+    if group_id is not None:
+        _check_group(sysfs.scan(root), group_id, placement.type_.parent)
     ours = _Creation(placement, root, write)
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline
     try:
         async with asyncio.timeout_at(end):
             await ours.create_all()
+            # one after the other: drivers number the members of a group in this order
+            for uuid in placement.uuids:
+                for name, value in attributes.items():
+                    await _set(uuid, name, value, root, write)
+                if group_id is not None:
+                    await _join(uuid, group_id, placement.type_.parent, root, write)
         left = max(end - loop.time(), 0)
         await _all(wait_ready(uuid, left, root) for uuid in placement.uuids)
     except BaseException as error:
@@ -187,6 +215,84 @@ async def remove_devices(
 
     await _all(remove(mdev) for mdev in found)
     return wanted
+
+
+def check_attribute(name: str, value: str) -> None:
+    """Check that a file's name stays in the mdev's directory and that a value is one line.
+
+    :raise RequestError: It does not, or the file is one that this project writes itself.
+    """
+    shown = repr(name if len(name) <= _SHOWN else name[: _SHOWN - 3] + "...")
+    if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
+        raise RequestError(
+            f"{shown} does not name a file of an mdev",
+            "a path below its directory, such as vgpu_params or nvidia/vgpu_params",
+        )
+    if name in _NOT_SET:
+        raise RequestError(f"{shown} cannot be set", _NOT_SET[name])
+    if not value.isprintable() or len(value.encode(errors="replace")) > _VALUE_LIMIT:
+        raise RequestError(f"the value for {shown} is not one line of at most {_VALUE_LIMIT} bytes")
+
+
+def _check_group(host: Host, group: UUID, parent: str) -> None:
+    for known in host.groups:
+        if known.uuid == group and known.parent != parent:
+            raise RequestError(
+                f"start group {group} is on parent {known.parent}, and the devices would be on "
+                f"{parent}",
+                f"a group is on one parent: --parent {known.parent}, or another --group",
+            )
+
+
+async def _set(uuid: UUID, name: str, value: str, root: Path, write: Writer) -> None:
+    """Write one file of an mdev.
+
+    :raise HostError: The driver has no such file.
+    :raise MdoError: It refused the value.
+    """
+    if sysfs.leads_out(uuid, name, root):
+        raise RequestError(
+            f"{name!r} of mdev {uuid} leads out of its directory", "name a file of the mdev itself"
+        )
+    if not await sysfs.write_file(uuid, name, value, root, write=write):
+        files = _some(sysfs.writable_files(uuid, root)) or "none"
+        raise HostError(
+            f"the driver of mdev {uuid} has no file {name}", f"files that can be set: {files}"
+        )
+
+
+async def _join(uuid: UUID, group: UUID, parent: str, root: Path, write: Writer) -> None:
+    """Put an mdev into a start group.
+
+    :raise HostError: The driver has no start groups.
+    :raise BusyError: The group is online, and the driver lets nobody join it then.
+    :raise MdoError: The driver refused for another reason.
+    """
+    number = await write(sysfs.file(uuid, "group_uuid", root), str(group).encode())
+    what = f"mdev {uuid} cannot join start group {group}"
+    match number:
+        case 0:
+            return
+        case errno.ENOENT:
+            raise HostError(
+                f"the driver of {parent} has no start groups: its mdevs have no file group_uuid",
+                "create them without --group",
+            )
+        case errno.EBUSY:
+            raise BusyError(
+                f"{what}: it is online already, and its driver lets nobody join it then",
+                "stop the guest that has it, or take another --group",
+            )
+        case errno.EINVAL:
+            raise MdoError(
+                f"{what}: the driver does not accept it",
+                "a group is on one parent; its other members may be elsewhere, see mdo host",
+            )
+        case errno.ENOSPC:
+            raise CapacityError(
+                f"{what}: {os.strerror(number)}", "the group, or the links of its parent, are full"
+            )
+    raise MdoError(f"{what}: {os.strerror(number)}", "see the kernel log (dmesg)")
 
 
 class _Creation:

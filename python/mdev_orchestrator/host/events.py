@@ -45,11 +45,13 @@ class MdevEvent:
     """Something happened to an mdev.
 
     :ivar action: The kernel's word: ``add``, ``bind``, ``change``, ``unbind``, ``remove``.
+    :ivar state: Of a ``change``, when its driver says that it came ``online`` or went ``offline``.
     """
 
     action: str
     uuid: UUID
     parent: str
+    state: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ def interpret(properties: Mapping[str, str]) -> Event | None:
         match properties.get("SUBSYSTEM"):
             case "mdev":
                 where, _, name = path.rpartition("/")
-                return MdevEvent(action, parse_uuid(name), where.rpartition("/")[2])
+                state = _state(properties) if action == "change" else None
+                return MdevEvent(action, parse_uuid(name), where.rpartition("/")[2], state)
             case "vfio" | "vfio-dev":
                 # "vfio0" in vfio-dev has a node only on kernels with that interface
                 if node := properties.get("DEVNAME"):
@@ -116,6 +119,14 @@ def interpret(properties: Mapping[str, str]) -> Event | None:
         return None
     if action == "change" and state in ("registered", "unregistered"):
         return ParentEvent(path.rpartition("/")[2], registered=state == "registered")
+    return None
+
+
+def _state(properties: Mapping[str, str]) -> str | None:
+    """The new state of an mdev: ``MVGPU_STATE``, or what another vendor's driver calls its own."""
+    for name in properties:
+        if name.endswith("_STATE") and properties[name] in ("online", "offline"):
+            return properties[name]
     return None
 
 

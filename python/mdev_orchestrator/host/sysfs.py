@@ -8,6 +8,9 @@ The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
     bus/mdev/devices/UUID -> ../../../devices/…/PARENT/UUID
     devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
 
+What a vendor's driver adds is optional: ``group_uuid``, ``online`` and ``vgpu_params`` of an mdev,
+``p2p_links`` and ``p2p_links_free`` of a parent (kernel/ABI.rst).
+
 A removal takes the links away first. While it waits for whoever has the device open, only the
 device's own directory and its ``iommu_group`` are left of it, and its instance is still in use; so
 devices are looked for below their parents too.
@@ -23,7 +26,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from uuid import UUID
 
@@ -46,6 +49,14 @@ TEXT_LIMIT = 64 * 1024
 _CORE_FILES = frozenset(
     ("create", "name", "available_instances", "device_api", "description", "devices", "uevent")
 )
+_GROUP_FILE = "group_uuid"
+_ONLINE_FILE = "online"
+_CORE_MDEV_FILES = frozenset(("remove", "uevent", "power", _GROUP_FILE, _ONLINE_FILE))
+_PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
+_LIFECYCLE_FILES = frozenset(
+    name.partition("/")[0] for name in (_GROUP_FILE, _ONLINE_FILE, *_PARAMS_FILES)
+)
+_LINKS_FILES = ("p2p_links", "p2p_links_free")
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
 _GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
 
@@ -73,6 +84,7 @@ def scan(root: Path = ROOT) -> Host:
     apis = {(type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types}
     found: list[tuple[str, str, Mdev]] = []
     linked = set(mdev_names or ())
+    bare: set[tuple[str, str]] = set()
     for parent in parents:
         for name in _list(os.fspath(parent.path)) or ():
             if name in linked or not is_uuid(name):
@@ -84,7 +96,7 @@ def scan(root: Path = ROOT) -> Host:
         if not is_uuid(name):
             damage.append(f"{_shown(name)} on the mdev bus is not a UUID")
             continue
-        mdev = _mdev(bus_dir, name, UUID(name), apis)
+        mdev = _mdev(bus_dir, name, UUID(name), apis, bare)
         if mdev is not None:
             found.append((mdev.parent, name, mdev))
     keys = {parent: natural_key(parent) for parent, _, _ in found}
@@ -110,7 +122,7 @@ def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
         return _leaving(path, uuid, os.path.basename(bus_dir))
     damage: list[str] = []
     api = _text(os.path.join(path, "mdev_type/device_api"), damage, optional=True)
-    mdev = _mdev(bus_dir, name, uuid, {})
+    mdev = _mdev(bus_dir, name, uuid, {}, set())
     if mdev is None:
         return None
     return Mdev(
@@ -120,6 +132,9 @@ def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
         type_id=mdev.type_id,
         device_api=api,
         iommu_group=mdev.iommu_group,
+        group_uuid=mdev.group_uuid,
+        online=mdev.online,
+        params=mdev.params,
         damage=mdev.damage + tuple(damage),
     )
 
@@ -179,13 +194,42 @@ async def write_file(
     :return: Whether this driver has that file.
     :raise MdoError: The driver refused the value.
     """
-    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid), name)
+    path = file(uuid, name, root)
     number = await write(path, value.encode())
     if number == errno.ENOENT:
         return False
     if number:
         raise _refused(f"mdev {uuid} refused {value!r} for {name}", number)
     return True
+
+
+def file(uuid: UUID, name: str, root: Path = ROOT) -> str:
+    """Path of a file in an mdev's directory."""
+    return os.path.join(root, "sys/bus/mdev/devices", str(uuid), name)
+
+
+def leads_out(uuid: UUID, name: str, root: Path = ROOT) -> bool:
+    """Whether a file's name goes through a link to somewhere outside the mdev's directory."""
+    base = os.path.realpath(file(uuid, "", root))
+    return os.path.commonpath((base, os.path.realpath(file(uuid, name, root)))) != base
+
+
+def writable_files(uuid: UUID, root: Path = ROOT) -> tuple[str, ...]:
+    """The vendor's files of an mdev that can be written, in its directory and one below."""
+    base = file(uuid, "", root)
+    found = []
+    for name in _list(base) or ():
+        inner = _list(base + name) if not os.path.islink(base + name) else None
+        names = [name] if inner is None else [f"{name}/{entry}" for entry in inner]
+        found += [
+            path
+            for path in names
+            if path.partition("/")[0] not in _CORE_MDEV_FILES
+            and not os.path.islink(base + path)
+            and os.path.isfile(base + path)
+            and os.stat(base + path).st_mode & 0o200
+        ]
+    return tuple(sorted(found))
 
 
 def _list(path: str) -> list[str] | None:
@@ -291,7 +335,24 @@ def _parent(class_dir: str, name: str) -> Parent | None:
         type_ = _type(os.path.join(types_dir, entry), entry, name)
         if type_ is not None:
             types.append(type_)
-    return Parent(name=name, path=Path(path), types=tuple(types), damage=tuple(damage))
+    links, free = (_optional_count(path, file, damage) for file in _LINKS_FILES)
+    return Parent(
+        name=name,
+        path=Path(path),
+        types=tuple(types),
+        links=links,
+        links_free=free,
+        damage=tuple(damage),
+    )
+
+
+def _optional_count(path: str, name: str, damage: list[str]) -> int | None:
+    text = _text(f"{path}/{name}", damage, optional=True)
+    try:
+        return None if text is None else parse_count(text)
+    except ValueError as error:
+        damage.append(f"{name} {error}")
+    return None
 
 
 def _type(path: str, id_: str, parent: str) -> MdevType | None:
@@ -360,8 +421,17 @@ def _attribute(entry: os.DirEntry[str], name: str, into: dict[str, str], damage:
 
 
 def _mdev(
-    bus_dir: str, name: str, uuid: UUID, apis: dict[tuple[str, str], str | None]
+    bus_dir: str,
+    name: str,
+    uuid: UUID,
+    apis: dict[tuple[str, str], str | None],
+    bare: set[tuple[str, str]],
 ) -> Mdev | None:
+    """Read what the bus shows of one mdev.
+
+    :param bare: Parents and types whose mdevs have none of the optional files, and will not be
+        asked again; added to here.
+    """
     path = f"{bus_dir}/{name}"
     damage: list[str] = []
     parent = ""
@@ -382,6 +452,16 @@ def _mdev(
     except OSError as error:
         damage.append(f"mdev_type cannot be read: {os.strerror(error.errno or 0)}")
     group = _group(path, damage)
+    start_group = online = params = None
+    if type_id is None or (parent, type_id) not in bare:
+        # one listing costs less than four opens that fail; and the type is linked after a driver
+        # has added its files, so a device without any tells for all of its kind
+        names = _list(path) or ()
+        if _LIFECYCLE_FILES.isdisjoint(names):
+            if type_id is not None and "mdev_type" in names:
+                bare.add((parent, type_id))
+        else:
+            start_group, online, params = _lifecycle(path, names, damage)
     return Mdev(
         uuid=uuid,
         path=Path(path),
@@ -389,8 +469,34 @@ def _mdev(
         type_id=type_id,
         device_api=apis.get((parent, type_id)) if type_id is not None else None,
         iommu_group=group,
+        group_uuid=start_group,
+        online=online,
+        params=params,
         damage=tuple(damage),
     )
+
+
+def _lifecycle(
+    path: str, names: Collection[str], damage: list[str]
+) -> tuple[UUID | None, bool | None, str | None]:
+    """Start group, state and parameters: files that few drivers have."""
+    group = online = params = None
+    if _GROUP_FILE in names:
+        text = _text(f"{path}/{_GROUP_FILE}", damage, optional=True, empty=True)
+        if text and is_uuid(text):
+            group = UUID(text)
+        elif text:
+            damage.append(f"{_GROUP_FILE} is not a UUID: {_shown(text)}")
+    if _ONLINE_FILE in names:
+        text = _text(f"{path}/{_ONLINE_FILE}", damage, optional=True)
+        if text in ("0", "1"):
+            online = text == "1"
+        elif text is not None:
+            damage.append(f"{_ONLINE_FILE} is neither 0 nor 1: {_shown(text)}")
+    for name in _PARAMS_FILES:
+        if params is None and name.partition("/")[0] in names:
+            params = _text(f"{path}/{name}", damage, optional=True, empty=True)
+    return group, online, params
 
 
 def _leaving(path: str, uuid: UUID, parent: str) -> Mdev:

@@ -10,12 +10,14 @@ nothing with us but the file it writes.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Awaitable, Callable
 
 Writer = Callable[[str, bytes], Awaitable[int]]
 """Takes a path and the data, gives 0 or the kernel's errno."""
 
 _MAX_FD = 1 << 20
+_KILL_SECONDS = 1.0  # for a killed child to end, so that what it did is known; a driver may hold it
 
 
 async def write_apart(path: str, data: bytes) -> int:
@@ -26,6 +28,19 @@ async def write_apart(path: str, data: bytes) -> int:
 
     :return: 0, or the errno of the failed ``open`` or ``write``.
     """
+    return await _write(path, data, kill=False)
+
+
+async def write_or_kill(path: str, data: bytes) -> int:
+    """Like :func:`write_apart`, but cancelling kills the child.
+
+    For a write that may be given up halfway, such as a start: a driver that waits killably ends it
+    then.
+    """
+    return await _write(path, data, kill=True)
+
+
+async def _write(path: str, data: bytes, *, kill: bool) -> int:
     import asyncio  # here, because who only reads the host does without it
 
     loop = asyncio.get_running_loop()
@@ -41,11 +56,16 @@ async def write_apart(path: str, data: bytes) -> int:
         loop.remove_reader(pidfd)
         os.close(pidfd)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if not outcome.done():
-            outcome.set_result(status)
+        outcome.set_result(status)
 
     loop.add_reader(pidfd, reap)
-    return await outcome
+    try:
+        return await asyncio.shield(outcome)
+    except asyncio.CancelledError:
+        if kill and not outcome.done():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await asyncio.wait((outcome,), timeout=_KILL_SECONDS)
+        raise
 
 
 def _child(path: str, data: bytes) -> None:

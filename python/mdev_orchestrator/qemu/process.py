@@ -8,6 +8,7 @@ of its own, ``guests/NAME`` below the state directory (mode 0700)::
     qmp.sock       monitor for changes        query.sock     monitor for looking
     console.sock   first serial port          console.log    what the guest printed there
     qemu.log       what QEMU itself printed
+    started/       start groups that came online for this guest, one file each (see engine)
 
 Nothing there is believed before it is checked: a process is the guest only if it has the recorded
 pid *and* the recorded start time, in the boot that was recorded, *and* the guest's ``-uuid`` on
@@ -34,7 +35,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -64,9 +65,16 @@ from mdev_orchestrator.qemu.command import (
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.state import private_dir, state_dir
 
+Around = Callable[[Path], contextlib.AbstractAsyncContextManager[object]]
+"""Takes a guest's directory; what must be true before QEMU begins, and is undone if it fails."""
+
+Release = Callable[["Guest"], Awaitable[None]]
+"""Gives back what a guest had whose process has ended."""
+
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 KILL_SECONDS = 15.0
+LOCK_SECONDS = 10.0
 MAX_SUN_PATH = 107
 MAX_PID = 1 << 22
 MAX_TIME = 253402300799.0
@@ -80,6 +88,7 @@ QUERY = "query.sock"
 CONSOLE = "console.sock"
 CONSOLE_LOG = "console.log"
 QEMU_LOG = "qemu.log"
+STARTED = "started"
 
 # $0 is shown by ps while the gate is closed. The shell becomes QEMU, with the same pid.
 GATE = 'cd / && read -r _ && exec "$@" </dev/null'
@@ -163,6 +172,11 @@ class Guest:
     def qemu_log(self) -> Path:
         """What QEMU itself printed."""
         return self.directory / QEMU_LOG
+
+    @property
+    def started(self) -> Path:
+        """Directory of the start groups that came online for this guest; need not be there."""
+        return self.directory / STARTED
 
     @property
     def alive(self) -> bool:
@@ -407,7 +421,8 @@ def _claim(name: str, root: Path) -> Iterator[Path]:
                 yield directory
             except BaseException:
                 left = _look(directory)
-                if left and not left.alive:  # else the kernel holds it even after SIGKILL
+                # else the kernel holds it even after SIGKILL, or a group is still to be stopped
+                if left and not left.alive and not has_started(left):
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
             return
@@ -445,18 +460,92 @@ def remove(guest: Guest) -> None:
     """Remove the directory of a guest whose process has ended. Nothing to do is no error.
 
     :raise BusyError: Somebody else is starting or removing it.
+    :raise RequestError: A start group of it has not been stopped.
     """
     try:
         with _descriptor(guest.directory) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_same(descriptor, guest.directory):
-                shutil.rmtree(guest.directory)
+            if not _is_same(descriptor, guest.directory):
+                return
+            if has_started(guest):
+                raise RequestError(
+                    f"{guest.who} has ended, and a start group of it may still be online",
+                    f"mdo guest stop {guest.name} stops it",
+                )
+            shutil.rmtree(guest.directory)
     except BlockingIOError:
         raise BusyError(f"{guest.who} is being started or removed by somebody else") from None
     except FileNotFoundError:
         return
     except OSError as error:
         raise HostError(f"cannot remove {guest.directory}: {error.strerror}") from error
+
+
+def has_started(guest: Guest) -> bool:
+    """Whether there are start groups that came online for this guest and were not stopped."""
+    try:
+        return any(guest.started.iterdir())
+    except OSError:
+        return False
+
+
+@contextlib.asynccontextmanager
+async def attaching(guest: Guest) -> AsyncIterator[None]:
+    """Keep others from tidying up after a guest while the block gives it something.
+
+    :raise BusyError: Somebody is tidying up, and does not end.
+    :raise RequestError: The guest has gone meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(_descriptor(guest.directory))
+        except FileNotFoundError:
+            raise RequestError(f"{guest.who} has gone") from None
+        await _lock(descriptor, fcntl.LOCK_SH, guest, LOCK_SECONDS)
+        if not _is_same(descriptor, guest.directory):
+            raise RequestError(f"{guest.who} has gone")
+        yield
+
+
+async def _lock(descriptor: int, kind: int, guest: Guest, seconds: float) -> None:
+    """Wait for a lock that others hold for a moment; the kernel has no event for that."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if loop.time() >= end:
+                raise BusyError(
+                    f"{guest.who} is being started, changed or removed by somebody else",
+                    "try again",
+                ) from None
+            await asyncio.sleep(0.05)
+        else:
+            return
+
+
+@contextlib.asynccontextmanager
+async def tidying(guest: Guest, seconds: float = LOCK_SECONDS) -> AsyncIterator[bool]:
+    """Hold the lock of a guest's directory: nobody starts, removes or gives it anything meanwhile.
+
+    :param seconds: To wait for the lock.
+    :return: Whether its process is alive.
+    :raise BusyError: Somebody else has the lock, and keeps it.
+    :raise FileNotFoundError: The directory has gone.
+    """
+    with _descriptor(guest.directory) as descriptor:
+        await _lock(descriptor, fcntl.LOCK_EX, guest, seconds)
+        if not _is_same(descriptor, guest.directory):
+            raise FileNotFoundError(guest.directory)
+        try:
+            record = _read_record(guest.directory)
+        except FileNotFoundError:
+            yield False  # whoever began to start it has ended, and its gate with it
+        except (OSError, ValueError):
+            yield _is_listening(guest.qmp_socket)
+        else:
+            yield _is_guest(record)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -555,14 +644,22 @@ def _absolute(spec: GuestSpec) -> GuestSpec:
 
 
 async def start(
-    spec: GuestSpec, *, deadline: float = START_SECONDS, root: Path | None = None
+    spec: GuestSpec,
+    *,
+    deadline: float = START_SECONDS,
+    root: Path | None = None,
+    around: Around | None = None,
 ) -> Guest:
     """Start a guest and return once its monitor answers.
+
+    It does not start the mdevs that it gives: ``engine.lifecycle.launch`` does.
 
     Whatever goes wrong, cancellation included, ends the process and removes its files.
 
     :param deadline: Seconds until the monitor must have answered.
     :param root: Where guests live; :func:`guests_dir` if not given.
+    :param around: Entered when the guest's directory is claimed and before QEMU begins, left when
+        QEMU answers or has been ended.
     :raise RequestError: The specification is faulty; a :exc:`BusyError` if the guest runs already.
     :raise QemuError: QEMU ended or broke the protocol; the message carries its own words, the hint
         its command line.
@@ -571,7 +668,13 @@ async def start(
     """
     check(spec)
     spec = _absolute(spec)
-    with _claim(spec.name, root or guests_dir()) as directory, contextlib.ExitStack() as stack:
+    with _claim(spec.name, root or guests_dir()) as directory:
+        async with around(directory) if around else contextlib.nullcontext():
+            return await _start(spec, directory, deadline)
+
+
+async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
+    with contextlib.ExitStack() as stack:
         qmp, query, console = listeners = [
             stack.enter_context(_listen(directory / name)) for name in (QMP, QUERY, CONSOLE)
         ]
@@ -668,22 +771,31 @@ def _failed(who: str, what: str, directory: Path, argv: list[str]) -> QemuError:
 # ---------------------------------------------------------------- stopping
 
 
-async def stop(guest: Guest, *, deadline: float = STOP_SECONDS, force: bool = False) -> Ended:
+async def stop(
+    guest: Guest,
+    *,
+    deadline: float = STOP_SECONDS,
+    force: bool = False,
+    release: Release | None = None,
+) -> Ended:
     """End a guest and remove its directory.
 
     Asks it to power down and waits. Only with ``force``, and at the deadline: QEMU's ``quit``, then
     SIGTERM, then SIGKILL. A guest that has ended already only has its directory removed.
 
     :param deadline: Seconds for the guest to power down; 0 with ``force`` does not ask it.
+    :param release: Called when the process has ended and before the directory is removed.
     :raise DeadlineError: The guest did not power down; it still runs, and nothing was removed.
     :raise RequestError: Its record is damaged and ``force`` was not given.
     """
     if guest.record is None:
-        return await _stop_damaged(guest, force=force)
+        return await _stop_damaged(guest, force=force, release=release)
     how = "gone"
     with _pidfd(guest.record) as process:
         if process is not None:
             how = await _end(guest, process, deadline, force=force)
+    if release:
+        await release(guest)
     with contextlib.suppress(BusyError):  # whoever starts or stops it too removes it
         remove(guest)
     return Ended(guest.name, how)
@@ -732,7 +844,7 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
     )
 
 
-async def _stop_damaged(guest: Guest, *, force: bool) -> Ended:
+async def _stop_damaged(guest: Guest, *, force: bool, release: Release | None) -> Ended:
     """End what can only be reached by its monitor, then remove its directory."""
     from mdev_orchestrator.qemu import monitor
 
@@ -746,6 +858,8 @@ async def _stop_damaged(guest: Guest, *, force: bool) -> Ended:
         async with monitor.connect(guest.qmp_socket, guest.who) as qmp:
             await qmp.quit()
         how = "quit"
+    if release:
+        await release(guest)
     remove(guest)
     return Ended(guest.name, how)
 

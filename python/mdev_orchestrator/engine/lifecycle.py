@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guests and their start groups: exactly one starts a group, and what is ours is stopped.
+
+A group comes online before the first open of any member. Who sees to that is decided for each
+launch and each attach (docs/lifecycle.md has the whole picture):
+
+====================================  ==========  ==========================
+the group                             starts it   stops it
+====================================  ==========  ==========================
+has no ``online``                     the driver  the driver
+is online already                     somebody    that somebody, never we
+is offline, QEMU has ``mdev-start``   QEMU        QEMU; we, if it could not
+is offline, any other QEMU            we          we, when its user has gone
+====================================  ==========  ==========================
+
+Nothing in sysfs tells whether a driver with ``online`` would also start by itself, and it does not
+matter: a 1 for a group that is online is ignored, and a start that was asked for is refused with
+its reason, where a start inside an open is refused with an error number. Only when we may not write
+the file, QEMU is run nevertheless, and the driver has its chance.
+
+The guest outlives the command that started it, so "we" are whichever command looks next. For each
+group that was offline when a guest got it there is a file in the guest's directory before it comes
+online, ``started/UUID.json``. It goes when the group is offline again: at ``guest stop``, at
+``detach``, or at the next :func:`sweep`, which every command that touches guests begins with. The
+kernel is the judge: a 0 is refused as long as any member is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import msgspec
+
+from mdev_orchestrator.errors import BusyError, HostError, MdoError, QemuError, RequestError
+from mdev_orchestrator.host import groups, sysfs
+from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.host.writer import Writer, write_or_kill
+from mdev_orchestrator.model import Host, StartGroup
+from mdev_orchestrator.qemu import features, hotplug, process
+from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+from mdev_orchestrator.qemu.monitor import connect
+from mdev_orchestrator.qemu.process import Ended, Guest
+from mdev_orchestrator.state import private_dir
+
+START_SECONDS = 30.0
+"""For one group to come online."""
+STOP_SECONDS = 5.0
+"""For one group to go offline."""
+
+
+class Started(msgspec.Struct, frozen=True):
+    """``started/UUID.json``: a group that was offline before a guest got it.
+
+    :ivar group: Its ``group_uuid``; ``None`` for a single mdev.
+    :ivar by: Who was to start it: ``mdo`` or ``qemu``.
+    """
+
+    parent: str
+    group: UUID | None
+    members: list[UUID]
+    by: Literal["mdo", "qemu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What :func:`sweep` did about one group that had no user any more.
+
+    :ivar error: Why it may still be online; empty when it is offline.
+    """
+
+    guest: str
+    group: str
+    error: str = ""
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"guest {self.guest}: {self.group} may still be online: {self.error}"
+        return f"guest {self.guest} has no use for {self.group} any more: it is offline now"
+
+
+# ---------------------------------------------------------------- launch and attach
+
+
+async def launch(
+    spec: GuestSpec,
+    *,
+    deadline: float = process.START_SECONDS,
+    root: Path | None = None,
+    host: Path = ROOT,
+    write: Writer = write_or_kill,
+) -> Guest:
+    """Start a guest, and the groups of its mdevs before that; all of it or nothing.
+
+    :param deadline: Seconds until QEMU must answer, and for each group at most
+        :data:`START_SECONDS` of them before that.
+    :param root: Where guests live.
+    :param host: Directory in which ``sys`` stands.
+    :raise RequestError: A group is not complete.
+    :raise BusyError: Somebody else has a member of a group.
+    :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
+        or what :func:`mdev_orchestrator.qemu.process.start` raises.
+    """
+    await sweep(root=root, host=host, write=write)
+    found = sysfs.scan(host) if spec.mdevs else Host()
+    wanted = _groups_of(found, (mdev.uuid for mdev in spec.mdevs))
+    _check_complete(f"guest {spec.name}", wanted, {mdev.uuid for mdev in spec.mdevs})
+    for group in wanted:
+        _check_users(found, group, host)
+    qemu = shutil.which(spec.qemu) or spec.qemu
+    drivers = {mdev.uuid: mdev.device_api for mdev in spec.mdevs}
+    left_to_qemu = {
+        group
+        for group in wanted
+        if group.online is False
+        and features.START in await features.properties(qemu, drivers[_one(group, drivers)])
+    }
+
+    @contextlib.asynccontextmanager
+    async def around(directory: Path) -> AsyncIterator[None]:
+        place = directory / process.STARTED
+        async with contextlib.AsyncExitStack() as stack:
+            for group in wanted:
+                by: Literal["mdo", "qemu"] = "qemu" if group in left_to_qemu else "mdo"
+                await stack.enter_async_context(
+                    _online(place, group, by, min(deadline, START_SECONDS), host, write)
+                )
+            with _explained(wanted, host):
+                yield
+
+    return await process.start(spec, deadline=deadline, root=root, around=around)
+
+
+async def attach(
+    guest: Guest,
+    mdev: GuestMdev,
+    *,
+    deadline: float = hotplug.ATTACH_SECONDS,
+    wait_guest: bool = False,
+    host: Path = ROOT,
+    write: Writer = write_or_kill,
+) -> str | None:
+    """Plug an mdev into a running guest, and start its group before that if it is offline.
+
+    :param deadline: Seconds for the whole.
+    :return: The port that it sits in, as :func:`mdev_orchestrator.qemu.hotplug.plug` gives it.
+    :raise BusyError: Another process has a member of the group.
+    :raise MdoError: The group did not come online; or what ``plug`` raises.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
+    async with process.attaching(guest):
+        found = sysfs.scan(host)
+        async with contextlib.AsyncExitStack() as stack:
+            for group in _groups_of(found, [mdev.uuid]):
+                _check_users(found, group, host, guest)
+                by: Literal["mdo", "qemu"] = "mdo"
+                if group.online is False and await _starts_itself(guest, mdev.device_api):
+                    by = "qemu"
+                await stack.enter_async_context(
+                    _online(guest.started, group, by, end - loop.time(), host, write)
+                )
+                stack.enter_context(_explained([group], host))
+            return await hotplug.plug(
+                guest,
+                hotplug.device_for(mdev),
+                deadline=max(end - loop.time(), 0.1),
+                wait_guest=wait_guest,
+            )
+
+
+async def _starts_itself(guest: Guest, driver: str) -> bool:
+    async with connect(guest.query_socket, guest.who) as qmp:
+        return await features.has_property(qmp, driver, features.START)
+
+
+# ---------------------------------------------------------------- detach and end
+
+
+async def detach(
+    guest: str,
+    uuid: UUID,
+    deadline: float = hotplug.DETACH_SECONDS,
+    *,
+    root: Path | None = None,
+    host: Path = ROOT,
+    write: Writer = write_or_kill,
+) -> None:
+    """Take an mdev out of a running guest, and its group offline when that was the last of it.
+
+    :raise MdoError: What :func:`mdev_orchestrator.qemu.hotplug.detach` raises; or the device is out
+        and its group does not go offline.
+    """
+    await hotplug.detach(guest, uuid, deadline, root=root)
+    found = process.find(guest, root)
+    if not process.has_started(found):
+        return
+    for swept in await _tidy(found, host, write):
+        if swept.error:
+            raise MdoError(f"mdev {uuid} is out of guest {guest}, but {swept.group}: {swept.error}")
+
+
+async def end(
+    guest: Guest,
+    *,
+    deadline: float = process.STOP_SECONDS,
+    force: bool = False,
+    host: Path = ROOT,
+    write: Writer = write_or_kill,
+) -> Ended:
+    """End a guest, take what was started for it offline, and remove its directory.
+
+    :raise MdoError: What :func:`mdev_orchestrator.qemu.process.stop` raises; or the guest has ended
+        and a group does not go offline: then its directory stays, and the next command tries again.
+    """
+
+    async def release(ended: Guest) -> None:
+        if not process.has_started(ended):
+            return
+        for swept in await _tidy(ended, host, write):
+            if swept.error:
+                raise MdoError(
+                    f"{ended.who} has ended, but {swept.group} may still be online: {swept.error}",
+                    "the next mdo guest command tries again",
+                )
+
+    return await process.stop(guest, deadline=deadline, force=force, release=release)
+
+
+async def sweep(
+    *, root: Path | None = None, host: Path = ROOT, write: Writer = write_or_kill
+) -> tuple[Swept, ...]:
+    """Take offline what was started for guests that have ended, or have let go of it since.
+
+    Never raises for a group that it cannot stop, and leaves alone what somebody has open.
+    """
+    done: list[Swept] = []
+    for guest in process.list_guests(root):
+        if process.has_started(guest):
+            # one that is being started or changed at this moment can wait for the next sweep
+            with contextlib.suppress(BusyError):
+                done += await _tidy(guest, host, write, wait=0)
+    return tuple(done)
+
+
+async def _tidy(
+    guest: Guest, host: Path, write: Writer, wait: float = process.LOCK_SECONDS
+) -> list[Swept]:
+    """Take offline what a guest had and nobody has open; what was done, and what could not be."""
+    done: list[Swept] = []
+    try:
+        async with process.tidying(guest, wait) as alive:
+            for file in sorted(guest.started.glob("*.json")):
+                try:
+                    started = _read(file)
+                    done += await _give_back(guest.name, file, started, host, write, alive=alive)
+                except MdoError as error:
+                    done.append(Swept(guest.name, f"start group {file.stem}", error.message))
+            cut_short = not alive and guest.record is None and not process.has_started(guest)
+    except FileNotFoundError:
+        return done  # somebody else has tidied up
+    if cut_short:  # its starter was killed before QEMU began: there is nothing else to keep it for
+        with contextlib.suppress(BusyError):
+            process.remove(guest)
+    return done
+
+
+async def _give_back(
+    guest: str, file: Path, started: Started, host: Path, write: Writer, *, alive: bool
+) -> list[Swept]:
+    """Take one group offline unless it is in use, and forget it then."""
+    found = sysfs.scan(host)
+    # a member that was removed meanwhile is offline, one that went elsewhere is not ours any more
+    left = [
+        mdev
+        for uuid in started.members
+        if (mdev := found.find(uuid)) is not None
+        and mdev.group_uuid == started.group
+        and mdev.online is not None
+    ]
+    was_online = False
+    if left:
+        group = found.group_of(left[0])
+        held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
+        users = {str(holder) for uuid in group.members for holder in held.of(uuid)}
+        if users or not await groups.stop(left[0].uuid, STOP_SECONDS, host, write=write):
+            who = "held by " + ", ".join(sorted(users)) if users else "the driver says it is in use"
+            return [] if alive else [Swept(guest, group.who, who)]
+        was_online = left[0].online is True
+    _forget(file)
+    return [Swept(guest, _named(started))] if was_online else []
+
+
+# ---------------------------------------------------------------- what is ours
+
+
+@contextlib.asynccontextmanager
+async def _online(
+    place: Path,
+    group: StartGroup,
+    by: Literal["mdo", "qemu"],
+    deadline: float,
+    host: Path,
+    write: Writer,
+) -> AsyncIterator[None]:
+    """A group that is online before the block, or will be by QEMU; undone if the block fails.
+
+    What is online already, or cannot be told, is none of ours.
+    """
+    if group.online is not False:
+        yield
+        return
+    file = _note(place, Started(group.parent, group.uuid, list(group.members), by))
+    denied = ""
+    try:
+        if by == "mdo":
+            try:
+                await groups.start(group, max(deadline, 0.1), host, write=write)
+            except HostError as error:
+                denied = error.message
+                _forget(file)
+        yield
+    except BaseException as error:
+        if denied:
+            error.add_note(f"{denied}, and its driver did not start it by itself")
+        elif file.exists():
+            await _undo(file, host, write, error)
+        raise
+
+
+async def _undo(file: Path, host: Path, write: Writer, cause: BaseException) -> None:
+    """Give back what a failed launch or attach started; what cannot be becomes a note."""
+    started = _read(file)
+    try:
+        # a device that was plugged in spite of the failure is in use, and its group stays
+        await _give_back("", file, started, host, write, alive=True)
+    except MdoError as error:
+        cause.add_note(f"{_named(started)} may still be online: {error.message}")
+
+
+@contextlib.contextmanager
+def _explained(wanted: Sequence[StartGroup], host: Path) -> Iterator[None]:
+    """Add what the drivers know to what QEMU says when it could not open a device."""
+    try:
+        yield
+    except QemuError as error:
+        for group in wanted:
+            if words := groups.explain(group, host):
+                error.add_note(words)
+        raise
+
+
+def _note(place: Path, started: Started) -> Path:
+    """Write down what is about to come online; on disk before anything happens."""
+    private_dir(place)
+    name = str(started.group or started.members[0])
+    file = place / f"{name}.json"
+    scratch = place / f".{name}.new"
+    try:
+        with scratch.open("wb") as stream:
+            stream.write(msgspec.json.encode(started) + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.rename(file)
+    except OSError as error:
+        raise HostError(f"cannot write {file}: {error.strerror}") from error
+    return file
+
+
+def _forget(file: Path) -> None:
+    file.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> Started:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Started)
+    except (OSError, msgspec.DecodeError) as error:
+        raise HostError(
+            f"{file} cannot be used: {error}", "remove it when you have looked"
+        ) from error
+
+
+def _named(started: Started) -> str:
+    if started.group is not None:
+        return f"start group {started.group}"
+    return f"mdev {started.members[0]}" if started.members else "a start group"
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _groups_of(found: Host, uuids: Iterable[UUID]) -> tuple[StartGroup, ...]:
+    """The start groups of some mdevs, each once; an mdev that is not there is QEMU's to refuse."""
+    mdevs = (found.find(uuid) for uuid in uuids)
+    return tuple(dict.fromkeys(found.group_of(mdev) for mdev in mdevs if mdev is not None))
+
+
+def _one(group: StartGroup, of: Collection[UUID]) -> UUID:
+    return next(uuid for uuid in group.members if uuid in of)
+
+
+def _check_complete(who: str, wanted: Iterable[StartGroup], given: Collection[UUID]) -> None:
+    for group in wanted:
+        missing = [uuid for uuid in group.members if uuid not in given]
+        if missing:
+            raise RequestError(
+                f"{who}: {group.who} is not complete: it lacks mdev "
+                + ", ".join(map(str, missing)),
+                "give the guest all members, by --mdev " + " --mdev ".join(map(str, missing)),
+            )
+
+
+def _check_users(found: Host, group: StartGroup, host: Path, guest: Guest | None = None) -> None:
+    """A group has one user."""
+    own = guest.record.pid if guest is not None and guest.record is not None else None
+    held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
+    for uuid in group.members:
+        for holder in held.of(uuid):
+            if holder.pid != own:
+                raise BusyError(
+                    f"{group.who} has a user already: mdev {uuid} of it is held by {holder}",
+                    "a start group belongs to one guest; stop that one, or take other devices",
+                )
