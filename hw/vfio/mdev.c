@@ -516,8 +516,13 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
 {
     ERRP_GUARD();
     g_autoptr(MdevFailure) failure = NULL;
+    const MdevMember *member;
 
-    if (!lifecycle || !mdev_lifecycle_find(lifecycle, vbasedev)) {
+    if (!lifecycle) {
+        return;
+    }
+    member = mdev_lifecycle_find(lifecycle, vbasedev);
+    if (!member) {
         return;
     }
     if (opened) {
@@ -531,8 +536,11 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
             error_append_hint(errp, "%s\n", failure->hint);
         }
     }
-    error_append_hint(errp, "If its driver turned the open down, "
-                      "the kernel log may say why.\n");
+    /* Other drivers' words stay as they were without this. */
+    if (failure || member->state != MDEV_STATE_UNKNOWN) {
+        error_append_hint(errp, "If its driver turned the open down, "
+                          "the kernel log may say why.\n");
+    }
     vfio_mdev_detach(vbasedev);
 }
 
