@@ -164,8 +164,8 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     ),
     "a table for a list": ("[guest]\nname='a'\n", "s:1: guest: must be a list, not a table"),
     "unknown key": (
-        GUEST + "memmory = 1\n",
-        "s:3: guest[0].memmory: there is no such key (did you mean memory?)",
+        GUEST + "cpu = 1\n",
+        "s:3: guest[0].cpu: there is no such key (did you mean cpus?)",
     ),
     "unknown key of a device": (
         GUEST + "[[guest.mdev]]\ntype = 'x'\ncuont = 2\n",

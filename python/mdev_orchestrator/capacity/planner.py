@@ -47,8 +47,8 @@ from mdev_orchestrator.spec import Condition, Document, GuestMdev, Place, Pool, 
 
 Policy = Literal["pack", "spread"]
 
-EFFORT = 20_000
-"""Steps of the exact search; a step takes some 20 microseconds."""
+EFFORT = 100_000
+"""Steps of the exact search, which take about a second."""
 
 _SEARCHED = 250  # devices and groups in one part; more would also be too deep for the stack
 _OPTIONS = 4096  # ways to put one group on one parent that are looked at
@@ -772,7 +772,8 @@ class _Search:
             return True
         job = self.job
         self.complete = self.complete and job.steps > 0
-        job.steps -= 1
+        # what one look costs grows with the parents and with what is still to be placed
+        job.steps -= 1 + len(self.indices) * len(self.later[depth]) // 8
         here = (depth, self._fingerprint())
         if not self.complete or here in self.failed:
             return False

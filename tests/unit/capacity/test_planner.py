@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdev_orchestrator.capacity.models import survey
@@ -197,8 +197,20 @@ def test_requests_that_do_not_fit_beside_each_other() -> None:
     ] * 2
 
 
+def test_what_first_fit_cannot_place_is_found_by_the_search() -> None:
+    """Only 10 + 7 + 7 and 8 + 8 + 8 fill two parents of 24 ports."""
+    parents = [drivers.mtty("mtty0"), drivers.mtty("mtty1")]
+    requests = [
+        Request(f"r{n}", "mtty-1", count=ports, group=f"g{n}")
+        for n, ports in enumerate((10, 8, 8, 8, 7, 7))
+    ]
+    answer = ask(requests, *parents)
+    assert answer.fits
+    check(requests, parents, answer)
+
+
 def test_a_search_that_is_given_up_says_so() -> None:
-    # 60 pairs of ports on three parents of 24, in groups of 5 ports: 4 groups each, no more
+    # groups of 5 and 6 ports on three parents of 24: four each, and there are 13
     parents = survey(drivers.host(*(drivers.mtty(f"mtty{n}") for n in range(3))))
     requests = [Request(f"r{n}", "mtty-1", count=5 + n % 2, group=f"g{n}") for n in range(13)]
     answer = plan(requests, parents, effort=3)
@@ -366,6 +378,7 @@ def test_any_random_case_is_decided_as_by_exhaustive_search(seed: int) -> None:
     compare(seed)
 
 
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False), st.sampled_from(["pack", "spread"]))
 def test_large_plans_are_never_refused(rng: random.Random, policy: Policy) -> None:
     parents = [driver for _ in range(6) for driver in toys(rng)]
