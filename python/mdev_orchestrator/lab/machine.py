@@ -46,7 +46,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.lab import client, debian, driver, initramfs, l2
+from mdev_orchestrator.lab import client, debian, driver, initramfs, l2, samples
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, private_dir, state_dir
 
@@ -268,6 +268,8 @@ def up(
         "MDO_LAB_INITRD": str(l2.image(kernel, modules, progress)),
         "MDO_LAB_MODULES": str(modules),
     }
+    if (drivers := samples.built(kernel)) is not None:
+        files["MDO_LAB_SAMPLES"] = str(drivers)
     insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
     private_dir(labs_dir())
     _claim(directory)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's own sample drivers (``samples/vfio-mdev``), for tests against drivers not ours.
+
+``python -m mdev_orchestrator.lab.samples [SERIES…]`` fetches and builds them on the host; a lab that
+is brought up afterwards finds them by ``MDO_LAB_SAMPLES``. Debian builds none of them, but ships
+their source in ``linux-source-SERIES``: 140 MB, of which 100 KB are kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.lab import debian, driver
+from mdev_orchestrator.lab.debian import Kernel, Progress, locked, run
+from mdev_orchestrator.state import cache_dir
+
+#: A pool of serial ports, one counter for the whole parent, and a pool of memory.
+NAMES = ("mtty", "mdpy", "mbochs")
+
+#: Where they stand in the kernel's source.
+PLACE = Path("samples/vfio-mdev")
+
+
+def build(kernel: Kernel, progress: Progress = lambda _: None) -> Path:
+    """Directory with the drivers' modules for a kernel, fetched and built once.
+
+    :raise MdoError: They cannot be had, or do not compile.
+    """
+    modules = driver.build_modules(_source(kernel.series, progress), kernel, progress)
+    link = _link(kernel)
+    with locked(link):
+        link.unlink(missing_ok=True)
+        link.symlink_to(modules)
+    return modules
+
+
+def built(kernel: Kernel) -> Path | None:
+    """The same if it was done before; neither fetches nor builds."""
+    return _link(kernel).resolve() if _link(kernel).exists() else None
+
+
+def _link(kernel: Kernel) -> Path:
+    return cache_dir() / "samples" / kernel.series / kernel.release
+
+
+def _source(series: str, progress: Progress) -> Path:
+    place = cache_dir() / "samples" / series / PLACE.name
+    with locked(place):
+        if not place.exists():
+            with tempfile.TemporaryDirectory(dir=place.parent) as name:
+                _unpack(f"linux-source-{series}", Path(name), progress).rename(place)
+    return place
+
+
+def _unpack(package: str, work: Path, progress: Progress) -> Path:
+    """Download a package of kernel source; a kbuild directory with the three drivers."""
+    progress(f"downloading {package}")
+    run(["apt-get", "download", "-o", "APT::Sandbox::User=", package], cwd=work)
+    (archive,) = work.glob("*.deb")
+    progress(f"unpacking {PLACE} of {package}")
+    run(["dpkg-deb", "-x", archive, work])
+    archive.unlink()
+    run(["tar", "-xf", work / "usr/src" / f"{package}.tar.xz", f"{package}/{PLACE}"], cwd=work)
+    source = work / package / PLACE
+    (source / "Makefile").unlink()  # it asks for the kernel's own configuration
+    (source / "Kbuild").write_text(f"obj-m := {' '.join(f'{name}.o' for name in NAMES)}\n")
+    return source
+
+
+def main() -> int:
+    """Build for each series that is named, or for the default one."""
+    try:
+        for series in sys.argv[1:] or [debian.DEFAULT_SERIES]:
+            kernel = debian.fetch_kernel(series, _say)
+            sys.stdout.write(f"{build(kernel, _say)}\n")
+    except MdoError as error:
+        _say(str(error))
+        return error.exit_code
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"samples: {line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
