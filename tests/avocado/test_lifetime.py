@@ -30,7 +30,6 @@ from mdev_orchestrator.lab import l2
 from mdev_orchestrator.qemu import process
 
 SMALL = "mvgpu-128M"
-BIG_FILL = 96 << 20
 
 
 class Lifetime(GuestTest):
@@ -111,29 +110,35 @@ class Lifetime(GuestTest):
             assert not holders((mdev,)).of(mdev.uuid)
 
     async def test_qemu_killed_in_the_middle(self) -> None:
-        async with unchanged(), mdevs(SMALL) as (mdev,):
-            async with guest("victim", mdev) as program:
-                record = process.find("victim").record
-                assert record is not None
-                await use(program, mdev)
-                asking = asyncio.ensure_future(program.ask(f"use {mdev.uuid} 7 {BIG_FILL} msi"))
-                await asyncio.wait({asking}, timeout=0.5)
-                assert not asking.done(), "the device was too quick for this test"
-                os.kill(record.pid, signal.SIGKILL)
-                with refused(QemuError, "guest victim ended"):
-                    await asking
-                assert await process.wait_ended(process.find("victim"))
+        async with unchanged(), mdevs(SMALL) as (mdev,), guest("victim", mdev) as program:
+            record = process.find("victim").record
+            assert record is not None
+            in_use = asyncio.Event()
 
-                (listed,) = (await mdo("guest", "list", "--json")).json()["guests"]
-                assert listed["state"] == "gone"
-                assert listed["pid"] is None
+            async def use_on_and_on() -> None:
+                while True:
+                    await use(program, mdev)
+                    in_use.set()
 
-                # The device is free, and its next user finds nothing of what was in it.
-                assert not holders((mdev,)).of(mdev.uuid)
-                assert framebuffer.read(mdev, FILL_BYTES) == bytes(FILL_BYTES)
+            using = asyncio.ensure_future(use_on_and_on())
+            used = asyncio.ensure_future(in_use.wait())
+            await asyncio.wait({using, used}, return_when=asyncio.FIRST_COMPLETED)
+            assert in_use.is_set(), using
+            os.kill(record.pid, signal.SIGKILL)
+            with refused(QemuError, "guest victim ended"):
+                await using
+            assert await process.wait_ended(process.find("victim"))
 
-                stopped = await mdo("guest", "stop", "victim", "--json")
-                assert stopped.json() == {"name": "victim", "how": "gone"}
-                assert not process.guests_dir().joinpath("victim").exists()
-                done = await mdo("remove", str(mdev.uuid))
-                assert done.status == 0, done
+            (listed,) = (await mdo("guest", "list", "--json")).json()["guests"]
+            assert listed["state"] == "gone"
+            assert listed["pid"] is None
+
+            # The device is free, and its next user finds nothing of what was in it.
+            assert not holders((mdev,)).of(mdev.uuid)
+            assert framebuffer.read(mdev, FILL_BYTES) == bytes(FILL_BYTES)
+
+            stopped = await mdo("guest", "stop", "victim", "--json")
+            assert stopped.json() == {"name": "victim", "how": "gone"}
+            assert not process.guests_dir().joinpath("victim").exists()
+            done = await mdo("remove", str(mdev.uuid))
+            assert done.status == 0, done

@@ -7,6 +7,7 @@ import asyncio
 
 from guests import (
     GuestTest,
+    appears,
     disappears,
     functions,
     guest,
@@ -64,7 +65,7 @@ class TwoGuests(GuestTest):
             await hotplug.detach("left", shared.uuid)
             await disappears(left, shared)
             await hotplug.attach("right", as_guest_mdev(shared), wait_guest=True)
-            await right.ask(f"wait {shared.uuid} 60")
+            await appears(right, shared)
             await use(right, shared, seed=4)
 
             # The end of one is nothing to the other.

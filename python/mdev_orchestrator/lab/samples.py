@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's own sample drivers (``samples/vfio-mdev``), for tests against drivers not ours.
 
-``python -m mdev_orchestrator.lab.samples [SERIES…]`` fetches and builds them on the host; a lab that
-is brought up afterwards finds them by ``MDO_LAB_SAMPLES``. Debian builds none of them, but ships
-their source in ``linux-source-SERIES``: 140 MB, of which 100 KB are kept.
+``python -m mdev_orchestrator.lab.samples [SERIES…]`` fetches and builds them on the host; a lab
+that is brought up afterwards finds them by ``MDO_LAB_SAMPLES``. Debian builds none of them, but
+ships their source in ``linux-source-SERIES``: 140 MB, of which 100 KB are kept.
 """
 
 from __future__ import annotations
