@@ -25,6 +25,7 @@ check: setup
 
 bench: setup
 	@.venv/bin/python benches/host_scan.py
+	@.venv/bin/python benches/planner.py
 
 lab-shell: setup
 	@$(MDO) lab up
