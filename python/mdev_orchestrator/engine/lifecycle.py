@@ -104,17 +104,17 @@ async def launch(
         :data:`START_SECONDS` of them before that.
     :param root: Where guests live.
     :param host: Directory in which ``sys`` stands.
-    :raise RequestError: A group is not complete.
     :raise BusyError: Somebody else has a member of a group.
+    :raise RequestError: A group is not complete.
     :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
         or what :func:`mdev_orchestrator.qemu.process.start` raises.
     """
     await sweep(root=root, host=host, write=write)
     found = sysfs.scan(host) if spec.mdevs else Host()
     wanted = _groups_of(found, (mdev.uuid for mdev in spec.mdevs))
-    _check_complete(f"guest {spec.name}", wanted, {mdev.uuid for mdev in spec.mdevs})
     for group in wanted:
         _check_users(found, group, host)
+    _check_complete(f"guest {spec.name}", wanted, {mdev.uuid for mdev in spec.mdevs})
     qemu = shutil.which(spec.qemu) or spec.qemu
     drivers = {mdev.uuid: mdev.device_api for mdev in spec.mdevs}
     left_to_qemu = {

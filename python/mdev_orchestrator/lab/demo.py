@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.lab import machine
 
+MODULE_OPTIONS = "links=3"
+"""So few links that a second group does not fit beside the first."""
+
 STORY = ["python", "-m", "mdev_orchestrator.lab.story"]
 
 
@@ -53,7 +56,8 @@ def demo(
                 ended(Row(**words))
 
     started = time.monotonic()
-    with machine.running(f"demo-{os.getpid()}", series=series, progress=doing) as lab:
+    name = f"demo-{os.getpid()}"
+    with machine.running(name, series=series, module_options=MODULE_OPTIONS, progress=doing) as lab:
         seconds = round(time.monotonic() - started, 2)
         ended(Row(f"bring up a lab with kernel {series}", lab.release, seconds, ok=True))
         status = machine.execute(lab, STORY, output=listen)

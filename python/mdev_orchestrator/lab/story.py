@@ -15,20 +15,23 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
-from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.errors import BusyError, CapacityError, MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.model import Host, Mdev
-from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 
 GRID_TYPE = "mvgpu-12"
 IGD_TYPE = "mvgpu-512M"
+PEER_TYPE = "mvgpu-128M"
+PEER_PARENT = "igd0"
 SEED = 2016
 FILL_BYTES = 256 * 1024
 
@@ -97,12 +100,12 @@ async def tell() -> None:
         before = counts(sysfs.scan())
         expect("parents that offer types", True, bool(before))
         this.result = f"{len(before)} types, igd reads {igd_counts()}"
-    async with contextlib.AsyncExitStack() as undo:
+    async with contextlib.AsyncExitStack() as devices, contextlib.AsyncExitStack() as undo:
         async with step(f"create one {GRID_TYPE} and one {IGD_TYPE}") as this:
             (grid,) = await create_devices(GRID_TYPE)
-            undo.push_async_callback(gone, grid)
+            devices.push_async_callback(gone, grid)
             (igd,) = await create_devices(IGD_TYPE)
-            undo.push_async_callback(gone, igd)
+            devices.push_async_callback(gone, igd)
             others = {n for id_, n in counts(sysfs.scan()).items() if id_ in GRID_OTHERS}
             expect("instances left of the other grid types", {0}, others)
             expect("instances left of the igd types", "4/2/1", igd_counts())
@@ -117,8 +120,8 @@ async def tell() -> None:
             mdevs=(as_guest_mdev(grid),),
         )
         async with step("start QEMU with the first by sysfsdev") as this:
-            guest = await process.start(spec)
-            undo.push_async_callback(process.stop, guest, deadline=0, force=True)
+            guest = await lifecycle.launch(spec)
+            undo.push_async_callback(lifecycle.end, guest, deadline=0, force=True)
             this.result = f"pid {guest.record.pid}" if guest.record else ""
         async with step("boot the guest's Linux") as this:
             program = await undo.enter_async_context(l2.program(spec.name, guest.console_socket))
@@ -126,23 +129,100 @@ async def tell() -> None:
         async with step("the guest uses it: fill, checksum, interrupt") as this:
             this.result = await use(program, grid.uuid)
         async with step("hot-plug the second by QMP") as this:
-            await hotplug.attach(spec.name, as_guest_mdev(igd), wait_guest=True)
+            await lifecycle.attach(guest, as_guest_mdev(igd), wait_guest=True)
             answer = await program.ask(f"wait {igd.uuid} 30")
             this.result = f"the guest has it as {answer['bdf']}"
         async with step("the guest uses that too") as this:
             this.result = await use(program, igd.uuid)
         async with step("unplug and remove it while the guest runs") as this:
-            await hotplug.detach(spec.name, igd.uuid)
+            await lifecycle.detach(spec.name, igd.uuid)
             await program.ask(f"gone {igd.uuid} 30")
             await remove_devices([str(igd.uuid)])
             this.result = "gone from guest and host"
+        peers = await group_act(devices, guest, program)
         async with step("power the guest down") as this:
-            this.result = (await process.stop(guest)).how
-        async with step("remove the first") as this:
-            await remove_devices([str(grid.uuid)])
+            how = (await lifecycle.end(guest)).how
+            expect("the group's state", {False}, {online(mdev) for mdev in peers})
+            expect("free links", links()[0], links()[1])
+            this.result = f"{how}; the group is offline, its links are back"
+        async with step("remove the rest") as this:
+            await remove_devices([str(mdev.uuid) for mdev in (grid, *peers)])
             after = await settled(before)
             expect("available instances", before, after)
             this.result = "every count is back where it was"
+
+
+async def group_act(
+    devices: contextlib.AsyncExitStack, guest: process.Guest, program: l2.Program
+) -> tuple[Mdev, Mdev]:
+    """Two devices of one start group in one guest, and who else would like to have something.
+
+    :param devices: Removes what is left of them when the guest has ended.
+    """
+    async with step(f"create two {PEER_TYPE} in one start group") as this:
+        first, second = await create_devices(PEER_TYPE, 2, group="demo-peers")
+        devices.push_async_callback(gone, first)
+        devices.push_async_callback(gone, second)
+        all_links, free = links()
+        expect("the group's state", {False}, {online(first), online(second)})
+        this.result = f"offline; {free} of {all_links} links free"
+    async with step("hot-plug one: its group comes online first") as this:
+        await lifecycle.attach(guest, as_guest_mdev(first), wait_guest=True)
+        expect("the group's state", {True}, {online(first), online(second)})
+        expect("free links", free - 1, links()[1])
+        this.result = f"both are online; {links()[1]} of {all_links} links free"
+    async with step("another guest asks for the other one") as this:
+        this.result = await refused(BusyError, lifecycle.launch(idle(second)))
+    async with step("hot-plug that into the same guest") as this:
+        await lifecycle.attach(guest, as_guest_mdev(second), wait_guest=True)
+        for mdev in (first, second):
+            await program.ask(f"wait {mdev.uuid} 30")
+        this.result = "the guest has both"
+    async with step("copy from one framebuffer to the other") as this:
+        answer = await program.ask(f"peer {second.uuid} {first.uuid} {SEED} {FILL_BYTES}")
+        expect("the checksum", zlib.crc32(l2.pattern(SEED, FILL_BYTES)), answer["crc32"])
+        this.result = f"from slot {answer['slot']}, crc32 {answer['crc32']:08x} is right"
+    async with step("a group of three for another guest") as this:
+        three = await create_devices(PEER_TYPE, 3, group="demo-three")
+        for mdev in three:
+            devices.push_async_callback(gone, mdev)
+        this.result = await refused(CapacityError, lifecycle.launch(idle(*three)))
+        expect("the group's state", {False}, {online(mdev) for mdev in three})
+        await remove_devices([str(mdev.uuid) for mdev in three])
+    return first, second
+
+
+def idle(*mdevs: Mdev) -> GuestSpec:
+    """A guest that never boots: QEMU opens its devices and waits."""
+    return GuestSpec(
+        name=f"demo-other-{os.getpid()}",
+        uuid=uuid4(),
+        memory=64 << 20,
+        mdevs=tuple(map(as_guest_mdev, mdevs)),
+        extra=("-S",),
+    )
+
+
+async def refused(kind: type[MdoError], launching: Awaitable[process.Guest]) -> str:
+    """Fail unless a guest is refused; gives the reason."""
+    try:
+        guest = await launching
+    except kind as error:
+        return f"refused: {error.message}"
+    await lifecycle.end(guest, deadline=0, force=True)
+    raise MdoError(f"guest {guest.name} was not refused")
+
+
+def online(mdev: Mdev) -> bool | None:
+    """Whether an mdev is online now."""
+    found = sysfs.read_mdev(mdev.uuid)
+    return None if found is None else found.online
+
+
+def links() -> tuple[int, int]:
+    """All links of the parent, and how many are free."""
+    parent = next(p for p in sysfs.scan().parents if p.name == PEER_PARENT)
+    return parent.links or 0, parent.links_free or 0
 
 
 GRID_OTHERS = {f"mvgpu-{number}" for number in range(11, 19)} - {GRID_TYPE}

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who starts and who stops, with a QEMU that knows nothing of it: the driver's log is the proof.
+
+Runs inside the lab: ``mdo lab exec python3 -m pytest tests/lab/test_startstop.py``. QEMU runs with
+``-S``, so that nothing boots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+
+from lab import vfio
+from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine.devices import create_devices, remove_devices
+from mdev_orchestrator.errors import (
+    BusyError,
+    CapacityError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    QemuError,
+    RequestError,
+)
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.events import until
+from mdev_orchestrator.model import Mdev
+from mdev_orchestrator.qemu import features, process
+from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+from mdev_orchestrator.qemu.monitor import connect
+from mdev_orchestrator.qemu.process import Guest, State
+
+pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+LINKS = 3
+DRIVERS = {
+    "implicit": {"implicit_start": 1, "has_online": 1},
+    "explicit": {"implicit_start": 0, "has_online": 1},
+    "no online": {"implicit_start": 1, "has_online": 0},
+}
+
+
+@pytest.fixture(params=list(DRIVERS), scope="module")
+def driver(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The driver in each of its ways to start."""
+    with vfio.loaded(links=LINKS, **DRIVERS[request.param]):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def explicit() -> Iterator[None]:
+    """A driver that starts nothing by itself."""
+    with vfio.loaded(links=LINKS, **DRIVERS["explicit"]):
+        yield
+
+
+@pytest.fixture(autouse=True)
+async def given_back(kernel_log: vfio.KernelLog) -> AsyncIterator[None]:
+    """After each test there is no guest, no mdev, and every link is free."""
+    yield
+    for guest in process.list_guests():
+        await lifecycle.end(guest, deadline=0, force=True)
+    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
+        await remove_devices(left)
+    assert {parent.links_free for parent in sysfs.scan().parents} == {LINKS}
+
+
+def spec(*mdevs: Mdev, name: str = "g") -> GuestSpec:
+    return GuestSpec(
+        name=name,
+        uuid=uuid4(),
+        memory=64 << 20,
+        qemu=QEMU,
+        accel="tcg",
+        mdevs=tuple(map(guest_mdev, mdevs)),
+        extra=("-S",),
+    )
+
+
+def guest_mdev(mdev: Mdev) -> GuestMdev:
+    return GuestMdev(mdev.uuid, mdev.path, mdev.device_api or "vfio-pci")
+
+
+async def make(count: int, group: str | None = "peers") -> tuple[Mdev, ...]:
+    return await create_devices("mvgpu-128M", count, group=group)
+
+
+def states(*mdevs: Mdev) -> set[bool | None]:
+    return {found.online for mdev in mdevs if (found := sysfs.read_mdev(mdev.uuid))}
+
+
+def free() -> int | None:
+    return next(p.links_free for p in sysfs.scan().parents if p.name == "igd0")
+
+
+def positions(uuid: UUID, since: int) -> dict[str, int]:
+    """Where in the driver's log each event of a device stands first."""
+    found: dict[str, int] = {}
+    for event in vfio.events(since):
+        if event.uuid == str(uuid):
+            found.setdefault(event.event, event.sequence)
+    return found
+
+
+def starters(since: int) -> set[int]:
+    return {event.pid for event in vfio.events(since) if event.event == "started"}
+
+
+def in_order(mdevs: tuple[Mdev, ...], since: int) -> None:
+    """Every member was online before any was open, and offline after all were closed."""
+    found = [positions(mdev.uuid, since) for mdev in mdevs]
+    assert max(p["started"] for p in found) < min(p["opened"] for p in found)
+    for p in found:
+        assert p["opened"] < p["accessed"] < p["closed"]
+    assert max(p["closed"] for p in found) < min(p["stopped"] for p in found)
+
+
+@pytest.mark.parametrize("plug", ["cold", "hot"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+async def test_online_before_the_first_access_and_offline_after_the_last_release(
+    driver: str, count: int, plug: str
+) -> None:
+    mdevs = await make(count, "peers" if count > 1 and driver != "no online" else None)
+    since = vfio.now()
+    guest = await lifecycle.launch(spec(*(mdevs if plug == "cold" else ())))
+    assert guest.record is not None
+    if plug == "hot":
+        for mdev in mdevs:
+            await lifecycle.attach(guest, guest_mdev(mdev))
+    known = driver != "no online"
+    assert states(*mdevs) == ({True} if known else {None})
+    assert (guest.record.pid in starters(since)) is not known
+    assert (await lifecycle.end(guest, deadline=0, force=True)).how == "quit"
+    assert states(*mdevs) == ({False} if known else {None})
+    if known:
+        in_order(mdevs, since)
+    else:
+        for mdev in mdevs:
+            in_order((mdev,), since)
+    assert (free(), process.list_guests()) == (LINKS, [])
+
+
+async def quit_(guest: Guest) -> None:
+    async with connect(guest.qmp_socket, guest.who) as qmp:
+        await qmp.quit()
+
+
+def by(number: int) -> object:
+    async def send(guest: Guest) -> None:
+        assert guest.record is not None
+        os.kill(guest.record.pid, number)
+
+    return send
+
+
+ENDS = {"quit": quit_, "SIGTERM": by(signal.SIGTERM), "SIGKILL": by(signal.SIGKILL)}
+ENDS["SIGABRT"] = by(signal.SIGABRT)
+
+
+@pytest.mark.parametrize("how", list(ENDS))
+async def test_the_next_command_stops_what_a_guest_left_online(explicit: None, how: str) -> None:
+    mdevs = await make(2)
+    since = vfio.now()
+    guest = await lifecycle.launch(spec(*mdevs))
+    await ENDS[how](guest)  # type: ignore[operator]
+    assert await process.wait_ended(guest, 20)
+    assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # nobody has looked yet
+    [swept] = await lifecycle.sweep()
+    assert str(swept).endswith("it is offline now")
+    assert (states(*mdevs), free()) == ({False}, LINKS)
+    in_order(mdevs, since)
+    assert await lifecycle.sweep() == ()
+    # and the group is free for another guest, of the same name too
+    again = await lifecycle.launch(spec(*mdevs))
+    assert states(*mdevs) == {True}
+    await lifecycle.end(again, deadline=0, force=True)
+
+
+async def test_a_dead_guests_group_goes_offline_when_another_wants_it(explicit: None) -> None:
+    mdevs = await make(2)
+    guest = await lifecycle.launch(spec(*mdevs))
+    assert guest.record is not None
+    os.kill(guest.record.pid, signal.SIGKILL)
+    assert await process.wait_ended(guest, 20)
+    other = await lifecycle.launch(spec(*mdevs, name="other"))
+    assert process.has_started(other)
+    assert not process.has_started(guest)
+
+
+async def test_the_last_detach_stops_and_the_first_does_not(explicit: None) -> None:
+    mdevs = await make(2)
+    guest = await lifecycle.launch(spec())
+    for mdev in mdevs:
+        await lifecycle.attach(guest, guest_mdev(mdev))
+    for mdev in mdevs:
+        assert states(*mdevs) == {True}
+        await end_by_monitor(guest, mdev)
+        await lifecycle.sweep()
+    assert (states(*mdevs), free()) == ({False}, LINKS)
+    assert process.find("g").state is State.RUNNING
+
+
+async def end_by_monitor(guest: Guest, mdev: Mdev) -> None:
+    """Unplug from a guest that has not booted: a device on its way in can be taken out."""
+    name = f"mdev-{mdev.uuid}"
+    async with connect(guest.qmp_socket, guest.who) as qmp:
+        with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == name) as events:
+            await qmp.execute("device_del", object, {"id": name})
+            await qmp.execute("system_reset", object)
+            assert await events.next(30)
+
+
+async def test_a_group_that_does_not_fit_is_refused_with_its_reason(driver: str) -> None:
+    if driver == "no online":
+        pytest.skip("it has no groups")
+    mdevs = await make(4)
+    since = vfio.now()
+    with pytest.raises(CapacityError) as refusal:
+        await lifecycle.launch(spec(*mdevs))
+    text = str(refusal.value)
+    for word in ("start group", "on igd0", *(str(mdev.uuid) for mdev in mdevs)):
+        assert word in text
+    assert "6 links asked, 3 of 3 left" in text
+    assert (states(*mdevs), free(), process.list_guests()) == ({False}, LINKS, [])
+    assert "opened" not in {event.event for event in vfio.events(since)}
+
+
+async def test_a_refusal_by_the_hardware_is_told(driver: str) -> None:
+    if driver == "no online":
+        pytest.skip("its refusal is QEMU's to tell")
+    mdevs = await make(2)
+    with vfio.fault("start", "errno=5"), pytest.raises(MdoError, match="Input/output error"):
+        await lifecycle.launch(spec(*mdevs))
+    assert (states(*mdevs), process.list_guests()) == ({False}, [])
+
+
+async def test_a_failed_open_gives_back_what_was_started(driver: str) -> None:
+    mdevs = await make(2, None if driver == "no online" else "peers")
+    with (
+        vfio.fault("open", f"errno=5 uuid={mdevs[1].uuid}"),
+        pytest.raises(QemuError, match="Input/output error"),
+    ):
+        await lifecycle.launch(spec(*mdevs))
+    assert states(*mdevs) <= {False, None}
+    guest = await lifecycle.launch(spec())
+    with vfio.fault("open", f"errno=5 uuid={mdevs[0].uuid}"), pytest.raises(QemuError):
+        await lifecycle.attach(guest, guest_mdev(mdevs[0]))
+    assert states(*mdevs) <= {False, None}
+    assert not process.has_started(guest)
+
+
+async def test_a_start_that_hangs_ends_at_its_deadline(explicit: None) -> None:
+    mdevs = await make(2)
+    with (
+        vfio.fault("start", "delay_ms=60000"),
+        pytest.raises(DeadlineError, match="did not come online within 1 s"),
+    ):
+        await lifecycle.launch(spec(*mdevs), deadline=1)
+    assert (states(*mdevs), free(), process.list_guests()) == ({False}, LINKS, [])
+
+
+async def test_one_user_for_one_group(explicit: None) -> None:
+    first, second = mdevs = await make(2)
+    with pytest.raises(RequestError, match=f"is not complete: it lacks mdev {second.uuid}"):
+        await lifecycle.launch(spec(first))
+    guest = await lifecycle.launch(spec())
+    await lifecycle.attach(guest, guest_mdev(first))
+    held = rf"has a user already: mdev {first.uuid} of it is held by guest 'g' \(pid"
+    with pytest.raises(BusyError, match=held):
+        await lifecycle.launch(spec(second, name="other"))
+    other = await lifecycle.launch(spec(name="other"))
+    with pytest.raises(BusyError, match=held):
+        await lifecycle.attach(other, guest_mdev(second))
+    assert states(*mdevs) == {True}
+    await lifecycle.attach(guest, guest_mdev(second))
+
+
+async def test_what_somebody_else_started_is_left_online(explicit: None) -> None:
+    mdevs = await make(2)
+    vfio.put(str(mdevs[0].uuid), "online", "1")
+    guest = await lifecycle.launch(spec(*mdevs))
+    await lifecycle.end(guest, deadline=0, force=True)
+    assert states(*mdevs) == {True}
+    vfio.put(str(mdevs[0].uuid), "online", "0")
+
+
+async def test_a_driver_without_groups_says_so(driver: str) -> None:
+    if driver != "no online":
+        pytest.skip("it has groups")
+    with pytest.raises(HostError, match="the driver of igd0 has no start groups"):
+        await make(1)
+    assert sysfs.scan().mdevs == ()
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from lab.test_startstop import make, spec
+from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.host import sysfs, writer
+from uuid import UUID
+
+async def write(path, data):
+    number = await writer.write_or_kill(path, data)
+    if sys.argv[1] == "started":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+mdevs = [sysfs.read_mdev(UUID(text)) for text in sys.argv[2:]]
+asyncio.run(lifecycle.launch(spec(*mdevs), write=write))
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "started"])
+async def test_an_orchestrator_that_is_killed_leaves_nothing(explicit: None, moment: str) -> None:
+    mdevs = await make(2)
+    uuids = [str(mdev.uuid) for mdev in mdevs]
+    with vfio.fault("start", "delay_ms=3000" if moment == "starting" else "delay_ms=0"):
+        killed = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", KILLED, moment, *uuids),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        if moment == "starting":
+            async with asyncio.timeout(60):
+                await until(lambda: any(map(process.has_started, process.list_guests())))
+            killed.kill()
+        assert await killed.wait() == -signal.SIGKILL
+        async with asyncio.timeout(30):
+            while process.list_guests():  # the driver lets nobody stop what it still starts
+                await lifecycle.sweep()
+                await asyncio.sleep(0.1)
+    assert (states(*mdevs), free()) == ({False}, LINKS)
+
+
+async def test_a_binary_is_asked_what_it_can_do() -> None:
+    found = await features.properties(QEMU, "vfio-pci")
+    assert {"sysfsdev", "host"} <= found
+    assert features.START not in found
+    assert await features.properties(shutil.which("true") or "", "vfio-pci") == frozenset()
+    assert await features.properties(str(Path("/nowhere")), "vfio-pci") == frozenset()
