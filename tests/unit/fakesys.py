@@ -28,6 +28,8 @@ class FakeSystem:
     block: dict[str, asyncio.Event] = field(default_factory=dict)
     """The same to an event that the write waits for."""
     writes: list[tuple[str, str]] = field(default_factory=list)
+    opened: set[str] = field(default_factory=set)
+    """UUIDs of devices that the driver believes to be open."""
     capacity: Callable[[FakeSystem], None] | None = None
     """Called after every creation and removal, to set ``available_instances``."""
 
@@ -53,6 +55,12 @@ class FakeSystem:
         link(self.parents / name, path)
         return path
 
+    def groups_of(self, parent: str, links: int) -> FakeSystem:
+        """From now on devices of this parent have start groups, as kernel/ABI.rst has them."""
+        for name in ("p2p_links", "p2p_links_free"):
+            put(self.parents / parent / name, f"{links}\n")
+        return self
+
     def type(self, parent: str, id_: str, available: object = 4, **files: str | bytes) -> Path:
         path = self.types(parent) / id_
         (path / "devices").mkdir(parents=True)
@@ -75,6 +83,9 @@ class FakeSystem:
         path = (self.parents / parent).resolve() / uuid
         path.mkdir()
         (path / "remove").write_text("")
+        if (self.parents / parent / "p2p_links").exists():
+            for name, value in (("group_uuid", "\n"), ("online", "0\n"), ("vgpu_params", "\n")):
+                put(path / name, value)
         link(path / "mdev_type", self.types(parent) / type_id)
         self.groups += 1
         group = self.root / "sys/kernel/iommu_groups" / str(self.groups)
@@ -115,7 +126,35 @@ class FakeSystem:
             return self._create(file.parent, uuid)
         if file.name == "remove":
             return self._remove(uuid)
+        if (file.parent.resolve().parent / "p2p_links").exists():
+            if file.name == "online":
+                return self._online(uuid, on=data == b"1")
+            if (file.parent / "online").read_text() == "1\n":
+                return errno.EBUSY
         file.write_bytes(data)
+        return 0
+
+    def members(self, uuid: str) -> list[Path]:
+        """Directories of the start group of a device."""
+        path = (self.bus / uuid).resolve()
+        group = (path / "group_uuid").read_text().strip()
+        same = [p for p in path.parent.glob("*/group_uuid") if p.read_text().strip() == group]
+        return [p.parent for p in same] if group else [path]
+
+    def _online(self, uuid: str, *, on: bool) -> int:
+        members = self.members(uuid)
+        if (members[0] / "online").read_text() == f"{on:d}\n":
+            return 0
+        if not on and self.opened & {path.name for path in members}:
+            return errno.EBUSY
+        free = members[0].parent / "p2p_links_free"
+        asked = len(members) * (len(members) - 1) // 2
+        left = int(free.read_text()) + (-asked if on else asked)
+        if left < 0:
+            return errno.ENOSPC
+        free.write_text(f"{left}\n")
+        for path in members:
+            (path / "online").write_text(f"{on:d}\n")
         return 0
 
     def _create(self, type_: Path, uuid: str) -> int:

@@ -39,7 +39,14 @@ from uuid import UUID
 
 import msgspec
 
-from mdev_orchestrator.errors import BusyError, HostError, MdoError, QemuError, RequestError
+from mdev_orchestrator.errors import (
+    BusyError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    QemuError,
+    RequestError,
+)
 from mdev_orchestrator.host import groups, sysfs
 from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.host.sysfs import ROOT
@@ -327,6 +334,13 @@ async def _online(
             except HostError as error:
                 denied = error.message
                 _forget(file)
+            except DeadlineError:
+                raise  # it may come online yet
+            except MdoError:
+                now = groups.find(group.members[0], host)
+                if now is None or now[1].online is False:
+                    _forget(file)  # all or nothing: it was nothing
+                raise
         yield
     except BaseException as error:
         if denied:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -328,3 +328,125 @@ async def test_the_first_error_comes_first(cards: FakeSystem) -> None:
     (note,) = caught.value.__notes__
     assert U3 in note
     assert cards.uuids() == {U1, U3}
+
+
+# ---------------------------------------------------------------- groups and attributes
+
+
+GROUP = "aaaaaaaa-1111-4222-8333-444444444444"
+
+
+@pytest.fixture
+def grouped(system: FakeSystem) -> FakeSystem:
+    for number, name in enumerate(("card0", "card1")):
+        system.parent(name)
+        system.type(name, f"t-{number}", 4)
+        system.groups_of(name, 3)
+    return system
+
+
+async def test_create_into_a_group_with_parameters(grouped: FakeSystem) -> None:
+    made = await create_devices(
+        "t-0",
+        2,
+        group=GROUP,
+        attributes={"vgpu_params": "a=1,b=2"},
+        root=grouped.root,
+        write=grouped.write,
+    )
+    assert {mdev.group_uuid for mdev in made} == {UUID(GROUP)}
+    assert {(mdev.online, mdev.params) for mdev in made} == {(False, "a=1,b=2")}
+    written = [name for name, _ in grouped.writes if name != "create"]
+    assert written == ["vgpu_params", "group_uuid"] * 2
+
+
+async def test_a_group_by_name_is_the_same_every_time(grouped: FakeSystem) -> None:
+    found = [
+        (await create_devices("t-0", group="peers", root=grouped.root, write=grouped.write))[0]
+        for _ in range(2)
+    ]
+    assert found[0].group_uuid == found[1].group_uuid
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../../remove", "does not name a file of an mdev"),
+        ("/etc/passwd", "does not name a file of an mdev"),
+        ("a//b", "does not name a file of an mdev"),
+        ("", "does not name a file of an mdev"),
+        ("a/./b", "does not name a file of an mdev"),
+        ("a\0b", "does not name a file of an mdev"),
+        ("remove", "mdo remove removes a device"),
+        ("group_uuid", "--group puts a device into a start group"),
+        ("online", "a device comes online when its guest starts"),
+    ],
+)
+async def test_names_that_cannot_be_set_create_nothing(
+    grouped: FakeSystem, name: str, words: str
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        await create_devices("t-0", attributes={name: "1"}, root=grouped.root, write=grouped.write)
+    assert grouped.writes == []
+
+
+async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem) -> None:
+    with pytest.raises(RequestError, match="leads out of its directory"):
+        await create_devices(
+            "t-0", attributes={"mdev_type/name": "x"}, root=grouped.root, write=grouped.write
+        )
+    assert grouped.uuids() == set()
+    assert (grouped.types("card0") / "t-0" / "name").read_text() == "Name of t-0\n"
+
+
+async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem) -> None:
+    with pytest.raises(HostError, match=r"has no file params .*can be set: vgpu_params"):
+        await create_devices(
+            "t-0", 3, attributes={"params": "1"}, root=grouped.root, write=grouped.write
+        )
+    assert grouped.uuids() == set()
+
+
+@pytest.mark.parametrize("value", ["a\nb", "\x1b", "x" * 5000])
+async def test_a_value_is_one_line(grouped: FakeSystem, value: str) -> None:
+    with pytest.raises(RequestError, match="is not one line of at most 4095 bytes"):
+        await create_devices(
+            "t-0", attributes={"vgpu_params": value}, root=grouped.root, write=grouped.write
+        )
+
+
+async def test_a_group_of_another_parent_is_refused_in_words(grouped: FakeSystem) -> None:
+    await create_devices("t-0", group=GROUP, root=grouped.root, write=grouped.write)
+    with pytest.raises(RequestError, match=f"start group {GROUP} is on parent card0.* on card1"):
+        await create_devices("t-1", group=GROUP, root=grouped.root, write=grouped.write)
+    assert len(grouped.uuids()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EBUSY, "it is online already"),
+        (errno.EINVAL, "a group is on one parent"),
+        (errno.ENOSPC, "are full"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+async def test_a_driver_that_refuses_a_group_undoes_all(
+    grouped: FakeSystem, number: int, words: str
+) -> None:
+    uuids = [str(uuid4()) for _ in range(2)]
+    grouped.refuse[f"{uuids[1]}/group_uuid"] = number
+    with pytest.raises(MdoError, match=words) as refusal:
+        await create_devices(
+            "t-0", uuids=uuids, group=GROUP, root=grouped.root, write=grouped.write
+        )
+    assert "nothing was created" in refusal.value.__notes__
+    assert grouped.uuids() == set()
+
+
+async def test_a_driver_without_groups_says_so(system: FakeSystem) -> None:
+    system.parent("card0")
+    system.type("card0", "t-0", 4)
+    with pytest.raises(HostError, match="card0 has no start groups"):
+        await create_devices("t-0", 2, group="peers", root=system.root, write=system.write)
+    assert system.uuids() == set()
