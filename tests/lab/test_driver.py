@@ -133,7 +133,7 @@ def test_parameters_are_passed_through_as_they_are(make: Make, text: str) -> Non
     assert get(uuid, "vgpu_params") == text
 
 
-@pytest.mark.parametrize("text", ["~" * 513, "a\tb", "a\nb", "caf\u00e9", "\x7f", "a\0b"])
+@pytest.mark.parametrize("text", ["~" * 513, "a\tb", "a\nb", "\u00e9", "\x7f", "a\0b"])
 def test_parameters_that_no_line_can_hold(make: Make, text: str) -> None:
     (uuid,) = make()
     put(uuid, "vgpu_params", "x=1")
