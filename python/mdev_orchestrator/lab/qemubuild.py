@@ -182,7 +182,7 @@ def build(
         version = prepare_source(series, place, source, progress)
         changed = sync(series, place)
         if changed:
-            progress(f"{changed} files of ours are new to QEMU {version}")
+            progress(f"{changed} files of ours have changed")
         configure(place, progress)
         compile_program(place, jobs or os.cpu_count() or 1, progress)
         firmware = link_firmware(place)
@@ -225,7 +225,8 @@ def check_host() -> None:
 def prepare_source(series: str, place: Path, given: Path | None, progress: Progress) -> str:
     """See to it that ``place/source`` is a tree of the series; returns its version.
 
-    A tree that is there stays, unless the user names one that is not what it came from.
+    A tree that is there stays, unless the user names one that is not what it came from; then it is
+    replaced by one that our patches fit.
     """
     mark = place / "source.json"
     origin = str(given.absolute()) if given else "debian"
@@ -233,18 +234,21 @@ def prepare_source(series: str, place: Path, given: Path | None, progress: Progr
         record = json.loads(mark.read_text())
         if given is None or record["origin"] == origin:
             return str(record["version"])
-        mark.unlink()
-    for name in ("source", "pristine", "build", "build.json"):
-        remove(place / name)
     with tempfile.TemporaryDirectory(dir=place) as name:
-        tree = Path(name) / "tree"
+        work = Path(name)
         if given:
             version = tree_version(given, series)
             progress(f"copying QEMU {version} from {given}")
-            run(["cp", "-a", "--reflink=auto", given, tree])
+            run(["cp", "-a", "--reflink=auto", given, work / "source"])
         else:
-            version = fetch_source(series, Path(name), tree, progress)
-        tree.rename(place / "source")
+            version = fetch_source(series, work, work / "source", progress)
+        progress("patching")
+        sync(series, work)
+        mark.unlink(missing_ok=True)
+        for part in ("source", "pristine", "build"):
+            remove(place / part)
+        for part in ("source", "pristine"):
+            (work / part).rename(place / part)
     mark.write_text(json.dumps({"origin": origin, "version": version}) + "\n")
     return version
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -236,6 +237,20 @@ def test_build_from_a_tree(project: Path, tree: Path, monkeypatch: pytest.Monkey
     with pytest.raises(MdoError, match=r"mdev\.c:1: error: no"):
         qemubuild.build("9.9")
     assert done.binary.read_text().endswith("mine\n")
+
+    # nor does a tree that our patches do not fit
+    with pytest.raises(MdoError, match=r"common\.c is not what it changes"):
+        qemubuild.build("9.9", source=copy_of(tree, "five"))
+    assert qemubuild.find("9.9") == again
+    assert (qemubuild.place_of("9.9") / "source/hw/vfio/common.c").exists()
+
+
+def copy_of(tree: Path, words: str) -> Path:
+    """Another tree, in which a patched file says something else."""
+    other = tree.with_name("other")
+    shutil.copytree(tree, other)
+    (other / "hw/vfio/common.c").write_text(f"{words}\n")
+    return other
 
 
 def test_configure_that_fails(project: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
