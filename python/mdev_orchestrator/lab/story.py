@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import zlib
@@ -34,6 +35,7 @@ PEER_TYPE = "mvgpu-128M"
 PEER_PARENT = "igd0"
 SEED = 2016
 FILL_BYTES = 256 * 1024
+UUID_TEXT = re.compile(r"([0-9a-f]{8})(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def say(**words: object) -> None:
@@ -208,7 +210,7 @@ async def refused(kind: type[MdoError], launching: Awaitable[process.Guest]) -> 
     try:
         guest = await launching
     except kind as error:
-        return f"refused: {error.message}"
+        return "refused: " + UUID_TEXT.sub(r"\1…", error.message)
     await lifecycle.end(guest, deadline=0, force=True)
     raise MdoError(f"guest {guest.name} was not refused")
 

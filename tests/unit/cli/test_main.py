@@ -18,6 +18,7 @@ from unit.fakesys import FakeSystem
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
+GROUP = "aaaaaaaa-1111-4222-8333-444444444444"
 CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
 
 
@@ -102,7 +103,7 @@ def test_nothing_to_do_is_a_usage_error_with_help(system: FakeSystem) -> None:
         (["creat"], "no such command: creat \u2014 did you mean create?"),
         (["--frob"], "no such option: --frob \u2014 mdo --help"),
         (["create"], "missing argument 'TYPE' \u2014 mdo create --help"),
-        (["create", "t", "--frob"], "no such option: --frob \u2014 mdo create --help"),
+        (["create", "t", "--xyzzy"], "no such option: --xyzzy \u2014 mdo create --help"),
         (["remove"], "missing argument 'UUID...' \u2014 mdo remove --help"),
     ],
 )
@@ -153,14 +154,22 @@ def test_host_lists_parents_types_and_devices_with_holders(cards: FakeSystem) ->
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["card1", "grid-12", "Name", "of", "grid-12", "8", "1", "vfio-pci"] in lines
-    assert [U1, "card1", "grid-12", "1", "guest", "'g1'", "(pid", "41)"] in lines
+    assert [U1, "card1", "grid-12", "1", "-", "-", "guest", "'g1'", "(pid", "41)"] in lines
 
 
 def test_host_as_json(cards: FakeSystem) -> None:
     cards.mdev("card1", "grid-12", U1)
     cards.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], ["/dev/vfio/1"])
     shape = json.loads(mdo(cards, "host", "--json").stdout)
-    assert list(shape) == ["mdev_bus", "parents", "mdevs", "unseen_processes", "damage"]
+    assert list(shape) == [
+        "mdev_bus",
+        "parents",
+        "mdevs",
+        "groups",
+        "unseen_processes",
+        "damage",
+    ]
+    assert shape["groups"] == []
     assert shape["parents"][1] == {
         "name": "card1",
         "path": str(cards.root / "sys/devices/virtual/fake/card1"),
@@ -180,6 +189,8 @@ def test_host_as_json(cards: FakeSystem) -> None:
                 ("grid-12", 8, 1, "num_heads=2"),
             )
         ],
+        "links": None,
+        "links_free": None,
         "damage": [],
     }
     assert shape["mdevs"] == [
@@ -190,10 +201,29 @@ def test_host_as_json(cards: FakeSystem) -> None:
             "type": "grid-12",
             "device_api": "vfio-pci",
             "iommu_group": 1,
+            "group_uuid": None,
+            "online": None,
+            "params": None,
             "damage": [],
             "holders": [{"pid": 41, "comm": "qemu-system-x86", "guest": "g1"}],
         }
     ]
+
+
+def test_host_shows_groups_states_and_links(cards: FakeSystem) -> None:
+    cards.groups_of("card1", 8)
+    for uuid in (U1, U2):
+        (cards.mdev("card1", "grid-12", uuid) / "group_uuid").write_text(GROUP)
+    lines = [line.split() for line in mdo(cards, "host").stdout.splitlines()]
+    assert ["card1", "8", "8"] in lines
+    assert [U1, "card1", "grid-12", "1", "offline", GROUP] in lines
+    shape = json.loads(mdo(cards, "host", "--json").stdout)
+    assert shape["groups"] == [
+        {"uuid": GROUP, "parent": "card1", "members": [U1, U2], "online": False}
+    ]
+    assert (shape["parents"][1]["links"], shape["parents"][1]["links_free"]) == (8, 8)
+    assert [mdev["group_uuid"] for mdev in shape["mdevs"]] == [GROUP, GROUP]
+    assert [(mdev["online"], mdev["params"]) for mdev in shape["mdevs"]] == [(False, "")] * 2
 
 
 def test_host_shows_damage_and_everything_else(cards: FakeSystem) -> None:
@@ -236,6 +266,9 @@ def test_create_as_json(kernel: FakeSystem) -> None:
                 "type": "grid-12",
                 "device_api": "vfio-pci",
                 "iommu_group": 1,
+                "group_uuid": None,
+                "online": None,
+                "params": None,
                 "damage": [],
             }
         ]
@@ -253,6 +286,10 @@ def test_create_as_json(kernel: FakeSystem) -> None:
         (["grid-11"], "several parents offer grid-11: card0 (16 free), card1 (9 free)"),
         (["grid-12", "-n", "17"], "8 would; nothing was created"),
         (["grid-12", "-n", "0"], "cannot create 0 devices"),
+        (["grid-12", "--group", "no such thing"], "is neither a UUID nor the name of a start"),
+        (["grid-12", "--set", "x"], "--set 'x' has no '='"),
+        (["grid-12", "--set", "x=1", "--set", "x=2"], "--set gives 'x' twice"),
+        (["grid-12", "--set", "../x=1"], "'../x' does not name a file of an mdev"),
         (["grid-12", "-n", "many"], "invalid value for '-n' / '--count'"),
     ],
 )

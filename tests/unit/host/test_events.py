@@ -92,6 +92,16 @@ def monitor() -> Iterator[FakeMonitor]:
             {"ACTION": "change", "DEVPATH": PARENT, "MDEV_STATE": "unregistered"},
             ParentEvent("grid0", registered=False),
         ),
+        (
+            {**ADD, "ACTION": "change", "MVGPU_STATE": "online"},
+            MdevEvent("change", U1, "grid0", "online"),
+        ),
+        (
+            {**ADD, "ACTION": "change", "OTHER_VENDOR_STATE": "offline"},
+            MdevEvent("change", U1, "grid0", "offline"),
+        ),
+        ({**ADD, "ACTION": "change", "MVGPU_STATE": "odd"}, MdevEvent("change", U1, "grid0")),
+        ({**ADD, "MVGPU_STATE": "online"}, MdevEvent("add", U1, "grid0")),
         ({"ACTION": "change", "SUBSYSTEM": "block", "DEVPATH": "/devices/sda"}, None),
         ({"ACTION": "add", "SUBSYSTEM": "mdev", "DEVPATH": "/devices/virtual/odd"}, None),
         ({}, None),
