@@ -12,8 +12,10 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -37,6 +39,7 @@ from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Guest, State
+from mdev_orchestrator.state import cache_dir
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
@@ -72,6 +75,15 @@ async def given_back(kernel_log: vfio.KernelLog) -> AsyncIterator[None]:
     if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
         await remove_devices(left)
     assert {parent.links_free for parent in sysfs.scan().parents} == {LINKS}
+
+
+@pytest.fixture(params=["10.0", "10.2"])
+def patched(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Our own QEMU, where 'mdo qemu build' has made it."""
+    place = cache_dir() / "qemu" / request.param
+    if not (place / "bin/qemu-system-x86_64").exists():
+        pytest.skip(f"mdo qemu build --series {request.param}")
+    return {"qemu": str(place / "bin/qemu-system-x86_64"), "firmware": place / "firmware"}
 
 
 def spec(*mdevs: Mdev, name: str = "g") -> GuestSpec:
@@ -154,7 +166,7 @@ async def quit_(guest: Guest) -> None:
         await qmp.quit()
 
 
-def by(number: int) -> object:
+def by(number: int) -> Callable[[Guest], Awaitable[None]]:
     async def send(guest: Guest) -> None:
         assert guest.record is not None
         os.kill(guest.record.pid, number)
@@ -162,7 +174,11 @@ def by(number: int) -> object:
     return send
 
 
-ENDS = {"quit": quit_, "SIGTERM": by(signal.SIGTERM), "SIGKILL": by(signal.SIGKILL)}
+ENDS: dict[str, Callable[[Guest], Awaitable[None]]] = {
+    "quit": quit_,
+    "SIGTERM": by(signal.SIGTERM),
+    "SIGKILL": by(signal.SIGKILL),
+}
 ENDS["SIGABRT"] = by(signal.SIGABRT)
 
 
@@ -171,7 +187,7 @@ async def test_the_next_command_stops_what_a_guest_left_online(explicit: None, h
     mdevs = await make(2)
     since = vfio.now()
     guest = await lifecycle.launch(spec(*mdevs))
-    await ENDS[how](guest)  # type: ignore[operator]
+    await ENDS[how](guest)
     assert await process.wait_ended(guest, 20)
     assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # nobody has looked yet
     [swept] = await lifecycle.sweep()
@@ -338,6 +354,40 @@ async def test_an_orchestrator_that_is_killed_leaves_nothing(explicit: None, mom
                 await lifecycle.sweep()
                 await asyncio.sleep(0.1)
     assert (states(*mdevs), free()) == ({False}, LINKS)
+
+
+@pytest.mark.parametrize("plug", ["cold", "hot"])
+async def test_a_qemu_that_starts_groups_is_left_to_it(
+    explicit: None, patched: dict[str, Any], plug: str
+) -> None:
+    assert features.START in await features.properties(patched["qemu"], "vfio-pci")
+    mdevs = await make(2)
+    since = vfio.now()
+    guest = await lifecycle.launch(replace(spec(*(mdevs if plug == "cold" else ())), **patched))
+    if plug == "hot":
+        for mdev in mdevs:
+            await lifecycle.attach(guest, guest_mdev(mdev))
+    assert guest.record is not None
+    assert starters(since) == {guest.record.pid}
+    await quit_(guest)
+    assert await process.wait_ended(guest, 20)
+    assert (states(*mdevs), free()) == ({False}, LINKS)  # QEMU's doing
+    assert await lifecycle.sweep() == ()
+    in_order(mdevs, since)
+
+
+async def test_a_killed_qemu_that_starts_groups_is_tidied_up_after(
+    explicit: None, patched: dict[str, Any]
+) -> None:
+    mdevs = await make(2)
+    since = vfio.now()
+    guest = await lifecycle.launch(replace(spec(*mdevs), **patched))
+    await ENDS["SIGKILL"](guest)
+    assert await process.wait_ended(guest, 20)
+    assert states(*mdevs) == {True}
+    assert len(await lifecycle.sweep()) == 1
+    assert (states(*mdevs), free()) == ({False}, LINKS)
+    in_order(mdevs, since)
 
 
 async def test_a_binary_is_asked_what_it_can_do() -> None:
