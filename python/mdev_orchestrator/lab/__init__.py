@@ -18,8 +18,8 @@ demo.py        the main job from end to end
 ============== ==========================================================
 
 virtme-ng does the L1 part too and was measured first: 22 s until a command runs, of which 15 s are
-a udev coldplug that loads AHCI, I2C and watchdog drivers which no lab needs, against 6 s for the
-70 lines of initramfs.py and agent.py. It also runs QEMU below a shell below a Python process,
-which leaves nothing that can be found again by process id, and has no way to run a second command
-in a machine that is up except over SSH, whose handshake takes over a second under emulation.
+a udev coldplug that loads AHCI, I2C and watchdog drivers which no lab needs, against 6 to 10 s
+here. It also runs QEMU below a shell below a Python process, which leaves nothing that can be found
+again by process id, and a second command in a machine that is up goes over SSH, which needs a
+network, keys and a server in it. docs/notes.md has more.
 """

@@ -5,14 +5,14 @@ A lab is a directory below the state directory with the record of one QEMU proce
 process is found again by its id and start time; a lab whose process is gone is swept away by the
 next command that looks.
 
-How L1 sees the host's files, measured under TCG on two cores (``import qemu.qmp, pyudev``; the
-median of five, the first in brackets):
+How L1 sees the host's files decides how fast Python starts there (``import qemu.qmp, pyudev`` under
+TCG on two cores):
 
-========================================= ============= ===========================
-9p as virtme-ng mounts it                  7 to 8 s      again at every start
-9p, ``cache=loose``, for the root          1.3 (2.4) s   chosen: nothing to build
-an erofs image of Python and venv          1.3 (1.5) s   333 MB, 60 s to make
-========================================= ============= ===========================
+===================================================== ==================================
+9p as virtme-ng mounts it                              7 to 8 s, at every start
+9p with ``cache=loose``, but not for the packages      2.4 to 2.6 s
+an erofs image of Python and its packages, 333 MB      1.5 s, then 1.3 s
+===================================================== ==================================
 
 So the root is one read-only 9p export that L1's page cache serves, below an overlay in memory: L1
 may write anywhere and the host never sees it. Only the checkout is mounted again, writable and
