@@ -8,13 +8,16 @@ on the host, no module is loaded there, and neither KVM nor mdev hardware is nee
 ============== ==========================================================
 debian.py      kernels and sources from the machine's own Debian mirror
 initramfs.py   what a kernel finds first, for L1 and for L2
-driver.py      mvgpu built for a kernel
+driver.py      kernel modules built for a kernel
 wire.py        what client and agent say to each other
 agent.py       runs inside L1 as its first process
 client.py      runs a command inside L1 from the host
 machine.py     L1: up, find, down
 l2.py          the L2 guest: its files, and talking to it
-demo.py        the main job from end to end
+story.py       the main job, told inside L1
+demo.py        the same from the host's side: a lab, the story, a closing table
+samples.py     the kernel's sample drivers, to test against what is not ours
+qemubuild.py   QEMU with our patches
 ============== ==========================================================
 
 virtme-ng does the L1 part too and was measured first: 22 s until a command runs, of which 15 s are

@@ -46,6 +46,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
+from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.lab import client, debian, driver, initramfs, l2, samples
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, private_dir, state_dir
@@ -116,15 +117,6 @@ class Lab:
 def labs_dir() -> Path:
     """Directory of all labs."""
     return state_dir() / "labs"
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None for no process or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in {b"Z", b"X"} else int(fields[19])
 
 
 def check_name(name: str) -> str:

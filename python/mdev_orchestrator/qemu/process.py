@@ -54,6 +54,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
+from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
     GuestSpec,
@@ -306,20 +307,9 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
-def _start_time(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat; ``None`` if there is no such process, or only its zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The second field is in parentheses and may itself contain spaces and parentheses.
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return None if fields[0] in {b"Z", b"X"} else int(fields[19])
-
-
 def _is_guest(record: Record) -> bool:
     """Whether the recorded process is alive and still the one that was recorded."""
-    if record.boot_id != _boot_id() or _start_time(record.pid) != record.start_time:
+    if record.boot_id != _boot_id() or start_time(record.pid) != record.start_time:
         return False
     try:
         arguments = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
@@ -695,7 +685,7 @@ async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
                 name=spec.name,
                 uuid=spec.uuid,
                 pid=pid,
-                start_time=_start_time(pid) or 0,
+                start_time=start_time(pid) or 0,
                 boot_id=_boot_id(),
                 created=round(time.time(), 3),
                 argv=argv,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mdev_orchestrator.errors import BusyError, HostError, RequestError, UnknownError
+from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.lab import debian, machine
 
 
@@ -28,7 +29,7 @@ def record(name: str, pid: int, start_time: int) -> Path:
 
 
 def mine() -> int:
-    began = machine.start_time(os.getpid())
+    began = start_time(os.getpid())
     assert began is not None
     return began
 
@@ -116,5 +117,5 @@ def test_a_zombie_does_not_count_as_running() -> None:
     if pid == 0:
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert machine.start_time(pid) is None
+    assert start_time(pid) is None
     os.waitpid(pid, 0)

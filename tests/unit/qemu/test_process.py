@@ -29,6 +29,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
+from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
@@ -416,7 +417,7 @@ async def test_another_process_with_the_same_pid(qemu: str, place: Path, sleeper
     shutil.move(copy, guest.directory)
     assert find("g", place).state is State.GONE
     assert rewrite(guest, pid=sleeper).state is State.GONE
-    born = process._start_time(sleeper)
+    born = start_time(sleeper)
     again = rewrite(guest, pid=sleeper, start_time=born)
     assert again.state is State.GONE  # no -uuid on its command line
     assert (await stop(again, deadline=0, force=True)).how == "gone"
