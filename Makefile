@@ -2,6 +2,7 @@
 #
 # make demo       the main job, in the lab, from nothing
 # make test       every check and every test
+# make test-qemu  the patched QEMUs, built and run with every driver
 # make check      linters only
 # make bench      speeds, as ratios
 # make lab-shell  a shell in a lab that stays up until 'mdo lab down'
@@ -9,7 +10,7 @@
 
 MDO = .venv/bin/mdo
 
-.PHONY: setup demo test check bench lab-shell clean
+.PHONY: setup demo test test-qemu check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -19,6 +20,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python tools/run-tests
+
+test-qemu: setup
+	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1
 
 check: setup
 	@.venv/bin/python tools/run-tests check
