@@ -22,7 +22,6 @@ uncached, so that edits and results pass through.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -33,7 +32,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -57,7 +56,6 @@ BOOT_SECONDS = {"tcg": 90.0, "kvm": 20.0}
 RECORD = "lab.json"
 STARTER = "starter"
 STOP_SECONDS = 5.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 #: Loaded from the initramfs, where they are uncompressed. virtio's PCI transport is built in or
 #: not, depending on the kernel; modprobe knows.
@@ -379,6 +377,8 @@ def _boot(boot: _Boot, accel: str) -> Lab:
     boot.progress(f"booting {boot.kernel.release} with {accel}")
     directory = boot.directory
     argv = [QEMU, *machine_arguments(directory.name, boot.kernel, accel, boot.memory)]
+    if boot.bound:
+        argv = dying_with_us(argv)
     with (directory / "qemu.log").open("wb") as log:
         try:
             process = subprocess.Popen(
@@ -389,7 +389,6 @@ def _boot(boot: _Boot, accel: str) -> Lab:
                 stderr=log,
                 start_new_session=True,
                 umask=0o077,
-                preexec_fn=dies_with_parent() if boot.bound else None,  # noqa: PLW1509 - one thread
             )
         except FileNotFoundError as error:
             raise HostError(
@@ -405,20 +404,14 @@ def _boot(boot: _Boot, accel: str) -> Lab:
         raise
 
 
-def dies_with_parent() -> Callable[[], None]:
-    """What a child runs before its program so that the kernel kills it when this process ends.
+def dying_with_us(argv: list[str]) -> list[str]:
+    """The same command, such that the kernel kills it when this process ends.
 
-    ``setpriv --pdeathsig`` does nearly the same, but not for a parent that ended before it ran.
+    The shell looks whether that has happened before ``setpriv`` asked for the signal. It is not
+    done by ``preexec_fn``, which makes Python run its hooks for a fork: a ctrl-C in one is lost.
     """
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def arrange() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arrange
+    check = '[ "$PPID" = "$1" ] && shift && exec "$@"'
+    return ["setpriv", "--pdeathsig", "KILL", "sh", "-c", check, "sh", str(os.getpid()), *argv]
 
 
 def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> Lab:

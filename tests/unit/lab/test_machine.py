@@ -4,6 +4,7 @@
 import json
 import os
 import shlex
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,3 +120,13 @@ def test_a_zombie_does_not_count_as_running() -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert start_time(pid) is None
     os.waitpid(pid, 0)
+
+
+def test_a_program_bound_to_a_process_that_is_gone_does_not_begin() -> None:
+    command = machine.dying_with_us(["echo", "begun"])
+    here = subprocess.run(command, capture_output=True, check=False)
+    assert (here.returncode, here.stdout) == (0, b"begun\n")
+    stranger = subprocess.run(
+        ["sh", "-c", '"$@"; exit $?', "sh", *command], capture_output=True, check=False
+    )
+    assert (stranger.returncode, stranger.stdout) == (1, b"")
