@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +156,7 @@ class Direct:
     ) -> None:
         self.version = version
         self.plugged: dict[str, int] = {}
+        self.cold = frozenset(uuids)
         ours, theirs = socket.socketpair()
         argv = [version.binary, "-nodefaults", "-no-user-config", "-display", "none"]
         argv += ["-machine", "q35", "-chardev", f"socket,id=qmp,fd={theirs.fileno()}"]
@@ -226,14 +229,19 @@ class Direct:
         self.qmp.unplug(f"mdev-{uuid}")
         del self.plugged[uuid]
 
-    def reads(self, text: bytes) -> None:
-        """Wait until the guest has printed a text on its console."""
+    def until_booted(self) -> None:
+        """Wait for the guest's program; what it is sent before its driver has started is lost."""
+        assert self._process.stdin
         assert self._process.stdout
-        seen = b""
-        while text not in seen:
-            data = os.read(self._process.stdout.fileno(), 4096)
-            assert data, f"ended after {seen[-2000:]!r}"
-            seen += data
+        seen, end = b"", time.monotonic() + SECONDS
+        while l2.MARK not in seen:
+            assert time.monotonic() < end, f"it does not boot: {seen[-2000:]!r}"
+            self._process.stdin.write(b"ping\n")
+            self._process.stdin.flush()
+            while select.select([self._process.stdout], [], [], 2)[0]:
+                data = os.read(self._process.stdout.fileno(), 4096)
+                assert data, f"it ended after {seen[-2000:]!r}"
+                seen += data
 
     def drain(self) -> bytes:
         """What the guest prints until it ends."""

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Opens, closes and kills at random: no link lost, no group stuck, nothing for the kernel to say.
+
+Every move is checked against a small model of who has what. The seed is printed; MDO_TEST_SEED
+plays a schedule again, MDO_TEST_MOVES makes it longer.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import pytest
+
+from lab.vfio import Child, get, links, put
+from matrix.machines import Direct, QmpError, Version, versions
+
+MOVES = int(os.environ.get("MDO_TEST_MOVES", "500"))
+QEMUS = 3
+SIZES = (3, 3, 2)
+LINKS = 6  # one less than all groups together need
+ENDS = ("quit", "SIGTERM", "SIGKILL", "SIGABRT")
+
+
+@dataclass
+class Group:
+    members: list[str]
+    owner: int | None = None
+    held: set[str] = field(default_factory=set)
+
+    @property
+    def cost(self) -> int:
+        return len(self.members) * (len(self.members) - 1) // 2
+
+
+class Schedule:
+    """Several QEMUs, several groups, and who has what by the rules of the ABI."""
+
+    def __init__(
+        self, rng: random.Random, groups: list[Group], known: list[Version], explicit: bool
+    ) -> None:
+        self.rng = rng
+        self.groups = groups
+        self.known = known
+        self.explicit = explicit
+        self.qemus: dict[int, Direct] = {}
+        self.done: dict[str, int] = {}
+        self.trace: list[str] = []
+
+    def note(self, what: str, text: str = "") -> None:
+        self.done[what] = self.done.get(what, 0) + 1
+        self.trace.append(f"{what} {text}")
+
+    def free(self) -> int:
+        return LINKS - sum(group.cost for group in self.groups if group.held)
+
+    def move(self) -> None:
+        empty = set(range(QEMUS)) - set(self.qemus)
+        deed = self.rng.random()
+        if not self.qemus or (empty and deed < 0.25):
+            self.launch(self.rng.choice(sorted(empty)))
+        elif deed < 0.62:
+            self.plug(self.rng.choice(sorted(self.qemus)))
+        elif deed < 0.93:
+            self.unplug(self.rng.choice(sorted(self.qemus)))
+        else:
+            self.end(self.rng.choice(sorted(self.qemus)), self.rng.choice(ENDS))
+
+    def launch(self, slot: int) -> None:
+        """A new QEMU, with nothing or with a whole group of its own."""
+        version = self.rng.choice(self.known)
+        group = self.rng.choice([None, None, None, *self.groups])
+        cold = group is not None and not group.held and group.cost <= self.free()
+        uuids = group.members if cold and group else []
+        qemu = Direct(version, *uuids)
+        assert qemu.qmp, qemu.words()
+        self.qemus[slot] = qemu
+        if uuids and group:
+            group.owner, group.held = slot, set(uuids)
+        self.note("launch", f"{slot} {version.name} {len(uuids)}")
+
+    def plug(self, slot: int) -> None:
+        group = self.rng.choice(self.groups)
+        left = [uuid for uuid in group.members if uuid not in group.held]
+        if not left:
+            return
+        uuid = self.rng.choice(left)
+        expected = ""
+        if group.held and group.owner != slot:
+            expected = "belongs to process"
+        elif not group.held and group.cost > self.free():
+            expected = "No space left"
+        if expected:
+            with pytest.raises(QmpError, match=expected):
+                self.qemus[slot].plug(uuid)
+            self.note(f"refused: {expected}", str(slot))
+        else:
+            self.qemus[slot].plug(uuid)
+            group.owner = slot
+            group.held.add(uuid)
+            self.note("open", f"{slot} {uuid}")
+
+    def unplug(self, slot: int) -> None:
+        # what was there at the start is in a slot that only a booted guest could power off
+        held = sorted(
+            uuid
+            for group in self.groups
+            if group.owner == slot
+            for uuid in group.held - self.qemus[slot].cold
+        )
+        if not held:
+            return
+        uuid = self.rng.choice(held)
+        self.qemus[slot].unplug(uuid)
+        (group,) = [group for group in self.groups if uuid in group.held]
+        group.held.discard(uuid)
+        self.note("close", f"{slot} {uuid}")
+
+    def end(self, slot: int, how: str) -> None:
+        qemu = self.qemus.pop(slot)
+        if how == "quit":
+            qemu.quit()
+        else:
+            qemu.signal(getattr(signal, how))
+        qemu.ended()
+        qemu.kill()  # closes what the test has of it
+        for group in self.groups:
+            if group.owner == slot and group.held:
+                if self.explicit and how in {"SIGKILL", "SIGABRT"}:
+                    assert get(group.members[0], "online") == "1"
+                    qemu.sweep(group.members[0])
+                group.held.clear()
+        self.note(f"end by {how}", str(slot))
+
+    def check(self) -> None:
+        """What the driver shows is what the model says."""
+        for group in self.groups:
+            if not group.held:
+                group.owner = None
+            states = {get(uuid, "online") for uuid in group.members}
+            assert states == {"1" if group.held else "0"}
+            pid = self.qemus[group.owner].pid if group.owner is not None else 0
+            assert {get(uuid, "group_owner") for uuid in group.members} == {str(pid)}
+        assert links() == self.free()
+
+
+@pytest.fixture
+def schedule(driver: str, make: Callable[..., list[str]]) -> Iterator[Schedule]:
+    seed = int(os.environ.get("MDO_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"MDO_TEST_SEED={seed} plays this schedule again")  # noqa: T201 - shown when it fails
+    known = [version for version in versions().values() if version.patched]
+    if not known:
+        pytest.skip("MDO_TEST_QEMU names no patched QEMU")
+    groups = [Group(make(size, str(uuid4()))) for size in SIZES]
+    found = Schedule(random.Random(seed), groups, known, driver == "explicit")  # noqa: S311
+    yield found
+    for qemu in found.qemus.values():
+        qemu.kill()
+    for group in groups:
+        Direct.sweep(*group.members)
+    print("\n".join(found.trace[-40:]))  # noqa: T201
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("driver", ["implicit-6", "explicit-6"], indirect=True)
+def test_a_random_schedule(driver: str, schedule: Schedule) -> None:
+    while len(schedule.trace) < MOVES:
+        schedule.move()
+        schedule.check()
+    for slot in sorted(schedule.qemus):
+        schedule.end(slot, schedule.rng.choice(ENDS))
+        schedule.check()
+    assert links() == LINKS
+    for group in schedule.groups:  # nothing is stuck
+        if schedule.explicit:
+            put(group.members[0], "online", "1")
+        with Child(*group.members) as child:
+            assert child.failed == 0
+        if schedule.explicit:
+            put(group.members[0], "online", "0")
+        assert links() == LINKS
+    print(f"moves: {schedule.done}")  # noqa: T201
