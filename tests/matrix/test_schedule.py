@@ -106,12 +106,13 @@ class Schedule:
 
     def unplug(self, slot: int) -> None:
         # what was there at the start is in a slot that only a booted guest could power off
-        held = sorted(
+        held = [  # in an order that the seed decides, which that of UUIDs is not
             uuid
             for group in self.groups
             if group.owner == slot
-            for uuid in group.held - self.qemus[slot].cold
-        )
+            for uuid in group.members
+            if uuid in group.held - self.qemus[slot].cold
+        ]
         if not held:
             return
         uuid = self.rng.choice(held)
