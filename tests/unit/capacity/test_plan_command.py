@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from uuid import UUID
 
@@ -122,11 +123,17 @@ def test_a_plan_that_does_not_fit(machine: FakeSystem, capsys: pytest.CaptureFix
     assert (shortfall["asked"], shortfall["placed"], shortfall["pool"]) == (4, 2, "spare")
 
 
+def contents(root: Path) -> dict[Path, bytes | None]:
+    """Every file and what is in it; ``create`` and its like are for root to write, not to read."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path: path.read_bytes() if os.access(path, os.R_OK) else None for path in files}
+
+
 def test_nothing_is_changed(machine: FakeSystem) -> None:
-    before = {path: path.read_bytes() for path in machine.root.rglob("*") if path.is_file()}
+    before = contents(machine.root)
     mdo_plan(machine, SPEC)
     (machine.root / "spec.toml").unlink()
-    assert before == {p: p.read_bytes() for p in machine.root.rglob("*") if p.is_file()}
+    assert before == contents(machine.root)
 
 
 def test_a_guess_is_said(machine: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
