@@ -180,6 +180,11 @@ def test_what_is_written_elsewhere_stays_inside(tmp_path: Path) -> None:
     assert not probe.exists()
 
 
+def test_temporary_files_are_not_among_the_hosts() -> None:
+    done = inside("sh", "-c", 'ls -A "$TMPDIR" && mktemp')
+    assert done.stdout.decode().startswith("/run/tmp/tmp.")
+
+
 def test_the_seed_s_machine_is_there() -> None:
     done = inside("sh", "-c", "ls /sys/class/mdev_bus; ls /dev/vfio/vfio /dev/kvm; uname -r")
     words = done.stdout.decode().split()
@@ -189,18 +194,21 @@ def test_the_seed_s_machine_is_there() -> None:
 
 def test_a_lab_that_is_killed_is_swept_away() -> None:
     name = f"{NAME}-k"
-    assert mdo("lab", "up", "--name", name).returncode == 0
-    row = next(
-        lab
-        for lab in json.loads(mdo("lab", "status", "--json").stdout)["labs"]
-        if lab["name"] == name
-    )
-    os.kill(row["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while processes_of(name):
-        assert time.monotonic() < deadline
+    try:
+        assert mdo("lab", "up", "--name", name).returncode == 0
+        listed = json.loads(mdo("lab", "status", "--json").stdout)["labs"]
+        (pid,) = (lab["pid"] for lab in listed if lab["name"] == name)
+        os.kill(pid, signal.SIGKILL)
+        leaves_nothing(name)
+    finally:
+        mdo("lab", "down", "--name", name)
+
+
+def test_an_up_that_is_killed_leaves_nothing_once_somebody_looks() -> None:
+    name = f"{NAME}-u"
+    assert interrupted(["lab", "up", "--name", name], "booting", signal.SIGKILL)[0] < 0
     assert name not in labs()
-    assert not directory_of(name).exists()
+    leaves_nothing(name)
 
 
 def test_a_kernel_that_cannot_boot_says_so_and_leaves_nothing() -> None:

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mdev_orchestrator.errors import (
@@ -79,6 +79,7 @@ ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "MDO_STATE_DIR": "/run/mdev-orchestrator",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "TMPDIR": "/run/tmp",  # what stands in /tmp is the host's, and may be another user's
 }
 
 
@@ -91,6 +92,7 @@ class Lab:
     :ivar created: Seconds since the epoch.
     :ivar files: Where the built parts are that a command inside may want, by the name of the
         environment variable that tells it.
+    :ivar ready: Its agent has answered; until then it belongs to the command that brings it up.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Lab:
     accel: str
     created: float
     files: dict[str, str] = field(default_factory=dict)
+    ready: bool = True
 
     @property
     def directory(self) -> Path:
@@ -141,8 +144,10 @@ def labs() -> list[Lab]:
             if (directory / RECORD).exists():
                 lab = _read(directory)
                 alive = lab is None or lab.alive
-                if lab and lab.alive:
+                if lab and lab.alive and lab.ready:
                     found.append(lab)
+                elif lab and lab.alive and not _is_being_made(directory):
+                    down(lab)  # who brought it up was killed meanwhile
             else:
                 alive = _is_being_made(directory)
             if not alive:
@@ -245,6 +250,8 @@ def up(
     directory = labs_dir() / check_name(name)
     if "MDO_LAB" in os.environ:
         raise RequestError("this is inside a lab already", "run it on the host")
+    if shutil.which(QEMU) is None:
+        raise HostError(f"{QEMU} is not installed", "apt-get install qemu-system-x86")
     if (lab := look(name)) is not None:
         if not lab.release.startswith(f"{series}."):
             raise RequestError(
@@ -377,44 +384,62 @@ def _boot(boot: _Boot, accel: str) -> Lab:
     boot.progress(f"booting {boot.kernel.release} with {accel}")
     directory = boot.directory
     argv = [QEMU, *machine_arguments(directory.name, boot.kernel, accel, boot.memory)]
-    if boot.bound:
-        argv = dying_with_us(argv)
     with (directory / "qemu.log").open("wb") as log:
-        try:
-            process = subprocess.Popen(
-                argv,
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                umask=0o077,
-            )
-        except FileNotFoundError as error:
-            raise HostError(
-                f"{error.filename} is not installed", "apt-get install qemu-system-x86"
-            ) from error
+        process = subprocess.Popen(
+            gated(argv, bound=boot.bound),
+            cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            umask=0o077,
+        )
     try:
-        return _wait_up(boot, accel, process)
+        lab = Lab(
+            name=directory.name,
+            pid=process.pid,
+            start_time=start_time(process.pid) or 0,
+            release=boot.kernel.release,
+            accel=accel,
+            created=time.time(),
+            files=boot.files,
+            ready=False,
+        )
+        _record(directory, lab)  # before the process can become a QEMU that nobody knows
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(b"go\n")
+        _wait_up(boot, accel, process)
+        lab = replace(lab, ready=True)
+        _record(directory, lab)
     except BaseException:
         process.kill()
         process.wait()
-        for path in directory.glob("exec-*"):
-            path.unlink()
+        for path in (*directory.glob("exec-*"), directory / RECORD):
+            path.unlink(missing_ok=True)
         raise
+    return lab
 
 
-def dying_with_us(argv: list[str]) -> list[str]:
-    """The same command, such that the kernel kills it when this process ends.
+def gated(argv: list[str], *, bound: bool) -> list[str]:
+    """The same command, held back until it reads a line; it ends if this process is gone by then.
 
-    The shell looks whether that has happened before ``setpriv`` asked for the signal. It is not
-    done by ``preexec_fn``, which makes Python run its hooks for a fork: a ctrl-C in one is lost.
+    :param bound: The kernel kills it when this process ends. The shell looks whether that has
+        happened before ``setpriv`` asked for the signal. It is not done by ``preexec_fn``, which
+        makes Python run its hooks for a fork: a ctrl-C in one of those is lost.
     """
-    check = '[ "$PPID" = "$1" ] && shift && exec "$@"'
-    return ["setpriv", "--pdeathsig", "KILL", "sh", "-c", check, "sh", str(os.getpid()), *argv]
+    gate = '[ "$PPID" = "$1" ] && shift && read -r _ && exec "$@" </dev/null'
+    binding = ["setpriv", "--pdeathsig", "KILL"] if bound else []
+    return [*binding, "sh", "-c", gate, "sh", str(os.getpid()), *argv]
 
 
-def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> Lab:
+def _record(directory: Path, lab: Lab) -> None:
+    draft = directory / f"{RECORD}.new"
+    draft.write_text(json.dumps(asdict(lab)))
+    draft.rename(directory / RECORD)
+
+
+def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> None:
     directory = boot.directory
 
     def alive() -> None:
@@ -441,23 +466,7 @@ def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> Lab:
             process.wait(STOP_SECONDS)
         alive()
         raise
-    began = start_time(process.pid)
-    if began is None:
-        raise QemuError("L1 ended as soon as it was up")
-    lab = Lab(
-        name=directory.name,
-        pid=process.pid,
-        start_time=began,
-        release=boot.kernel.release,
-        accel=accel,
-        created=time.time(),
-        files=boot.files,
-    )
-    record = directory / RECORD
-    record.with_suffix(".new").write_text(json.dumps(asdict(lab)))
-    record.with_suffix(".new").rename(record)
     boot.progress(f"up after {time.monotonic() - started:.1f} s")
-    return lab
 
 
 def _tail(path: Path) -> str:
@@ -529,6 +538,7 @@ b mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/wor
 for d in proc sys dev; do b mount --move /$d /new/$d; done
 b mount -t tmpfs -o mode=0755 run /new/run
 b mkdir -p /new/dev/pts /new/dev/shm /new/run/venv
+b mkdir -m 1777 /new/run/tmp
 b mount -t devpts devpts /new/dev/pts
 b mount -t tmpfs shm /new/dev/shm
 b mount -t debugfs debugfs /new/sys/kernel/debug

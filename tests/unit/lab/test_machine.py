@@ -105,6 +105,13 @@ def test_no_lab_in_a_lab(monkeypatch: pytest.MonkeyPatch) -> None:
         machine.up("inner")
 
 
+def test_no_lab_without_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MDO_LAB", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="qemu-system-x86_64 is not installed"):
+        machine.up("any")
+
+
 def test_paths_with_blanks_and_commas_survive_init_and_command_line() -> None:
     kernel = debian.Kernel("6.12", "6.12.1-amd64", Path("/odd place/a,b"))
     script = machine.init_script(kernel, ["insmod", "/odd place/m.ko"])
@@ -122,11 +129,26 @@ def test_a_zombie_does_not_count_as_running() -> None:
     os.waitpid(pid, 0)
 
 
-def test_a_program_bound_to_a_process_that_is_gone_does_not_begin() -> None:
-    command = machine.dying_with_us(["echo", "begun"])
-    here = subprocess.run(command, capture_output=True, check=False)
-    assert (here.returncode, here.stdout) == (0, b"begun\n")
-    stranger = subprocess.run(
-        ["sh", "-c", '"$@"; exit $?', "sh", *command], capture_output=True, check=False
-    )
-    assert (stranger.returncode, stranger.stdout) == (1, b"")
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_program_waits_for_its_starter_and_does_not_begin_without(bound: bool) -> None:
+    command = machine.gated(["echo", "begun"], bound=bound)
+    told = subprocess.run(command, input=b"go\n", capture_output=True, check=False)
+    assert (told.returncode, told.stdout) == (0, b"begun\n")
+    untold = subprocess.run(command, input=b"", capture_output=True, check=False)
+    assert (untold.returncode, untold.stdout) == (1, b"")
+    stranger = ["sh", "-c", '"$@"; exit $?', "sh", *command]
+    orphan = subprocess.run(stranger, input=b"go\n", capture_output=True, check=False)
+    assert (orphan.returncode, orphan.stdout) == (1, b"")
+
+
+def test_a_lab_whose_starter_was_killed_while_it_booted_is_ended() -> None:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        began = start_time(process.pid)
+        assert began is not None
+        directory = record("orphan", process.pid, began)
+        text = (directory / machine.RECORD).read_text().replace("true", "false")
+        (directory / machine.RECORD).write_text(text)
+        (directory / machine.STARTER).write_text(f"{os.getpid()} {mine() + 1}\n")
+        assert machine.labs() == []
+        assert start_time(process.pid) is None
+    assert not directory.exists()
