@@ -9,16 +9,19 @@ import typer
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.errors import HostError
-from mdev_orchestrator.host.doctor import QEMU, examine
+from mdev_orchestrator.host import doctor as host_doctor
+from mdev_orchestrator.host.doctor import Finding
+from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.qemu import doctor as qemu_doctor
 
 
 def doctor(
     *,
-    qemu: Annotated[str, typer.Option(help="QEMU binary to look at.")] = QEMU,
+    qemu: Annotated[str, typer.Option(help="QEMU binary to look at.")] = qemu_doctor.QEMU,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Look at modules, nodes, permissions and QEMU; every fault is shown with its remedy."""
-    findings = output.run(examine(output.host_root(), qemu))
+    findings = output.run(_examine(qemu))
     if json:
         output.emit_json({"findings": findings})
     else:
@@ -29,3 +32,9 @@ def doctor(
         )
     if any(finding.level == "fault" for finding in findings):
         raise typer.Exit(HostError.exit_code)
+
+
+async def _examine(qemu: str) -> list[Finding]:
+    root = output.host_root()
+    host = scan(root)
+    return [*host_doctor.examine(host, root), *await qemu_doctor.examine(qemu, host.mdevs)]

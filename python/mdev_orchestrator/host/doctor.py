@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this host lacks to use mdevs, and the command that mends it."""
+"""What this host lacks to use mdevs, and the command that mends it. QEMU is in ``qemu.doctor``."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +16,7 @@ from mdev_orchestrator.model import Host
 
 Level = Literal["ok", "warning", "fault"]
 
-QEMU = "qemu-system-x86_64"
-QEMU_REMEDY = "apt-get install --no-install-recommends qemu-system-x86"
-MDEV_REMEDY = "modprobe mdev"
 VFIO_REMEDY = "modprobe vfio_iommu_type1"
-
-_DEADLINE = 20.0  # seconds for one run of QEMU; inside an emulated machine it takes some
-_VERSION = re.compile(r"version (\d+(?:\.\d+)+)")
-_VFIO_PCI = re.compile(r'^name "vfio-pci"', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +34,16 @@ class Finding:
     remedy: str = ""
 
 
-async def examine(root: Path = ROOT, qemu: str = QEMU) -> tuple[Finding, ...]:
-    """Look at modules, parents, nodes, permissions and QEMU. Raises nothing for what it finds.
+def examine(host: Host, root: Path = ROOT) -> tuple[Finding, ...]:
+    """Look at modules, parents, nodes and permissions. Raises nothing for what it finds.
 
-    :param qemu: Name or path of the QEMU binary.
+    :param host: The host as it was scanned.
     """
-    host = sysfs.scan(root)
     return (
         *_mdev(host, root),
         *_vfio(root),
         *_nodes(host, root),
         _kvm(root),
-        *await _qemu(qemu),
     )
 
 
@@ -134,57 +122,6 @@ def _kvm(root: Path) -> Finding:
         return Finding("warning", "kvm", f"no permission to open {node}", "adduser $USER kvm")
     # that it opens does not prove that guests boot; only booting one does
     return Finding("ok", "kvm", f"{node} opens")
-
-
-async def _qemu(qemu: str) -> tuple[Finding, ...]:
-    path = shutil.which(qemu)
-    if path is None:
-        return (Finding("fault", "qemu", f"no program {qemu}", QEMU_REMEDY),)
-    version, devices = await asyncio.gather(
-        _output(path, "-version"), _output(path, "-machine", "none", "-device", "help")
-    )
-    if version is None or devices is None:
-        return (
-            Finding("fault", "qemu", f"{path} did not answer within {_DEADLINE:g} s", QEMU_REMEDY),
-        )
-    return tuple(judge_qemu(path, version, devices))
-
-
-def judge_qemu(path: str, version: str, devices: str) -> Iterator[Finding]:
-    """What the output of ``-version`` and ``-device help`` says of a QEMU binary."""
-    number = _VERSION.search(version)
-    if number is None:
-        said = next(iter(version.splitlines()), "nothing")
-        yield Finding("fault", "qemu", f"{path} is no QEMU: it says {said[:80]!r}", QEMU_REMEDY)
-        return
-    yield Finding("ok", "qemu", f"{path} is version {number[1]}")
-    if _VFIO_PCI.search(devices) is None:
-        yield Finding("fault", "qemu", f"{path} has no device vfio-pci", QEMU_REMEDY)
-    else:
-        yield Finding("ok", "qemu", "it has the device vfio-pci")
-
-
-async def _output(*command: str) -> str | None:
-    """What a program prints, ``None`` if it does not end in time; it is killed then."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-    except OSError as error:
-        return f"cannot be run: {os.strerror(error.errno or 0)}"
-    try:
-        async with asyncio.timeout(_DEADLINE):
-            output, _ = await process.communicate()
-    except TimeoutError:
-        return None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return output.decode(errors="replace")
 
 
 def _module(root: Path, name: str) -> str:
