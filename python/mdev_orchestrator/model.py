@@ -15,12 +15,21 @@ from uuid import UUID, uuid5
 
 from mdev_orchestrator.errors import RequestError, UuidError
 
+GROUP_FILE = "group_uuid"
+"""The file of an mdev that holds its start group."""
 GROUP_NAMESPACE = UUID("5a52f6d2-30f3-4c0e-9d8b-2f6f5b7b3c11")
 """Start groups may be given a name: its UUID is version 5 (RFC 4122) of the name in here."""
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DIGITS = re.compile(r"([0-9]+)")
+_SHOWN = 60  # characters of a name in a message
+_VALUE_LIMIT = 4095  # bytes: sysfs takes one page, less the zero at its end
+_NOT_SET = {
+    "online": "a device comes online when its guest starts",
+    "remove": "mdo remove removes a device",
+    "uevent": "it is the kernel's own",
+}
 
 
 def is_uuid(text: str) -> bool:
@@ -34,7 +43,7 @@ def parse_uuid(text: str) -> UUID:
     :raise UuidError: It is something else.
     """
     if not is_uuid(text):
-        shown = text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - fits one line
+        shown = _short(text)
         raise UuidError(f"{shown!r} is not a UUID", "write it as 8-4-4-4-12 hexadecimal digits")
     return UUID(text)
 
@@ -52,12 +61,39 @@ def group_uuid(text: str) -> UUID:
             raise UuidError("the UUID of all zeroes is no start group", "choose another, or a name")
         return uuid
     if not _GROUP_NAME.fullmatch(text):
-        shown = text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - fits one line
+        shown = _short(text)
         raise RequestError(
             f"{shown!r} is neither a UUID nor the name of a start group",
             "a name has up to 64 letters, digits, '_', '.' and '-', a letter or digit first",
         )
     return uuid5(GROUP_NAMESPACE, text)
+
+
+def check_attribute(name: str, value: str) -> None:
+    """Check that a file's name stays in the mdev's directory, and that sysfs can take the value.
+
+    :raise RequestError: It does not, or the file is one that is not written so.
+    """
+    shown = repr(_short(name))
+    if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
+        raise RequestError(
+            f"{shown} does not name a file of an mdev",
+            "a path below its directory, such as vgpu_params or nvidia/vgpu_params",
+        )
+    if name in _NOT_SET:
+        raise RequestError(f"{shown} cannot be set", _NOT_SET[name])
+    if name == GROUP_FILE:
+        group_uuid(str(parse_uuid(value)))
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        size = -1
+    if not 0 <= size <= _VALUE_LIMIT or "\0" in value:
+        raise RequestError(f"the value for {shown} is not text of at most {_VALUE_LIMIT} bytes")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

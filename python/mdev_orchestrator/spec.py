@@ -46,7 +46,7 @@ import msgspec
 from msgspec import Meta
 
 from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.model import is_uuid
+from mdev_orchestrator.model import check_attribute, is_uuid
 
 MIB = 1 << 20
 MAX_BYTES = MIB
@@ -67,6 +67,7 @@ _COUNT = re.compile(r"[0-9]{1,9}")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$(?!\n)"
 _WORD = r"^[^\s/\x00-\x1f]{1,128}$(?!\n)"
 _LINE = r"^[^\x00-\x1f\x7f]{0,1024}$(?!\n)"
+_TEXT = r"^[^\x00-\x1f\x7f]*$(?!\n)"
 
 
 def parse_size(text: str) -> int:
@@ -274,6 +275,9 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[str, Meta(pattern=_WORD)] | None, Meta(description="Id of an mdev type.")
     ] = None
     count: Annotated[int, Meta(ge=1, le=MAX_DEVICES, description="How many devices.")] = 1
+    uuid: Annotated[
+        UUID | None, Meta(description="Of the one device; taken as it is when it exists.")
+    ] = None
     parent: Annotated[
         Annotated[str, Meta(pattern=_WORD)] | None,
         Meta(description="The only parent to create them on."),
@@ -281,6 +285,10 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     params: Annotated[
         Line, Meta(description="The vendor's text for vgpu_params, passed on as it is.")
     ] = ""
+    attributes: Annotated[
+        tuple[tuple[str, str], ...],
+        Meta(description="Files of each device and what is written there, in this order."),
+    ] = ()
     framebuffer: Annotated[SizeCondition | None, Meta(description="Bytes of video memory.")] = None
     num_heads: Annotated[CountCondition | None, Meta(description="Displays.")] = None
     frl_config: Annotated[
@@ -308,7 +316,9 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 ATTRIBUTES = tuple(
-    name for name in Devices.__struct_fields__ if name not in {"type", "count", "parent", "params"}
+    name
+    for name in Devices.__struct_fields__
+    if name not in {"type", "count", "uuid", "parent", "params", "attributes"}
 )
 """The attributes that types are chosen by, under the vendors' names."""
 
@@ -316,9 +326,6 @@ ATTRIBUTES = tuple(
 class GuestMdev(Devices, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Devices of one guest."""
 
-    uuid: Annotated[
-        UUID | None, Meta(description="Of the one device; taken as it is when it exists.")
-    ] = None
     group: Annotated[
         Name | None,
         Meta(description="Start group: on one parent, started together. A word of this guest."),
@@ -372,11 +379,23 @@ class Pool(Devices, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Devices without a guest, created ahead as one does with SR-IOV functions."""
 
     name: Name
+    start: Annotated[
+        Literal["auto", "manual"],
+        Meta(description="Whether they come back after a reboot by themselves."),
+    ] = "auto"
+    mdevctl: Annotated[
+        Annotated[str, Meta(pattern=_TEXT)],
+        Meta(description="Further keys of the device's mdevctl definition, a JSON object as text."),
+    ] = ""
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that one file asks for."""
 
+    name: Annotated[
+        Name | None,
+        Meta(description="What it is called; the file's name without an ending if absent."),
+    ] = None
     guests: Annotated[tuple[Guest, ...], Meta(description="The virtual machines.")] = msgspec.field(
         name="guest", default=()
     )
@@ -404,6 +423,17 @@ class Document:
     spec: Spec
     source: str
     lines: Mapping[Place, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the spec is called: by itself, or by its file.
+
+        :raise RequestError: Neither gives it a name.
+        """
+        stem = self.spec.name or Path(self.source).stem
+        if re.match(_NAME, stem) is None:
+            raise self.fault((), "the spec has no name", 'add name = "…" as its first line')
+        return stem
 
     def fault(self, place: Place, message: str, hint: str = "") -> RequestError:
         """The error for something that is wrong with a key, to be raised by the caller."""
@@ -562,10 +592,12 @@ _WORDS = {
     "date": "a date",
     "time": "a time",
 }
+_CHOICES = {"accel": "auto, kvm, tcg", "start": "auto, manual"}
 _PATTERNS = {
     _NAME: "must be up to 40 letters, digits, '_', '.' and '-', a letter or digit first",
     _WORD: "must be one word without '/'",
     _LINE: "must be one line without control characters",
+    _TEXT: "must be one line without control characters",
 }
 
 
@@ -601,10 +633,13 @@ def _invalid(
             _WORDS.get(word, word) for word in kinds[1].split(" | ") if word != "null"
         )
         return _fault(source, lines, place, f"must be {want}, not {_WORDS.get(kinds[2], kinds[2])}")
+    length = re.match(r"Expected `array` of length ([0-9]+), got ([0-9]+)$", message)
+    if length is not None:
+        message = f"must be a list of {length[1]}, not of {length[2]}"
     if message == "Invalid UUID":
         message = "is not a UUID; write it as 8-4-4-4-12 hexadecimal digits"
     if message.startswith("Invalid enum value"):
-        message = "is none of auto, kvm, tcg"
+        message = f"is none of {_CHOICES[str(place[-1])]}"
     return _fault(source, lines, place, message)
 
 
@@ -644,7 +679,8 @@ def _check(document: Document) -> None:
             raise document.fault(
                 (*place, "count"), f"this file asks for more than {MAX_DEVICES} devices"
             )
-        uuid = devices.uuid if isinstance(devices, GuestMdev) else None
+        _check_attributes(document, place, devices)
+        uuid = devices.uuid
         if uuid is None:
             if devices.type is None and not devices.conditions:
                 raise document.fault(
@@ -691,6 +727,28 @@ def _check_guest(document: Document, place: Place, guest: Guest) -> None:
     for name in ("initrd", "append"):
         if getattr(guest, name) and guest.kernel is None:
             raise document.fault((*place, name), "needs a kernel", 'add kernel = "…"')
+
+
+def _check_attributes(document: Document, place: Place, devices: GuestMdev | Pool) -> None:
+    for number, (name, value) in enumerate(devices.attributes):
+        at = (*place, "attributes", number)
+        try:
+            check_attribute(name, value)
+        except RequestError as error:
+            raise document.fault(at, error.message, error.hint) from None
+        if name == "group_uuid" and isinstance(devices, GuestMdev):
+            raise document.fault(at, "a guest's devices have a group", f'group = "{value}"')
+    if isinstance(devices, Pool) and devices.mdevctl:
+        try:
+            found = msgspec.json.decode(devices.mdevctl, type=dict[str, msgspec.Raw])
+        except (msgspec.MsgspecError, RecursionError):
+            raise document.fault((*place, "mdevctl"), "must be a JSON object") from None
+        if known := {"mdev_type", "start", "attrs"}.intersection(found):
+            raise document.fault(
+                (*place, "mdevctl"),
+                f"{min(known)} has a key of its own here",
+                "type, start and attributes say it",
+            )
 
 
 def _check_groups(document: Document) -> None:
@@ -908,6 +966,77 @@ class _Places:
         if match is None:
             raise _LostError
         self.at = match.end()
+
+
+# ---- writing --------------------------------------------------------------------------------
+
+
+def to_plain(table: msgspec.Struct) -> dict[str, Any]:
+    """A spec, or a table of one, as JSON has it; what stands at its default is left out."""
+    plain = {}
+    for key_ in msgspec.structs.fields(table):
+        value = getattr(table, key_.name)
+        if key_.default_factory is not msgspec.NODEFAULT:
+            default = key_.default_factory()
+        else:
+            default = key_.default
+        if value == default:
+            continue
+        if isinstance(value, tuple) and isinstance(value[0], msgspec.Struct):
+            plain[key_.encode_name] = [to_plain(item) for item in value]
+        else:
+            plain[key_.encode_name] = msgspec.to_builtins(value, enc_hook=_plain)
+    return plain
+
+
+def to_toml(spec: Spec) -> str:
+    """The text of a spec, which :func:`parse` reads; what stands at its default is left out."""
+    return "\n".join(_lines(to_plain(spec), "")).removeprefix("\n") + "\n"
+
+
+def _lines(table: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The lines of one table: its keys, what it is called by first, then the tables in it."""
+    for name in sorted(table, key=lambda name: (name != "name", name != "uuid")):
+        if not _has_tables(table[name]):
+            yield f"{name} = {_toml(table[name])}"
+    for name, items in table.items():
+        if _has_tables(items):
+            for item in items:
+                yield f"\n[[{path}{name}]]"
+                yield from _lines(item, f"{path}{name}.")
+
+
+def _has_tables(value: object) -> bool:
+    return isinstance(value, list) and isinstance(value[0], dict)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        words = [_toml(item) for item in value]
+        if any(isinstance(item, (list, tuple)) for item in value):  # one a line
+            return "[\n" + "".join(f"    {word},\n" for word in words) + "]"
+        return f"[{', '.join(words)}]"
+    if isinstance(value, str) and '"' in value and "'" not in value and value.isprintable():
+        return f"'{value}'"
+    # what JSON writes is TOML, but for one character
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+
+
+def to_json(value: msgspec.Struct) -> str:
+    """A spec, or a part of one, as JSON that :func:`parse` or :func:`read_guest` reads."""
+    return msgspec.json.encode(msgspec.to_builtins(value, enc_hook=_plain)).decode()
+
+
+def _plain(value: object) -> object:
+    return int(value) if isinstance(value, Size) else str(value)
+
+
+def read_guest(text: str) -> Guest:
+    """Read a guest that :func:`to_json` wrote.
+
+    :raise RequestError: It is none.
+    """
+    return parse(f'{{"guest": [{text}]}}', "the journal", kind="json").spec.guests[0]
 
 
 # ---- schema ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import tomllib
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -19,12 +20,16 @@ from mdev_orchestrator.spec import (
     MAX_BYTES,
     MAX_DEVICES,
     CountCondition,
+    Pool,
     ResolutionCondition,
     SizeCondition,
+    Spec,
     load,
     parse,
     parse_size,
     schema_text,
+    to_plain,
+    to_toml,
 )
 
 KINDS: tuple[Literal["toml"], Literal["json"]] = ("toml", "json")
@@ -98,11 +103,52 @@ def test_a_whole_spec() -> None:
 
 
 def test_json_says_the_same_as_toml() -> None:
-    import tomllib
-
     as_json = json.dumps(tomllib.loads(WHOLE), indent=1)
     assert parse(as_json).spec == parse(WHOLE).spec
     assert parse(as_json, kind="json").lines["guest", 0, "mdev", 1, "framebuffer"] > 10
+
+
+def test_a_device_that_is_described_in_full() -> None:
+    text = """\
+[[pool]]
+name = "one"
+uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+type = "vfio_ap-passthrough"
+parent = "matrix"
+attributes = [
+    ["assign_adapter", "5"],
+    ["assign_adapter", '0x"6"'],
+    ["assign_domain", "a\\nb"],
+]
+start = "manual"
+mdevctl = '{"note":[null]}'
+"""
+    spec = parse(text).spec
+    (pool,) = spec.pools
+    assert pool.uuid == UUID(U1)
+    assert pool.attributes == (
+        ("assign_adapter", "5"),
+        ("assign_adapter", '0x"6"'),
+        ("assign_domain", "a\nb"),
+    )
+    assert (pool.start, pool.mdevctl) == ("manual", '{"note":[null]}')
+    assert to_toml(spec) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_reads_the_same(kind: Literal["toml", "json"]) -> None:
+    spec = parse('name = "all"\n' + WHOLE).spec
+    text = to_toml(spec) if kind == "toml" else json.dumps(to_plain(spec))
+    assert parse(text, kind=kind).spec == spec
+    assert "512M" not in text.replace(">=512M", "")  # the default
+    assert 'name = "all"\n\n[[guest]]\nname = "render-1"\n' in to_toml(spec)
+
+
+@given(st.lists(st.tuples(st.just("f"), st.text(max_size=50))), st.text(max_size=20))
+def test_every_text_can_be_written(attributes: list[tuple[str, str]], parameters: str) -> None:
+    pool = Pool(name="a", type="t", attributes=tuple(attributes), params=parameters)
+    text = to_toml(Spec(pools=(pool,)))
+    assert tomllib.loads(text) == json.loads(json.dumps(to_plain(Spec(pools=(pool,)))))
 
 
 def test_every_key_has_its_line() -> None:
@@ -156,7 +202,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "no JSON": ('{"guest": [\n{"name": "a",}]}', "s:2: not valid JSON"),
     "cut off JSON": ('{"guest": [\n', "s:2: not valid JSON"),
     "two JSON documents": ('{"guest": [{"name": "a"}]} {}', "s:1: not valid JSON"),
-    "a list": ("[1]", "s:1: 1: there is no such key (known are guest, pool)"),
+    "a list": ("[1]", "s:1: 1: there is no such key (known are name, guest, pool)"),
     "not UTF-8": (b"[[guest]]\nname = '\xff'\n", "s:2: this is not UTF-8 text"),
     "wrong type": (
         GUEST + 'cpus = "2"\n',
@@ -212,6 +258,34 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "no condition": (
         GUEST + "mdev = [{framebuffer = '=>1G'}]\n",
         "s:3: guest[0].mdev[0].framebuffer: '=>1G' is no condition; write it like >=512M",
+    ),
+    "no start": (
+        '[[pool]]\nname = "a"\ntype = "t"\nstart = "never"\n',
+        "s:4: pool[0].start: is none of auto, manual",
+    ),
+    "no file": (
+        GUEST + 'mdev = [{type = "t", attributes = [["../x", "1"]]}]\n',
+        "s:3: guest[0].mdev[0].attributes[0]: '../x' does not name a file of an mdev",
+    ),
+    "a file without a value": (
+        GUEST + 'mdev = [{type = "t", attributes = [["x"]]}]\n',
+        "s:3: guest[0].mdev[0].attributes[0]: must be a list of 2, not of 1",
+    ),
+    "a file that starts": (
+        GUEST + 'mdev = [{type = "t", attributes = [["x", "1"], ["online", "1"]]}]\n',
+        "s:3: guest[0].mdev[0].attributes[1]: 'online' cannot be set",
+    ),
+    "a group as an attribute": (
+        GUEST + f'mdev = [{{type = "t", attributes = [["group_uuid", "{U1}"]]}}]\n',
+        "s:3: guest[0].mdev[0].attributes[0]: a guest's devices have a group",
+    ),
+    "no JSON of mdevctl": (
+        '[[pool]]\nname = "a"\ntype = "t"\nmdevctl = "[]"\n',
+        "s:4: pool[0].mdevctl: must be a JSON object",
+    ),
+    "a type for mdevctl": (
+        '[[pool]]\nname = "a"\ntype = "t"\nmdevctl = \'{"mdev_type": "x"}\'\n',
+        "s:4: pool[0].mdevctl: mdev_type has a key of its own here",
     ),
     "neither type nor attributes": (
         GUEST + "mdev = [\n {count = 2}]\n",

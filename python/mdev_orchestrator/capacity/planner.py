@@ -234,15 +234,14 @@ def requests_of(document: Document, host: Host, ours: Collection[UUID] | None = 
     homes: dict[str, tuple[str, UUID]] = {}
     wanted: list[tuple[Place, Request]] = []
     for place, owner, devices in document.spec.devices():
-        uuid = devices.uuid if isinstance(devices, GuestMdev) else None
         label = devices.group if isinstance(devices, GuestMdev) else None
         group = None if label is None else f"{owner}/{label}"
-        mdev = None if uuid is None else host.find(uuid)
+        mdev = None if devices.uuid is None else host.find(devices.uuid)
         if mdev is None:
             if devices.type is None and not devices.conditions:
                 raise document.fault(
                     (*place, "uuid"),
-                    f"there is no device {uuid}, and nothing says of what type to create it",
+                    f"there is no device {devices.uuid}, and nothing says of what type to make it",
                     'add type = "…"',
                 )
             request = Request(

@@ -54,17 +54,15 @@ def create(
         output.emit("\n".join(str(mdev.uuid) for mdev in made))
 
 
-def parse_attributes(texts: Iterable[str]) -> dict[str, str]:
+def parse_attributes(texts: Iterable[str]) -> list[tuple[str, str]]:
     """``FILE=VALUE`` as given on the command line; the value may contain more of them.
 
-    :raise RequestError: One is something else, or a file is given twice.
+    :raise RequestError: One is something else.
     """
-    found: dict[str, str] = {}
+    found = []
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise RequestError(f"--set {text!r} has no '='", "write it like --set vgpu_params=a=1")
-        if name in found:
-            raise RequestError(f"--set gives {name!r} twice", "a file holds one value")
-        found[name] = value
+        found.append((name, value))
     return found

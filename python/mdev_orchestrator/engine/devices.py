@@ -11,11 +11,10 @@ import asyncio
 import errno
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType
 from uuid import UUID, uuid4
 
 from mdev_orchestrator.errors import (
@@ -33,7 +32,15 @@ from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart
-from mdev_orchestrator.model import Host, Mdev, MdevType, group_uuid, parse_uuid
+from mdev_orchestrator.model import (
+    GROUP_FILE,
+    Host,
+    Mdev,
+    MdevType,
+    check_attribute,
+    group_uuid,
+    parse_uuid,
+)
 
 DEADLINE = 30.0
 """Seconds that a creation or a removal may take unless another deadline is given."""
@@ -43,14 +50,6 @@ Detach = Callable[[str, UUID, float], Awaitable[None]]
 
 _CONCURRENT = 16  # writers at once; a driver's own lock makes more of them pointless
 _GRACE = 0.5  # seconds that the driver may take to give back the instances just removed
-_SHOWN = 60  # characters of a name in a message
-_VALUE_LIMIT = 4095  # bytes: sysfs takes one page, less the zero at its end
-_NOT_SET = {
-    "group_uuid": "--group puts a device into a start group",
-    "online": "a device comes online when its guest starts",
-    "remove": "mdo remove removes a device",
-    "uevent": "it is the kernel's own",
-}
 _LISTED = 8  # candidates that fit one line
 
 
@@ -112,7 +111,7 @@ async def create_devices(
     parent: str | None = None,
     uuids: Sequence[str] = (),
     group: str | None = None,
-    attributes: Mapping[str, str] = MappingProxyType({}),
+    attributes: Sequence[tuple[str, str]] = (),
     deadline: float = DEADLINE,
     root: Path = ROOT,
     write: Writer = write_apart,
@@ -124,18 +123,24 @@ async def create_devices(
 
     :param group: Start group that they are put into, by its UUID or by a name
         (:func:`mdev_orchestrator.model.group_uuid`).
-    :param attributes: What is written to files of each mdev's directory, in this order and before
-        it is put into the group.
+    :param attributes: Files of each mdev's directory and what is written there, in this order and
+        before it is put into the group. A file that is a command (vfio-ap's ``assign_adapter``)
+        stands there once for each time that it is to be written.
     :raise HostError: The driver has no start groups, or no such file.
     :param deadline: Seconds for the whole.
     :raise DeadlineError: It took longer; everything was undone.
     :raise MdoError: The kernel refused; everything was undone. Its notes name what was not.
     """
-    group_id = None if group is None else group_uuid(group)
-    for name, value in attributes.items():
+    files = [*attributes]
+    if group is not None:
+        files.append((GROUP_FILE, str(group_uuid(group))))
+    for name, value in files:
         check_attribute(name, value)
+    groups = [UUID(value) for name, value in files if name == GROUP_FILE]
+    if len(groups) > 1:
+        raise RequestError("the start group is given twice", "a device is in one: leave one out")
     placement = await _place_patiently(type_id, count, parent, uuids, root)
-    if group_id is not None:
+    for group_id in groups:
         _check_group(sysfs.scan(root), group_id, placement.type_.parent)
     ours = _Creation(placement, root, write)
     loop = asyncio.get_running_loop()
@@ -145,10 +150,11 @@ async def create_devices(
             await ours.create_all()
             # one after the other: drivers number the members of a group in this order
             for uuid in placement.uuids:
-                for name, value in attributes.items():
-                    await _set(uuid, name, value, root, write)
-                if group_id is not None:
-                    await _join(uuid, group_id, placement.type_.parent, root, write)
+                for name, value in files:
+                    if name == GROUP_FILE:
+                        await _join(uuid, UUID(value), placement.type_.parent, root, write)
+                    else:
+                        await _set(uuid, name, value, root, write)
         left = max(end - loop.time(), 0)
         await _all(wait_ready(uuid, left, root) for uuid in placement.uuids)
     except BaseException as error:
@@ -217,23 +223,6 @@ async def remove_devices(
     return wanted
 
 
-def check_attribute(name: str, value: str) -> None:
-    """Check that a file's name stays in the mdev's directory and that a value is one line.
-
-    :raise RequestError: It does not, or the file is one that this project writes itself.
-    """
-    shown = repr(name if len(name) <= _SHOWN else name[: _SHOWN - 3] + "...")
-    if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
-        raise RequestError(
-            f"{shown} does not name a file of an mdev",
-            "a path below its directory, such as vgpu_params or nvidia/vgpu_params",
-        )
-    if name in _NOT_SET:
-        raise RequestError(f"{shown} cannot be set", _NOT_SET[name])
-    if not value.isprintable() or len(value.encode(errors="replace")) > _VALUE_LIMIT:
-        raise RequestError(f"the value for {shown} is not one line of at most {_VALUE_LIMIT} bytes")
-
-
 def _check_group(host: Host, group: UUID, parent: str) -> None:
     for known in host.groups:
         if known.uuid == group and known.parent != parent:
@@ -268,7 +257,7 @@ async def _join(uuid: UUID, group: UUID, parent: str, root: Path, write: Writer)
     :raise BusyError: The group is online, and the driver lets nobody join it then.
     :raise MdoError: The driver refused for another reason.
     """
-    number = await write(sysfs.file(uuid, "group_uuid", root), str(group).encode())
+    number = await write(sysfs.file(uuid, GROUP_FILE, root), str(group).encode())
     what = f"mdev {uuid} cannot join start group {group}"
     match number:
         case 0:

@@ -39,7 +39,15 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host.writer import Writer, write_apart
-from mdev_orchestrator.model import Host, Mdev, MdevType, Parent, is_uuid, natural_key
+from mdev_orchestrator.model import (
+    GROUP_FILE,
+    Host,
+    Mdev,
+    MdevType,
+    Parent,
+    is_uuid,
+    natural_key,
+)
 
 ROOT = Path("/")
 
@@ -49,12 +57,11 @@ TEXT_LIMIT = 64 * 1024
 _CORE_FILES = frozenset(
     ("create", "name", "available_instances", "device_api", "description", "devices", "uevent")
 )
-_GROUP_FILE = "group_uuid"
 _ONLINE_FILE = "online"
-_CORE_MDEV_FILES = frozenset(("remove", "uevent", "power", _GROUP_FILE, _ONLINE_FILE))
+_CORE_MDEV_FILES = frozenset(("remove", "uevent", "power", GROUP_FILE, _ONLINE_FILE))
 _PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
 _LIFECYCLE_FILES = frozenset(
-    name.partition("/")[0] for name in (_GROUP_FILE, _ONLINE_FILE, *_PARAMS_FILES)
+    name.partition("/")[0] for name in (GROUP_FILE, _ONLINE_FILE, *_PARAMS_FILES)
 )
 _LINKS_FILES = ("p2p_links", "p2p_links_free")
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
@@ -481,12 +488,12 @@ def _lifecycle(
 ) -> tuple[UUID | None, bool | None, str | None]:
     """Start group, state and parameters: files that few drivers have."""
     group = online = params = None
-    if _GROUP_FILE in names:
-        text = _text(f"{path}/{_GROUP_FILE}", damage, optional=True, empty=True)
+    if GROUP_FILE in names:
+        text = _text(f"{path}/{GROUP_FILE}", damage, optional=True, empty=True)
         if text and is_uuid(text):
             group = UUID(text)
         elif text:
-            damage.append(f"{_GROUP_FILE} is not a UUID: {_shown(text)}")
+            damage.append(f"{GROUP_FILE} is not a UUID: {_shown(text)}")
     if _ONLINE_FILE in names:
         text = _text(f"{path}/{_ONLINE_FILE}", damage, optional=True)
         if text in ("0", "1"):

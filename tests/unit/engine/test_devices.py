@@ -350,14 +350,34 @@ async def test_create_into_a_group_with_parameters(grouped: FakeSystem) -> None:
         "t-0",
         2,
         group=GROUP,
-        attributes={"vgpu_params": "a=1,b=2"},
+        attributes=[("vgpu_params", "a=1"), ("vgpu_params", "a=1,b=2")],
         root=grouped.root,
         write=grouped.write,
     )
     assert {mdev.group_uuid for mdev in made} == {UUID(GROUP)}
     assert {(mdev.online, mdev.params) for mdev in made} == {(False, "a=1,b=2")}
     written = [name for name, _ in grouped.writes if name != "create"]
-    assert written == ["vgpu_params", "group_uuid"] * 2
+    assert written == ["vgpu_params", "vgpu_params", "group_uuid"] * 2
+
+
+async def test_the_group_may_stand_among_the_attributes(grouped: FakeSystem) -> None:
+    (mdev,) = await create_devices(
+        "t-0",
+        attributes=[("group_uuid", GROUP), ("vgpu_params", "a=1")],
+        root=grouped.root,
+        write=grouped.write,
+    )
+    assert (mdev.group_uuid, mdev.params) == (UUID(GROUP), "a=1")
+    assert [name for name, _ in grouped.writes] == ["create", "group_uuid", "vgpu_params"]
+    with pytest.raises(RequestError, match="the start group is given twice"):
+        await create_devices(
+            "t-0",
+            group="peers",
+            attributes=[("group_uuid", GROUP)],
+            root=grouped.root,
+            write=grouped.write,
+        )
+    assert grouped.uuids() == {str(mdev.uuid)}
 
 
 async def test_a_group_by_name_is_the_same_every_time(grouped: FakeSystem) -> None:
@@ -378,7 +398,7 @@ async def test_a_group_by_name_is_the_same_every_time(grouped: FakeSystem) -> No
         ("a/./b", "does not name a file of an mdev"),
         ("a\0b", "does not name a file of an mdev"),
         ("remove", "mdo remove removes a device"),
-        ("group_uuid", "--group puts a device into a start group"),
+        ("group_uuid", "'1' is not a UUID"),
         ("online", "a device comes online when its guest starts"),
     ],
 )
@@ -386,14 +406,16 @@ async def test_names_that_cannot_be_set_create_nothing(
     grouped: FakeSystem, name: str, words: str
 ) -> None:
     with pytest.raises(RequestError, match=words):
-        await create_devices("t-0", attributes={name: "1"}, root=grouped.root, write=grouped.write)
+        await create_devices(
+            "t-0", attributes=[(name, "1")], root=grouped.root, write=grouped.write
+        )
     assert grouped.writes == []
 
 
 async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem) -> None:
     with pytest.raises(RequestError, match="leads out of its directory"):
         await create_devices(
-            "t-0", attributes={"mdev_type/name": "x"}, root=grouped.root, write=grouped.write
+            "t-0", attributes=[("mdev_type/name", "x")], root=grouped.root, write=grouped.write
         )
     assert grouped.uuids() == set()
     assert (grouped.types("card0") / "t-0" / "name").read_text() == "Name of t-0\n"
@@ -402,16 +424,16 @@ async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem) -> Non
 async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem) -> None:
     with pytest.raises(HostError, match=r"has no file params .*can be set: vgpu_params"):
         await create_devices(
-            "t-0", 3, attributes={"params": "1"}, root=grouped.root, write=grouped.write
+            "t-0", 3, attributes=[("params", "1")], root=grouped.root, write=grouped.write
         )
     assert grouped.uuids() == set()
 
 
-@pytest.mark.parametrize("value", ["a\nb", "\x1b", "x" * 5000])
-async def test_a_value_is_one_line(grouped: FakeSystem, value: str) -> None:
-    with pytest.raises(RequestError, match="is not one line of at most 4095 bytes"):
+@pytest.mark.parametrize("value", ["a\0b", "\udcff", "x" * 5000])
+async def test_a_value_fits_a_file_of_sysfs(grouped: FakeSystem, value: str) -> None:
+    with pytest.raises(RequestError, match="is not text of at most 4095 bytes"):
         await create_devices(
-            "t-0", attributes={"vgpu_params": value}, root=grouped.root, write=grouped.write
+            "t-0", attributes=[("vgpu_params", value)], root=grouped.root, write=grouped.write
         )
 
 
