@@ -421,8 +421,9 @@ static bool check_api(VFIODevice *vbasedev, const char *path, Error **errp)
     }
     g_strstrip(api);
     if (strcmp(api, ours)) {
-        error_setg(errp, "its device API is '%s', not '%s': use -device %s",
-                   api, ours, api);
+        error_setg(errp, "its device API is '%s', not '%s': %s%s", api, ours,
+                   object_class_by_name(api) ? "use -device "
+                                             : "this QEMU has no ", api);
         return false;
     }
     return true;
@@ -493,15 +494,17 @@ bool vfio_mdev_attach_begin(VFIODevice *vbasedev, Error **errp)
     return true;
 }
 
+/* NULL for what is no mdev, or is not open. */
+static const MdevMember *find_member(VFIODevice *vbasedev)
+{
+    return lifecycle ? mdev_lifecycle_find(lifecycle, vbasedev) : NULL;
+}
+
 void vfio_mdev_detach(VFIODevice *vbasedev)
 {
     g_autoptr(MdevFailure) failure = NULL;
-    const MdevMember *member;
+    const MdevMember *member = find_member(vbasedev);
 
-    if (!lifecycle) {
-        return;
-    }
-    member = mdev_lifecycle_find(lifecycle, vbasedev);
     if (!member) {
         return;
     }
@@ -516,12 +519,8 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
 {
     ERRP_GUARD();
     g_autoptr(MdevFailure) failure = NULL;
-    const MdevMember *member;
+    const MdevMember *member = find_member(vbasedev);
 
-    if (!lifecycle) {
-        return;
-    }
-    member = mdev_lifecycle_find(lifecycle, vbasedev);
     if (!member) {
         return;
     }
@@ -546,12 +545,8 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
 
 void vfio_mdev_release_requested(VFIODevice *vbasedev)
 {
-    const MdevMember *member;
+    const MdevMember *member = find_member(vbasedev);
 
-    if (!lifecycle) {
-        return;
-    }
-    member = mdev_lifecycle_find(lifecycle, vbasedev);
     if (member) {
         vfio_mdev_event(g_hash_table_lookup(mdevs, vbasedev), member,
                         member->state, member->state,

@@ -183,15 +183,46 @@ def build(
         changed = sync(series, place)
         if changed:
             progress(f"{changed} files of ours have changed")
-        configure(place, progress)
-        compile_program(place, jobs or os.cpu_count() or 1, progress)
-        firmware = link_firmware(place)
-        binary = place / "bin" / PROGRAM
-        binary.parent.mkdir(exist_ok=True)
-        shutil.copy2(place / "build" / PROGRAM, binary.with_suffix(".new"))
-        binary.with_suffix(".new").replace(binary)
-        done = Build(series, version, ours, binary, firmware)
-        (place / "build.json").write_text(json.dumps(asdict(done), default=str) + "\n")
+        return make(place, series, version, ours, jobs, progress)
+
+
+def build_stock(
+    series: str = DEFAULT_SERIES, *, jobs: int = 0, progress: Progress = lambda _: None
+) -> Build:
+    """Build the source of a series as it was before our patches, with the same options.
+
+    Only for comparisons: nothing else uses it, and it is not listed.
+
+    :raise MdoError: It does not compile.
+    """
+    build(series, jobs=jobs, progress=progress)
+    patched, place = place_of(series), place_of(f"{series}-stock")
+    with locked(place):
+        mark, origin = place / "source.json", (patched / "source.json").read_text()
+        options = hashlib.sha256(" ".join(CONFIGURE).encode()).hexdigest()[:16]
+        if not mark.exists() or mark.read_text() != origin:
+            progress("copying the source without our patches")
+            remove(place)
+            place.mkdir(parents=True)
+            with locked(patched):
+                copy_unpatched(patched, place / "source")
+            mark.write_text(origin)
+        elif (done := find(place.name)) and done.digest == options:
+            return done
+        return make(place, place.name, json.loads(origin)["version"], options, jobs, progress)
+
+
+def make(place: Path, series: str, version: str, ours: str, jobs: int, progress: Progress) -> Build:
+    """Configure and compile ``place/source``, and put the program where it is found."""
+    configure(place, progress)
+    compile_program(place, jobs or os.cpu_count() or 1, progress)
+    firmware = link_firmware(place)
+    binary = place / "bin" / PROGRAM
+    binary.parent.mkdir(exist_ok=True)
+    shutil.copy2(place / "build" / PROGRAM, binary.with_suffix(".new"))
+    binary.with_suffix(".new").replace(binary)
+    done = Build(series, version, ours, binary, firmware)
+    (place / "build.json").write_text(json.dumps(asdict(done), default=str) + "\n")
     return done
 
 
@@ -392,6 +423,15 @@ def sync(series: str, place: Path) -> int:
         changed = [update(patched / name, source / name) for name in files_below(pristine)]
     changed += [update(checkout() / name, source / target) for name, target in NEW_FILES.items()]
     return sum(changed)
+
+
+def copy_unpatched(place: Path, tree: Path) -> None:
+    """Copy the source of ``place`` as it was before our patches."""
+    run(["cp", "-a", "--reflink=auto", place / "source", tree])
+    for name in NEW_FILES.values():
+        remove(tree / name)
+    for name in files_below(place / "pristine"):
+        update(place / "pristine" / name, tree / name)
 
 
 def keep(source: Path, pristine: Path, name: str) -> None:

@@ -51,10 +51,11 @@ CONFIGURE = """\
 #!/bin/sh
 tree=$(dirname "$0")
 echo configured >> "$tree/../configured"
+files=$(ls "$tree/hw/vfio/common.c" "$tree/hw/vfio/mdev.c" 2>/dev/null | tr '\\n' ' ')
 cat > build.ninja <<END
 rule make
-  command = echo making; cat $tree/hw/vfio/common.c $tree/hw/vfio/mdev.c > \\$out
-build qemu-system-x86_64: make $tree/hw/vfio/common.c $tree/hw/vfio/mdev.c
+  command = echo making; cat $files > \\$out
+build qemu-system-x86_64: make $files
 END
 """
 
@@ -243,6 +244,33 @@ def test_build_from_a_tree(project: Path, tree: Path, monkeypatch: pytest.Monkey
         qemubuild.build("9.9", source=copy_of(tree, "five"))
     assert qemubuild.find("9.9") == again
     assert (qemubuild.place_of("9.9") / "source/hw/vfio/common.c").exists()
+
+
+def test_a_stock_build_has_nothing_of_ours(
+    project: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qemubuild, "check_host", lambda: None)
+    monkeypatch.setattr(qemubuild, "FIRMWARE", {str(tree): "package"})
+    monkeypatch.setattr(qemubuild, "NEEDED_FIRMWARE", ("VERSION",))
+    patched = qemubuild.build("9.9", source=tree)
+    stock = qemubuild.build_stock("9.9")
+    assert stock.binary.read_text() == "one\nthree\nfour\n"
+    assert stock.version == patched.version
+    assert qemubuild.find("9.9") == patched
+    source = qemubuild.place_of("9.9-stock") / "source"
+    assert set(qemubuild.files_below(source)) == set(qemubuild.files_below(tree))
+
+    said: list[str] = []
+    (project / "hw/vfio/mdev.c").write_text("mine\n")
+    assert qemubuild.build_stock("9.9", progress=said.append) == stock
+    assert "copying the source without our patches" not in said
+
+    other = tree.with_name("other")
+    shutil.copytree(tree, other)
+    (other / "README").touch()
+    qemubuild.build("9.9", source=other)
+    qemubuild.build_stock("9.9")
+    assert (source / "README").exists()
 
 
 def copy_of(tree: Path, words: str) -> Path:
