@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,19 +20,32 @@ from mdev_orchestrator.host.events import (
     events,
     udev_monitor,
 )
+from mdev_orchestrator.qemu.events import (
+    GuestEvent,
+    StateChange,
+    Unwatched,
+    Watched,
+    guest_events,
+)
 
 
 def watch(
     *,
     json: Annotated[bool, typer.Option("--json", help="One JSON document a line.")] = False,
 ) -> None:
-    """Print events of parents, devices and VFIO nodes as they happen, until ctrl-C."""
+    """Print events of parents, devices, VFIO nodes and guests as they happen, until ctrl-C."""
     output.run(_watch(json=json))
 
 
 async def _watch(*, json: bool) -> None:
     root = output.host_root()
-    async with aclosing(events(lambda: udev_monitor(root))) as stream:
+    await asyncio.gather(
+        _print(events(lambda: udev_monitor(root)), json=json), _print(guest_events(), json=json)
+    )
+
+
+async def _print(stream: AsyncGenerator[Any, None], *, json: bool) -> None:
+    async with aclosing(stream):
         async for event in stream:
             if json:
                 output.emit_json(shape(event))
@@ -38,7 +53,7 @@ async def _watch(*, json: bool) -> None:
                 output.emit(line(event))
 
 
-def shape(event: Event) -> dict[str, str]:
+def shape(event: Event | GuestEvent) -> dict[str, str]:
     """The documented JSON shape of an event."""
     match event:
         case ParentEvent(parent, registered):
@@ -51,9 +66,24 @@ def shape(event: Event) -> dict[str, str]:
             return {"event": "node", "action": action, "node": node}
         case Rescan(reason):
             return {"event": "rescan", "reason": reason}
+        case Watched() | Unwatched() | StateChange():
+            return {"event": "guest"} | _guest_shape(event)
 
 
-def line(event: Event) -> str:
+def _guest_shape(event: GuestEvent) -> dict[str, str]:
+    match event:
+        case Watched(guest):
+            return {"action": "watched", "guest": guest}
+        case Unwatched(guest):
+            return {"action": "unwatched", "guest": guest}
+        case StateChange(guest, uuid, parent, group, before, state, reason):
+            told = {"action": "change", "guest": guest, "uuid": str(uuid), "parent": parent}
+            told |= {"old_state": before, "state": state}
+            told |= {"group_uuid": str(group)} if group else {}
+            return told | ({"reason": reason} if reason else {})
+
+
+def line(event: Event | GuestEvent) -> str:
     """An event as a line for people."""
     kind, *values = shape(event).values()
     return "  ".join((kind.ljust(6), *values))

@@ -13,9 +13,10 @@ What a guest looks like
   memory, so that a device with a large memory aperture fits without moving its neighbours.
 * An mdev is a device with the id ``mdev-UUID``, opened by ``sysfsdev``. vfio-ccw and vfio-ap
   devices are not PCI and sit on no port.
-* Three listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
-  (looking, so that a listing need not wait for an unplug that takes a minute) and ``console``
-  (first serial port, whose output is kept in a log as well).
+* Four listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
+  (looking, so that a listing need not wait for an unplug that takes a minute), ``watch`` (events,
+  for one who stays connected) and ``console`` (first serial port, whose output is kept in a log as
+  well).
 * ``-uuid`` always: NVIDIA's host plugin reads it from the command line, and it is how a later
   command knows that a process is this guest.
 
@@ -118,6 +119,7 @@ class Sockets:
 
     qmp: int
     query: int
+    watch: int
     console: int
     console_log: Path
 
@@ -299,7 +301,8 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
     ]
     if spec.firmware:
         argv += ["-L", str(spec.firmware)]
-    for name, descriptor in (("qmp", sockets.qmp), ("query", sockets.query)):
+    monitors = {"qmp": sockets.qmp, "query": sockets.query, "watch": sockets.watch}
+    for name, descriptor in monitors.items():
         argv += [
             "-chardev",
             option("socket", id=name, fd=descriptor, server=True, wait=False),

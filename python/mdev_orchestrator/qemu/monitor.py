@@ -263,12 +263,13 @@ async def _close(client: QMPClient, sock: socket.socket) -> BaseException | None
 
 @asynccontextmanager
 async def connect(
-    path: Path, who: str, *, deadline: float = GREETING_SECONDS
+    path: Path, who: str, *, deadline: float | None = GREETING_SECONDS
 ) -> AsyncIterator[Monitor]:
     """Connect to the monitor that listens on the Unix socket ``path``.
 
     :param who: How messages shall name it.
-    :param deadline: Seconds for greeting and negotiation.
+    :param deadline: Seconds for greeting and negotiation; ``None`` to wait for a turn, however
+        long somebody else holds the connection.
     :raise QemuError: Nobody listens there, or what answers is no QMP.
     :raise DeadlineError: It did not greet in time.
     """

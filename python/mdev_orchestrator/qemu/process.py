@@ -6,8 +6,8 @@ of its own, ``guests/NAME`` below the state directory (mode 0700)::
 
     record.json    what was started: pid, start time, UUID, command line (see Record)
     qmp.sock       monitor for changes        query.sock     monitor for looking
+    watch.sock     monitor for events         qemu.log       what QEMU itself printed
     console.sock   first serial port          console.log    what the guest printed there
-    qemu.log       what QEMU itself printed
     started/       start groups that came online for this guest, one file each (see engine)
 
 Nothing there is believed before it is checked: a process is the guest only if it has the recorded
@@ -86,6 +86,7 @@ MAX_WORDS = 16384
 RECORD = "record.json"
 QMP = "qmp.sock"
 QUERY = "query.sock"
+WATCH = "watch.sock"
 CONSOLE = "console.sock"
 CONSOLE_LOG = "console.log"
 QEMU_LOG = "qemu.log"
@@ -158,6 +159,11 @@ class Guest:
     def query_socket(self) -> Path:
         """Monitor for questions; one client at a time, each for a moment."""
         return self.directory / QUERY
+
+    @property
+    def watch_socket(self) -> Path:
+        """Monitor for events; one client at a time, for as long as it likes."""
+        return self.directory / WATCH
 
     @property
     def console_socket(self) -> Path:
@@ -665,12 +671,13 @@ async def start(
 
 async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
     with contextlib.ExitStack() as stack:
-        qmp, query, console = listeners = [
-            stack.enter_context(_listen(directory / name)) for name in (QMP, QUERY, CONSOLE)
+        qmp, query, watch, console = listeners = [
+            stack.enter_context(_listen(directory / name)) for name in (QMP, QUERY, WATCH, CONSOLE)
         ]
         sockets = Sockets(
             qmp=qmp.fileno(),
             query=query.fileno(),
+            watch=watch.fileno(),
             console=console.fileno(),
             console_log=directory / CONSOLE_LOG,
         )

@@ -30,7 +30,7 @@ from mdev_orchestrator.qemu.command import (
 GUEST = UUID("c0ffee00-0000-4000-8000-000000000001")
 M1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
 M2 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1002")
-SOCKETS = Sockets(qmp=3, query=4, console=5, console_log=Path("/s/console.log"))
+SOCKETS = Sockets(qmp=3, query=4, watch=6, console=5, console_log=Path("/s/console.log"))
 WINDOW = "pref64-reserve=1048576"
 BUS = Path("/sys/bus/mdev/devices")
 
@@ -50,6 +50,8 @@ qemu-system-x86_64
 -mon chardev=qmp,mode=control
 -chardev socket,id=query,fd=4,server=on,wait=off
 -mon chardev=query,mode=control
+-chardev socket,id=watch,fd=6,server=on,wait=off
+-mon chardev=watch,mode=control
 -chardev socket,id=console,fd=5,server=on,wait=off,logfile=/s/console.log
 -serial chardev:console
 """

@@ -100,8 +100,8 @@ async def test_start_find_stop(qemu: str, place: Path) -> None:
 async def test_its_files_are_private(qemu: str, place: Path) -> None:
     async with started(place, spec(qemu)) as guest:
         assert stat.S_IMODE(guest.directory.stat().st_mode) == 0o700
-        for path in (guest.qmp_socket, guest.query_socket, guest.console_socket):
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        for name in (process.QMP, process.QUERY, process.WATCH, process.CONSOLE):
+            assert stat.S_IMODE((guest.directory / name).stat().st_mode) == 0o600
 
 
 async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(qemu: str, place: Path) -> None:
@@ -113,7 +113,7 @@ async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(qemu: str, p
         assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
         assert Path(f"/proc/{pid}/fd/1").readlink() == guest.qemu_log
         sockets = [f for f in Path(f"/proc/{pid}/fd").iterdir() if "socket" in str(f.readlink())]
-        assert len(sockets) == 3
+        assert len(sockets) == 4
 
 
 async def test_it_outlives_who_started_it_and_another_process_stops_it(
