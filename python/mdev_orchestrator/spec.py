@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args, get_origin
 from uuid import UUID
 
@@ -523,7 +524,21 @@ def parse(
     if kind is None:
         kind = "json" if text.lstrip().startswith("{") else "toml"
     lines = _Places(text, source, kind).read()
-    raw = _parsed(text, source, kind)
+    return _checked(_parsed(text, source, kind), source, lines, base)
+
+
+def check(
+    spec: Spec, source: str = "spec", lines: Mapping[Place, int] = MappingProxyType({})
+) -> Document:
+    """Check a spec that a program made, or changed, as one that was read.
+
+    :param lines: Where its keys stand, if it was read once.
+    :raise RequestError: Something is wrong with it.
+    """
+    return _checked(to_plain(spec), source, lines, None)
+
+
+def _checked(raw: object, source: str, lines: Mapping[Place, int], base: Path | None) -> Document:
     try:
         spec = msgspec.convert(raw, Spec, dec_hook=lambda type_, value: _value(type_, value, base))
     except msgspec.ValidationError as error:

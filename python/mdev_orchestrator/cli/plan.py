@@ -16,6 +16,7 @@ from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.interop.mdevctl import complete, defined
 from mdev_orchestrator.spec import Document, GuestMdev, Place, key, load
 
 
@@ -38,8 +39,9 @@ def plan(
 
     Ends with 0 when all fit, with 2 when not.
     """
-    document = load(spec)
-    host = scan(output.host_root())
+    root = output.host_root()
+    host = scan(root)
+    document = complete(load(spec), defined(root), host)
     asked = requests_of(document, host)
     answer = make_plan(
         asked.requests, survey(host), "spread" if policy is Policy.SPREAD else "pack"

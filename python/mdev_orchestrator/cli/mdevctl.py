@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo import`` and ``mdo export``: definitions of mdevctl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
+from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.interop import mdevctl
+from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.model import is_uuid, parse_uuid
+from mdev_orchestrator.spec import load, to_plain, to_toml
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+def import_(
+    uuids: Annotated[
+        list[str] | None, typer.Argument(metavar="UUID…", help="Devices; all without any.")
+    ] = None,
+    *,
+    parent: Annotated[str | None, typer.Option(help="Only those on this parent.")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="DIR", help="Definitions; /etc/mdevctl.d without it."),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a spec of mdevctl's definitions: a pool for each device. Changes nothing of theirs."""
+    where = from_ or mdevctl.directory(output.host_root())
+    asked = mdevctl.select(mdevctl.read(where), [parse_uuid(text) for text in uuids or ()], parent)
+    spec, faults = mdevctl.to_spec(asked.found)
+    for damage in asked.damage:
+        output.say(str(damage))
+    for fault in faults:
+        output.say_error(fault)
+    if spec.pools:
+        as_json = json or (to is not None and to.suffix == ".json")
+        if to is not None:
+            _save(to, _json(to_plain(spec)) if as_json else to_toml(spec), force=force)
+        elif as_json:
+            output.emit_json(to_plain(spec))
+        else:
+            output.emit(to_toml(spec).rstrip("\n"))
+    total = len(asked.found) + len(asked.damage)
+    if left := total - len(spec.pools):
+        raise MdoError(
+            f"{left} of {total} definitions {'was' if left == 1 else 'were'} left out",
+            "mend them, or name the devices that you want",
+        )
+
+
+def export(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; all without any."),
+    ] = None,
+    *,
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace definitions that are different.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Print or write mdevctl's definitions of devices that exist, or that a spec asks for.
+
+    Of one device it prints what mdevctl define --jsonfile takes.
+    """
+    definitions = _wanted(what or [], to)
+    written = [] if to is None else mdevctl.write(definitions, to, force=force)
+    if json:
+        output.emit_json({"definitions": [_shape(it, to, written) for it in definitions]})
+    elif to is not None:
+        if written:
+            output.emit("\n".join(map(str, written)))
+    elif len(what or []) == 1 and is_uuid((what or [])[0]):
+        output.emit(mdevctl.to_json(definitions[0]))
+    else:
+        output.emit(mdevctl.dump(definitions))
+
+
+def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
+    root = output.host_root()
+    host = scan(root)
+    if len(what) == 1 and not is_uuid(what[0]):
+        return mdevctl.of_spec(load(what[0]), host)
+    found = []
+    for uuid in dict.fromkeys(parse_uuid(text) for text in what):
+        mdev = host.find(uuid)
+        if mdev is None:
+            raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
+        found.append(mdev)
+    if not what:
+        found = [mdev for mdev in host.mdevs if mdev.type_id is not None]
+        if not found:
+            raise UnknownError("there is no mdev to export", "mdo export SPEC needs none")
+    known = mdevctl.read(to or mdevctl.directory(root)).found
+    return [mdevctl.of_mdev(mdev, known) for mdev in found]
+
+
+def _shape(definition: Definition, to: Path | None, written: Sequence[Path]) -> dict[str, Any]:
+    file = None if to is None else mdevctl.path(definition, to)
+    return {
+        "uuid": definition.uuid,
+        "parent": definition.parent,
+        "definition": mdevctl.to_plain(definition),
+        "file": file,
+        "written": file in written,
+    }
+
+
+def _json(value: object) -> str:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+
+
+def _save(path: Path, text: str, *, force: bool) -> None:
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RequestError(f"{path} exists already", "--force replaces it") from None
+    except OSError as error:
+        raise HostError(f"{path} cannot be written: {error.strerror}") from error
