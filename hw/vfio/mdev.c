@@ -368,6 +368,7 @@ static VFIOMdev *vfio_mdev_new(VFIODevice *vbasedev, const char *path)
  */
 static bool check_other_device(VFIODevice *vbasedev, Error **errp)
 {
+    ERRP_GUARD();
     g_autofree char *subsystem = NULL;
     g_autofree char *link = NULL;
     g_autofree char *group = NULL;
@@ -441,23 +442,28 @@ static MdevStart start_policy(const VFIODevice *vbasedev)
     }
 }
 
-static void set_error(Error **errp, VFIODevice *vbasedev,
-                      const MdevFailure *failure)
+static void set_error(Error **errp, const MdevFailure *failure)
 {
-    /* The other callers put the name in front. */
-    if (vbasedev->type == VFIO_DEVICE_TYPE_CCW) {
-        error_setg(errp, VFIO_MSG_PREFIX "%s", failure->uuid, failure->text);
-    } else {
-        error_setg(errp, "%s", failure->text);
-    }
+    ERRP_GUARD();
+
+    error_setg(errp, "%s", failure->text);
     if (failure->hint) {
         error_append_hint(errp, "%s\n", failure->hint);
     }
 }
 
-bool vfio_mdev_attach_begin(VFIODevice *vbasedev, Error **errp)
+/* What vfio-pci and vfio-ap do with every error, and vfio-ccw with none. */
+static void prepend_name(Error **errp, const VFIODevice *vbasedev)
 {
     ERRP_GUARD();
+
+    if (vbasedev->type == VFIO_DEVICE_TYPE_CCW) {
+        error_prepend(errp, VFIO_MSG_PREFIX, vbasedev->name);
+    }
+}
+
+static bool attach_begin(VFIODevice *vbasedev, Error **errp)
+{
     g_autoptr(MdevFailure) failure = NULL;
     g_autofree char *path = NULL;
 
@@ -488,7 +494,18 @@ bool vfio_mdev_attach_begin(VFIODevice *vbasedev, Error **errp)
     if (!mdev_lifecycle_open(lifecycle, vbasedev, path,
                              start_policy(vbasedev), &failure)) {
         g_hash_table_remove(mdevs, vbasedev);
-        set_error(errp, vbasedev, failure);
+        set_error(errp, failure);
+        return false;
+    }
+    return true;
+}
+
+bool vfio_mdev_attach_begin(VFIODevice *vbasedev, Error **errp)
+{
+    ERRP_GUARD();
+
+    if (!attach_begin(vbasedev, errp)) {
+        prepend_name(errp, vbasedev);
         return false;
     }
     return true;
@@ -531,6 +548,7 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp)
     failure = mdev_lifecycle_explain(lifecycle, vbasedev);
     if (failure) {
         error_prepend(errp, "%s; opening it failed: ", failure->text);
+        prepend_name(errp, vbasedev);
         if (failure->hint) {
             error_append_hint(errp, "%s\n", failure->hint);
         }
