@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from mdev_orchestrator.capacity.models import survey
 from mdev_orchestrator.capacity.planner import Plan, Policy, Request, plan
-from mdev_orchestrator.spec import Condition, CountCondition, SizeCondition
+from mdev_orchestrator.spec import CountCondition, SizeCondition
 from unit.capacity import drivers
-from unit.capacity.drivers import Driver, Texts
+from unit.capacity.cases import check, exhaustive, wishes
+from unit.capacity.drivers import Driver
 
 GROUP = (
     "a group is on one parent, and at most {} can be created on one ({}); "
@@ -251,109 +252,6 @@ def toys(rng: random.Random) -> list[Driver]:
         return driver
 
     return [toy(f"p{number}") for number in range(rng.randint(1, 3))]
-
-
-def wishes(rng: random.Random, parents: list[Driver]) -> list[Request]:
-    types = sorted({type_ for parent in parents for type_ in parent.texts})
-    conditions: list[tuple[tuple[str, Condition], ...]] = [
-        (("framebuffer", SizeCondition(text)),)
-        for text in (">=256M", "<=16M", ">=512M, <2G", ">1M")
-    ]
-
-    def wish(number: int) -> Request:
-        by_type = rng.random() < 0.7
-        return Request(
-            key=f"r{number}",
-            type_id=rng.choice(types) if by_type else None,
-            conditions=() if by_type else rng.choice(conditions),
-            count=rng.choice([1, 1, 1, 2, 2, 3, 4]),
-            group=rng.choice([None, None, "g", "h"]),
-            parent=rng.choice(parents).name if rng.random() < 0.15 else None,
-        )
-
-    return [wish(number) for number in range(rng.randint(1, 4))]
-
-
-SIZES = {"M": 1 << 20, "G": 1 << 30}
-
-
-def _framebuffer(texts: Texts) -> int | None:
-    _, description, files = texts
-    if "framebuffer" in files:
-        return int(files["framebuffer"])
-    words = (description or "").split()
-    return int(words[2]) << 20 if words[-2:] == ["video", "memory"] else None
-
-
-def accepts(request: Request, driver: Driver, type_: str) -> bool:
-    if request.parent not in {None, driver.name} or request.type_id not in {None, type_}:
-        return False
-    size = _framebuffer(driver.texts[type_])
-    return all(size is not None and wanted.holds(size) for _, wanted in request.conditions)
-
-
-def exhaustive(  # noqa: C901 - plain loops, easy to believe
-    requests: list[Request], parents: list[Driver]
-) -> bool:
-    """Whether all fit: every device of every request on every type of every parent.
-
-    Asks the drivers' own arithmetic and none of the planner's.
-    """
-    units = [request for request in requests for _ in range(request.count)]
-    units.sort(key=lambda unit: (unit.group or "", unit.key))
-    left: dict[tuple[int, tuple[tuple[str, int], ...], str], int] = {}
-    failed: set[object] = set()
-
-    def free(index: int, used: Counter[str], type_: str) -> int:
-        key = (index, tuple(sorted(used.items())), type_)
-        if key not in left:
-            left[key] = parents[index].left(used, type_)
-        return left[key]
-
-    def go(number: int, state: tuple[Counter[str], ...], group: int | None) -> bool:
-        if number == len(units):
-            return True
-        unit = units[number]
-        if unit.group is None or number == 0 or units[number - 1].group != unit.group:
-            group = None
-        key = (number, tuple(tuple(sorted(used.items())) for used in state), group)
-        if key in failed:
-            return False
-        for index, driver in enumerate(parents):
-            if group not in {None, index}:
-                continue
-            for type_ in driver.texts:
-                if accepts(unit, driver, type_) and free(index, state[index], type_) > 0:
-                    more = (*state[:index], state[index] + Counter([type_]), *state[index + 1 :])
-                    if go(number + 1, more, index if unit.group is not None else None):
-                        return True
-        failed.add(key)
-        return False
-
-    return go(0, tuple(driver.used for driver in parents), None)
-
-
-def check(requests: list[Request], parents: list[Driver], answer: Plan) -> None:
-    """The placements are what was asked for, and the drivers take them."""
-    by_name = {driver.name: driver for driver in parents}
-    by_key = {request.key: request for request in requests}
-    homes: dict[str, set[str]] = {}
-    for placement in answer.placements:
-        driver = by_name[placement.parent]
-        request = by_key[placement.request]
-        assert accepts(request, driver, placement.type_id)
-        assert driver.create(placement.type_id), "the driver refused what the plan promised"
-        if request.group is not None:
-            homes.setdefault(request.group, set()).add(placement.parent)
-    assert all(len(home) == 1 for home in homes.values())
-    placed = Counter(placement.request for placement in answer.placements)
-    short = {shortfall.request for shortfall in answer.shortfalls}
-    for request in requests:
-        assert (placed[request.key] < request.count) == (request.key in short)
-        if request.group is not None and request.key in short:
-            assert placed[request.key] == 0
-    for parent in answer.parents:
-        assert parent.available_after == by_name[parent.capacity.name].counts()
 
 
 def compare(seed: int) -> bool:
