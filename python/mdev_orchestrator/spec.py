@@ -755,7 +755,7 @@ def _check_attributes(document: Document, place: Place, devices: GuestMdev | Poo
             raise document.fault(at, "a guest's devices have a group", f'group = "{value}"')
     if isinstance(devices, Pool) and devices.mdevctl:
         try:
-            found = msgspec.json.decode(devices.mdevctl, type=dict[str, msgspec.Raw])
+            found = msgspec.json.decode(devices.mdevctl, type=dict[str, Any])
         except (msgspec.MsgspecError, RecursionError):
             raise document.fault((*place, "mdevctl"), "must be a JSON object") from None
         if known := {"mdev_type", "start", "attrs"}.intersection(found):

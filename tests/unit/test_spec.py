@@ -283,6 +283,10 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
         '[[pool]]\nname = "a"\ntype = "t"\nmdevctl = "[]"\n',
         "s:4: pool[0].mdevctl: must be a JSON object",
     ),
+    "wrong JSON of mdevctl": (
+        '[[pool]]\nname = "a"\ntype = "t"\nmdevctl = \'{"a": "\\q"}\'\n',
+        "s:4: pool[0].mdevctl: must be a JSON object",
+    ),
     "a type for mdevctl": (
         '[[pool]]\nname = "a"\ntype = "t"\nmdevctl = \'{"mdev_type": "x"}\'\n',
         "s:4: pool[0].mdevctl: mdev_type has a key of its own here",

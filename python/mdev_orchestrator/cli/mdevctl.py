@@ -38,6 +38,8 @@ def import_(
     json: Json = False,
 ) -> None:
     """Make a spec of mdevctl's definitions: a pool for each device. Changes nothing of theirs."""
+    if from_ is not None and not from_.is_dir():
+        raise RequestError(f"{from_} is not a directory", "--from names one like /etc/mdevctl.d")
     where = from_ or mdevctl.directory(output.host_root())
     asked = mdevctl.select(mdevctl.read(where), [parse_uuid(text) for text in uuids or ()], parent)
     spec, faults = mdevctl.to_spec(asked.found)

@@ -134,13 +134,13 @@ def from_json(uuid: UUID, parent: str, data: bytes) -> Definition:
         type=known.mdev_type,
         start=known.start,
         attributes=tuple(item for attr in known.attrs or () for item in attr.items()),
-        extra=_one_line(extra) if extra else "",
+        extra=_one_line(msgspec.json.encode(extra)) if extra else "",
     )
 
 
-def _one_line(fields: Mapping[str, msgspec.Raw]) -> str:
-    text = msgspec.json.format(msgspec.json.encode(fields), indent=-1).decode()
-    return text.replace("\x7f", "\\u007f")  # the one control character that JSON does not escape
+def _one_line(text: bytes) -> str:
+    # DEL is the one control character that JSON does not escape
+    return msgspec.json.format(text, indent=-1).decode().replace("\x7f", "\\u007f")
 
 
 def to_plain(definition: Definition) -> dict[str, Any]:
@@ -491,7 +491,12 @@ def of_device(
     if group is not None:
         files.append((GROUP_FILE, str(group)))
     return Definition(
-        uuid=uuid, parent=parent, type=type_, start=start, attributes=tuple(files), extra=extra
+        uuid=uuid,
+        parent=parent,
+        type=type_,
+        start=start,
+        attributes=tuple(files),
+        extra=_one_line(extra.encode()) if extra else "",
     )
 
 

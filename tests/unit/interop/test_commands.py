@@ -141,6 +141,7 @@ def test_bad_definitions_are_named_and_the_others_imported(machine: Machine) -> 
         ([str(U1)], f"mdevctl has not defined {U1} \u2014 mdevctl list --defined"),
         (["x"], "'x' is not a UUID"),
         (["--parent", "p"], "mdevctl has no definitions on p"),
+        (["--from", "/none"], "/none is not a directory"),
     ],
 )
 def test_nothing_to_import(machine: Machine, arguments: list[str], words: str) -> None:

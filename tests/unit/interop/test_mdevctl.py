@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -212,6 +213,21 @@ params = "x=1"
         type="mvgpu-128M",
         attributes=(("vgpu_params", "x=1"), ("group_uuid", str(GROUP))),
     )
+
+
+def test_keys_of_others_may_be_written_as_one_likes(tmp_path: Path) -> None:
+    text = f"""
+[[pool]]
+name = "a"
+uuid = "{U1}"
+type = "t"
+parent = "p"
+mdevctl = ' {{ "b" : [ 1.10 , null ], "a" : "é" }} '
+"""
+    definitions = mdevctl.of_spec(parse(text), Host())
+    assert definitions[0].extra == '{"b":[1.10,null],"a":"é"}'
+    assert len(mdevctl.write(definitions, tmp_path)) == 1
+    assert mdevctl.write(definitions, tmp_path) == ()
 
 
 @pytest.mark.parametrize(
@@ -455,11 +471,31 @@ def test_a_bad_file_is_named_and_hides_no_other(tmp_path: Path, name: str) -> No
     assert mdevctl.select(read, [U1]).damage == ()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file(tmp_path: Path) -> None:
-    put(tmp_path, Definition(uuid=U1, parent="p", type="t")).chmod(0)
-    (damage,) = mdevctl.read(tmp_path).damage
-    assert damage.reason == "cannot be read: Permission denied"
+def test_what_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Definition(uuid=U1, parent="q", type="t")
+    put(tmp_path, good)
+    file = put(tmp_path, Definition(uuid=U1, parent="p", type="t"))
+    opened, listed = os.open, os.scandir
+
+    def closed(path: object, *rest: int) -> int:  # root may read everything
+        if path == str(file):
+            raise PermissionError(errno.EACCES, "no")
+        return opened(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", closed)
+    read = mdevctl.read(tmp_path)
+    assert read.found == (good,)
+    assert [str(damage) for damage in read.damage] == [f"{file} cannot be read: Permission denied"]
+
+    def hidden(path: Path) -> Iterator[os.DirEntry[str]]:
+        if path == file.parent:
+            raise PermissionError(errno.EACCES, "no")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", hidden)
+    read = mdevctl.read(tmp_path)
+    assert read.found == (good,)
+    assert [damage.file for damage in read.damage] == [file.parent]
 
 
 def test_what_mdevctl_passes_over_too(tmp_path: Path) -> None:
