@@ -34,6 +34,11 @@ def cache_dir() -> Path:
     return _base("MDO_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
+def journal_path() -> Path:
+    """What is ours and what was intended, see ``engine.journal``; need not be there."""
+    return state_dir() / "journal.db"
+
+
 def private_dir(path: Path) -> Path:
     """Create ``path`` with mode 0700, or check that it is a directory of ours.
 

@@ -250,7 +250,7 @@ def requests_of(document: Document, host: Host, ours: Collection[UUID] | None = 
             wanted.append((place, request))
             continue
         type_ = facts.get((mdev.parent, mdev.type_id or ""))
-        _check_existing(document, place, devices, mdev, type_, ours)
+        check_existing(document, place, devices, mdev, type_, ours)
         existing.append(Existing(key(place), mdev.uuid, mdev.parent, mdev.type_id or ""))
         if group is not None:
             home, first = homes.setdefault(group, (mdev.parent, mdev.uuid))
@@ -283,13 +283,13 @@ def _at_home(
     return replace(request, parent=home)
 
 
-def _check_existing(
+def check_existing(
     document: Document,
     place: Place,
     devices: GuestMdev | Pool,
     mdev: Mdev,
     type_: MdevType | None,
-    ours: Collection[UUID] | None,
+    ours: Collection[UUID] | None = None,
 ) -> None:
     what = f"device {mdev.uuid}"
     if ours is not None and mdev.uuid not in ours:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +13,13 @@ from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.model import Host, Mdev
 
+if TYPE_CHECKING:
+    from mdev_orchestrator.engine.store import OwnDevice, Owned
+
 UNKNOWN = "?"
 NONE = "-"
+OURS = "ours"
+FOREIGN = "foreign"
 STATES = {None: NONE, False: "offline", True: "online"}
 
 
@@ -26,13 +31,26 @@ def host(
     root = output.host_root()
     found = scan(root)
     held = holders(found.mdevs, root)
+    owned = _owned()
     if json:
-        output.emit_json(shape(found, held))
+        output.emit_json(shape(found, held, owned))
     else:
-        _show(found, held)
+        _show(found, held, owned)
 
 
-def shape(found: Host, held: Holders) -> dict[str, Any]:
+def _owned() -> Owned | None:
+    """What is ours; ``None`` when the journal cannot be read."""
+    from mdev_orchestrator.engine.store import read_owned
+    from mdev_orchestrator.errors import MdoError
+
+    try:
+        return read_owned()
+    except MdoError as error:
+        output.say_error(error)
+        return None
+
+
+def shape(found: Host, held: Holders, owned: Owned | None) -> dict[str, Any]:
     """The documented JSON shape of a host."""
     used = _used(found)
     return {
@@ -60,7 +78,17 @@ def shape(found: Host, held: Holders) -> dict[str, Any]:
             }
             for parent in found.parents
         ],
-        "mdevs": [mdev_shape(mdev, held) for mdev in found.mdevs],
+        "mdevs": [{**mdev_shape(mdev, held), **_ownership(mdev, owned)} for mdev in found.mdevs],
+        "lost": [
+            {
+                "uuid": str(device.uuid),
+                "parent": device.parent,
+                "type": device.type,
+                "spec": device.spec,
+                "for": device.owner or None,
+            }
+            for device in _lost(found, owned)
+        ],
         "groups": [
             {
                 "uuid": str(group.uuid),
@@ -97,11 +125,41 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
     return result
 
 
+def _ownership(mdev: Mdev, owned: Owned | None) -> dict[str, Any]:
+    """Whose an mdev is: ``owner`` is ``ours`` or ``foreign``, null when that cannot be told."""
+    device = None if owned is None else _device(mdev, owned)
+    return {
+        "owner": None if owned is None else FOREIGN if device is None else OURS,
+        "spec": None if device is None else device.spec,
+        "for": None if device is None else device.owner or None,
+    }
+
+
+def _device(mdev: Mdev, owned: Owned) -> OwnDevice | None:
+    """An mdev as the journal has it; one of the same UUID elsewhere is somebody else's."""
+    device = owned.devices.get(mdev.uuid)
+    same = device and device.parent == mdev.parent and mdev.type_id in {device.type, None}
+    return device if same else None
+
+
+def _lost(found: Host, owned: Owned | None) -> list[OwnDevice]:
+    """Devices that are ours and not there (any more)."""
+    here = {mdev.uuid for mdev in found.mdevs if owned is not None and _device(mdev, owned)}
+    devices = () if owned is None else owned.devices.values()
+    return [device for device in devices if device.uuid not in here]
+
+
+def _whose(mdev: Mdev, owned: Owned | None) -> str:
+    ownership = _ownership(mdev, owned)
+    words = [ownership["owner"] or UNKNOWN, ownership["spec"], ownership["for"]]
+    return " ".join(word for word in words if word)
+
+
 def _used(found: Host) -> Counter[tuple[str, str | None]]:
     return Counter((mdev.parent, mdev.type_id) for mdev in found.mdevs)
 
 
-def _show(found: Host, held: Holders) -> None:
+def _show(found: Host, held: Holders, owned: Owned | None) -> None:
     used = _used(found)
     output.emit_table(
         "Types",
@@ -137,7 +195,7 @@ def _show(found: Host, held: Holders) -> None:
         output.emit("")
     output.emit_table(
         "Devices",
-        ("uuid", "parent", "type", "iommu", "state", "group", "holder", "remarks"),
+        ("uuid", "parent", "type", "iommu", "state", "group", "whose", "holder", "remarks"),
         [
             (
                 str(mdev.uuid),
@@ -146,12 +204,18 @@ def _show(found: Host, held: Holders) -> None:
                 _line(mdev.iommu_group),
                 STATES[mdev.online],
                 NONE if mdev.group_uuid is None else str(mdev.group_uuid),
+                _whose(mdev, owned),
                 ", ".join(map(str, held.of(mdev.uuid))),
                 "; ".join(mdev.damage),
             )
             for mdev in found.mdevs
         ],
     )
+    for device in _lost(found, owned):
+        spec = f" of spec {device.spec}" if device.spec is not None else ""
+        output.say(
+            f"mdev {device.uuid}{spec} is lost: it is ours and not on {device.parent} any more"
+        )
     for damage in found.damage:
         output.say(damage)
     if not found.mdev_bus:

@@ -12,9 +12,12 @@ import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mdev_orchestrator.errors import MdoError
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.engine.executor import Event
 
 T = TypeVar("T")
 
@@ -119,6 +122,13 @@ def say(text: str) -> None:
     with suppress(BrokenPipeError):
         sys.stderr.write(f"mdo: {text}\n")
         sys.stderr.flush()
+
+
+def progress(event: Event) -> None:
+    """Tell of a step that is done or undone; an observer of the engine."""
+    words = {"done": "", "undone": "undone: ", "stuck": "could not undo: "}.get(event.moment)
+    if words is not None:
+        say(f"[{event.number + 1}/{event.total}] {words}{event.step}")
 
 
 def say_error(error: MdoError) -> None:

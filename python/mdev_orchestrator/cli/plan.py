@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,11 @@ class Policy(StrEnum):
     SPREAD = "spread"
 
 
+def policy_of(policy: Policy) -> Literal["pack", "spread"]:
+    """The planner's word for a policy."""
+    return "spread" if policy is Policy.SPREAD else "pack"
+
+
 def plan(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
     *,
@@ -43,9 +48,7 @@ def plan(
     host = scan(root)
     document = complete(load(spec), defined(root), host)
     asked = requests_of(document, host)
-    answer = make_plan(
-        asked.requests, survey(host), "spread" if policy is Policy.SPREAD else "pack"
-    )
+    answer = make_plan(asked.requests, survey(host), policy_of(policy))
     if json:
         output.emit_json(shape(document, asked, answer))
     else:

@@ -24,10 +24,11 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.host.writer import Writer, write_or_kill
+from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
 from mdev_orchestrator.model import Host, StartGroup
 
 ONLINE = "online"
+GROUP = "group_uuid"
 ERROR = "group_error"
 """Optional: why the driver refused the last start."""
 OWNER = "group_owner"
@@ -99,6 +100,42 @@ async def stop(
         message = f"mdev {uuid} does not go offline: {os.strerror(number)}"
         raise _with_owner(message, number, uuid, root)
     return True
+
+
+async def join(
+    uuid: UUID, group: UUID, parent: str, root: Path = ROOT, *, write: Writer = write_apart
+) -> None:
+    """Put an mdev into a start group.
+
+    :raise HostError: The driver has no start groups.
+    :raise BusyError: The group is online, and the driver lets nobody join it then.
+    :raise MdoError: The driver refused for another reason.
+    """
+    number = await write(sysfs.file(uuid, GROUP, root), str(group).encode())
+    what = f"mdev {uuid} cannot join start group {group}"
+    match number:
+        case 0:
+            return
+        case errno.ENOENT:
+            raise HostError(
+                f"the driver of {parent} has no start groups: its mdevs have no file {GROUP}",
+                "create them without a group",
+            )
+        case errno.EBUSY:
+            raise BusyError(
+                f"{what}: it is online already, and its driver lets nobody join it then",
+                "stop the guest that has it, or take another group",
+            )
+        case errno.EINVAL:
+            raise MdoError(
+                f"{what}: the driver does not accept it",
+                "a group is on one parent; its other members may be elsewhere, see mdo host",
+            )
+        case errno.ENOSPC:
+            raise CapacityError(
+                f"{what}: {os.strerror(number)}", "the group, or the links of its parent, are full"
+            )
+    raise MdoError(f"{what}: {os.strerror(number)}", "see the kernel log (dmesg)")
 
 
 def explain(group: StartGroup, root: Path = ROOT) -> str:

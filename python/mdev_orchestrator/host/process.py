@@ -6,6 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def boot_id() -> str:
+    """Which boot of the machine this is; random(4)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
 def start_time(pid: int) -> int | None:
     """When a process began, in clock ticks since boot; field 22 of stat in proc(5).
 

@@ -54,7 +54,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import start_time
+from mdev_orchestrator.host.process import boot_id, start_time
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
     GuestSpec,
@@ -306,16 +306,18 @@ def _descriptor(directory: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        _release(descriptor)
 
 
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+def _release(descriptor: int) -> None:
+    """Give a lock back at once: a writer that is forked at this moment shares the descriptor."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _is_guest(record: Record) -> bool:
     """Whether the recorded process is alive and still the one that was recorded."""
-    if record.boot_id != _boot_id() or start_time(record.pid) != record.start_time:
+    if record.boot_id != boot_id() or start_time(record.pid) != record.start_time:
         return False
     try:
         arguments = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
@@ -423,7 +425,7 @@ def _claim(name: str, root: Path) -> Iterator[Path]:
                 raise
             return
         finally:
-            os.close(descriptor)
+            _release(descriptor)
 
 
 def _is_same(descriptor: int, directory: Path) -> bool:
@@ -693,7 +695,7 @@ async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
                 uuid=spec.uuid,
                 pid=pid,
                 start_time=start_time(pid) or 0,
-                boot_id=_boot_id(),
+                boot_id=boot_id(),
                 created=round(time.time(), 3),
                 argv=argv,
                 mdevs=[mdev.uuid for mdev in spec.mdevs],

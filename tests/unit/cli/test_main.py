@@ -25,6 +25,7 @@ CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
 def command(system: FakeSystem, *arguments: str) -> tuple[list[str], dict[str, str]]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MDO_")}
     environment["MDO_ROOT"] = str(system.root)
+    environment["MDO_STATE_DIR"] = str(system.root / "state")
     return [sys.executable, "-c", CODE, *arguments], environment
 
 
@@ -154,7 +155,7 @@ def test_host_lists_parents_types_and_devices_with_holders(cards: FakeSystem) ->
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["card1", "grid-12", "Name", "of", "grid-12", "8", "1", "vfio-pci"] in lines
-    assert [U1, "card1", "grid-12", "1", "-", "-", "guest", "'g1'", "(pid", "41)"] in lines
+    assert [U1, "card1", "grid-12", "1", "-", "-", "foreign", "guest", "'g1'", "(pid", "41)"] in lines
 
 
 def test_host_as_json(cards: FakeSystem) -> None:
@@ -165,6 +166,7 @@ def test_host_as_json(cards: FakeSystem) -> None:
         "mdev_bus",
         "parents",
         "mdevs",
+        "lost",
         "groups",
         "unseen_processes",
         "damage",
@@ -206,8 +208,12 @@ def test_host_as_json(cards: FakeSystem) -> None:
             "params": None,
             "damage": [],
             "holders": [{"pid": 41, "comm": "qemu-system-x86", "guest": "g1"}],
+            "owner": "foreign",
+            "spec": None,
+            "for": None,
         }
     ]
+    assert shape["lost"] == []
 
 
 def test_host_shows_groups_states_and_links(cards: FakeSystem) -> None:
@@ -216,7 +222,7 @@ def test_host_shows_groups_states_and_links(cards: FakeSystem) -> None:
         (cards.mdev("card1", "grid-12", uuid) / "group_uuid").write_text(GROUP)
     lines = [line.split() for line in mdo(cards, "host").stdout.splitlines()]
     assert ["card1", "8", "8"] in lines
-    assert [U1, "card1", "grid-12", "1", "offline", GROUP] in lines
+    assert [U1, "card1", "grid-12", "1", "offline", GROUP, "foreign"] in lines
     shape = json.loads(mdo(cards, "host", "--json").stdout)
     assert shape["groups"] == [
         {"uuid": GROUP, "parent": "card1", "members": [U1, U2], "online": False}

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo apply``, ``mdo diff`` and ``mdo destroy``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.plan import Policy, policy_of
+from mdev_orchestrator.spec import Document, load
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.engine.diff import Changes
+
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")
+]
+PolicyOption = Annotated[
+    Policy, typer.Option(help="Fill parents one after the other, or all alike.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+def apply(
+    spec: SpecArgument,
+    *,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Restart guests where a change needs it.")
+    ] = False,
+    policy: PolicyOption = Policy.PACK,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for each device.")] = 30.0,
+    json: JsonOption = False,
+) -> None:
+    """Make a spec true, all of it or nothing; where it is true already, do nothing."""
+    from mdev_orchestrator.engine.apply import apply as engine_apply
+
+    document = load(spec)
+    changes = output.run(
+        engine_apply(
+            document,
+            policy=policy_of(policy),
+            restart=restart,
+            host=output.host_root(),
+            deadline=deadline,
+            observe=output.progress,
+        )
+    )
+    _result(changes, json=json, word="applied")
+
+
+def diff(
+    spec: SpecArgument,
+    *,
+    policy: PolicyOption = Policy.PACK,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="End with 1 if there is something to do.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what apply would do; changes nothing."""
+    changes = output.run(_diff(load(spec), policy))
+    if json:
+        output.emit_json(shape(changes))
+    else:
+        for planned in changes.steps:
+            output.emit(str(planned.step))
+        for name, why in changes.restarts.items():
+            output.say(f"guest {name} needs a restart: {why}")
+        if not changes.steps:
+            output.say(f"{changes.name}: nothing to do")
+    if exit_code and changes.steps:
+        raise typer.Exit(1)
+
+
+async def _diff(document: Document, policy: Policy) -> Changes:
+    from mdev_orchestrator.engine.apply import diff as engine_diff
+
+    return await engine_diff(document, policy=policy_of(policy), host=output.host_root())
+
+
+def destroy(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC|NAME", help="The file, or the name that it was given.")
+    ],
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="End guests that do not power down in time.")
+    ] = False,
+    deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds for a guest to power down.")
+    ] = 60.0,
+    json: JsonOption = False,
+) -> None:
+    """Remove all that a spec has brought: its guests and devices."""
+    from mdev_orchestrator.engine.apply import destroy as engine_destroy
+
+    changes = output.run(
+        engine_destroy(
+            _name(spec),
+            force=force,
+            host=output.host_root(),
+            deadline=deadline,
+            observe=output.progress,
+        )
+    )
+    _result(changes, json=json, word="destroyed")
+
+
+def _name(spec: str) -> str:
+    """The name of a spec that is given by it, or by its file."""
+    from pathlib import Path
+
+    if "/" in spec or spec == "-" or Path(spec).suffix in {".toml", ".json"}:
+        return load(spec).name
+    return spec
+
+
+def _result(changes: Changes, *, json: bool, word: str) -> None:
+    if json:
+        output.emit_json(shape(changes))
+    elif changes.steps:
+        count = len(changes.steps)
+        output.emit(f"{changes.name}: {word}, {count} step{'s' * (count > 1)}")
+    else:
+        output.emit(f"{changes.name}: nothing to do")
+
+
+def shape(changes: Changes) -> dict[str, Any]:
+    """The documented JSON shape of changes."""
+    from mdev_orchestrator.engine.steps import Create, Remove
+
+    def step(number: int) -> dict[str, Any]:
+        planned = changes.steps[number]
+        done = planned.step
+        device = done.device if isinstance(done, Create | Remove) else None
+        guest = None if isinstance(done, Create | Remove) else done.guest.name
+        uuid = device.uuid if device is not None else getattr(done, "uuid", None)
+        return {
+            "do": type(done).__name__.lower(),
+            "guest": guest,
+            "uuid": None if uuid is None else str(uuid),
+            "type": device.type if device is not None else None,
+            "parent": device.parent if device is not None else None,
+            "needs": list(planned.needs),
+        }
+
+    return {
+        "spec": changes.name,
+        "changes": [step(number) for number in range(len(changes.steps))],
+        "restarts": [{"guest": name, "reason": why} for name, why in changes.restarts.items()],
+    }

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Makes specs true, and takes them back: what ``mdo apply``, ``diff`` and ``destroy`` do.
+
+>>> import asyncio
+>>> from mdev_orchestrator.engine.apply import apply
+>>> from mdev_orchestrator.spec import load
+>>> asyncio.run(apply(load("lab.toml")))  # doctest: +SKIP
+
+Every function here that changes something first recovers what an earlier command left open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import msgspec
+
+from mdev_orchestrator.capacity.planner import Policy
+from mdev_orchestrator.engine import diff as differ
+from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine.diff import Changes, Running, Seen
+from mdev_orchestrator.engine.executor import Observer, execute, ignore
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.recovery import recover
+from mdev_orchestrator.engine.steps import Context
+from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
+from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu.monitor import connect
+from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.spec import Document, to_json
+
+
+async def diff(
+    document: Document,
+    *,
+    policy: Policy = "pack",
+    host: Path = ROOT,
+    guests: Path | None = None,
+    journal: Path | None = None,
+) -> Changes:
+    """Find what :func:`apply` would do; changes nothing.
+
+    :param host: Directory in which ``sys``, ``dev`` and ``proc`` stand.
+    :param guests: Where guests live; the state directory's without it.
+    :param journal: The journal's file; the state directory's without it.
+    :raise RequestError: With file and line: it cannot be had.
+    """
+    seen = await look(read_owned(journal), host=host, guests=guests)
+    return differ.diff(document, seen, policy=policy)
+
+
+async def apply(
+    document: Document,
+    *,
+    policy: Policy = "pack",
+    restart: bool = False,
+    host: Path = ROOT,
+    guests: Path | None = None,
+    journal: Path | None = None,
+    deadline: float | None = None,
+    observe: Observer = ignore,
+) -> Changes:
+    """Make a spec true, all of it or nothing; where it is true already, do nothing.
+
+    :param restart: Whether guests may be restarted.
+    :param deadline: Seconds for each device to be made or removed.
+    :return: What was done.
+    :raise RequestError: With file and line: it cannot be had; or a guest must be restarted.
+    :raise BusyError: Another command changes something of it.
+    :raise HostError: The journal cannot be used; nothing was done.
+    :raise MdoError: A step failed, and all was undone; what could not be is in its notes.
+    """
+    context = _context(host, guests, deadline)
+    with Journal.open(journal) as book:
+        await recover(book, context=context, observe=observe)
+        seen = await look(book.owned(), host=host, guests=guests)
+        changes = differ.diff(document, seen, policy=policy)
+        if changes.restarts and not restart:
+            words = "; ".join(f"guest {name}: {why}" for name, why in changes.restarts.items())
+            raise RequestError(
+                f"{document.source}: needs a restart: {words}", "--restart restarts what must be"
+            )
+        own = OwnSpec(
+            name=changes.name,
+            text=to_json(document.spec),
+            source=_absolute(document.source),
+            applied=round(time.time(), 3),
+            policy=policy,
+        )
+        old = seen.owned.specs.get(changes.name)
+        if changes.nothing and old is not None and _same(old, own):
+            return changes
+        await execute(
+            book,
+            "apply",
+            changes.name,
+            changes.steps,
+            context,
+            claims=(f"spec:{changes.name}",),
+            change=changes.change,
+            specs={changes.name: own},
+            observe=observe,
+        )
+    return changes
+
+
+async def destroy(
+    name: str,
+    *,
+    force: bool = False,
+    host: Path = ROOT,
+    guests: Path | None = None,
+    journal: Path | None = None,
+    deadline: float = process.STOP_SECONDS,
+    observe: Observer = ignore,
+) -> Changes:
+    """Remove all that a spec has brought: its guests and devices. All of it, or nothing.
+
+    :param force: End guests that do not power down in time.
+    :param deadline: Seconds for a guest to power down.
+    :raise UnknownError: No spec of this name was applied.
+    :raise MdoError: A step failed, and all was undone; what could not be is in its notes.
+    """
+    context = _context(host, guests, None)
+    with Journal.open(journal) as book:
+        await recover(book, context=context, observe=observe)
+        seen = await look(book.owned(), host=host, guests=guests)
+        if name not in seen.owned.specs:
+            known = ", ".join(seen.owned.specs)
+            raise UnknownError(
+                f"no spec {name} was applied", f"there are: {known}" if known else ""
+            )
+        changes = differ.without(name, seen, force=force, deadline=deadline)
+        await execute(
+            book,
+            "destroy",
+            name,
+            changes.steps,
+            context,
+            claims=(f"spec:{name}",),
+            change=changes.change,
+            specs={name: None},
+            observe=observe,
+        )
+    return changes
+
+
+async def look(owned: Owned, *, host: Path = ROOT, guests: Path | None = None) -> Seen:
+    """Look at the machine: devices, and the guests that run."""
+    await lifecycle.sweep(root=guests, host=host)
+    alive = [guest for guest in process.list_guests(guests) if guest.alive]
+    found = await asyncio.gather(*(_running(guest) for guest in alive))
+    running = {guest.name: one for guest, one in zip(alive, found, strict=True) if one}
+    return Seen(sysfs.scan(host), owned, running, {})
+
+
+async def _running(guest: Guest) -> Running | None:
+    """What a guest has, by its own monitor for questions."""
+    if guest.record is None:
+        return None
+    try:
+        async with connect(guest.query_socket, guest.who, deadline=hotplug.QUERY_SECONDS) as qmp:
+            mdevs = await hotplug.mdevs(qmp)
+            ports = await hotplug.ports(qmp)
+    except MdoError as error:
+        if not process.find(guest.name, guest.directory.parent).alive:
+            return None  # it ended while it was asked
+        raise MdoError(
+            f"{guest.who} cannot be asked what it has: {error.message}", error.hint
+        ) from error
+    uuids = tuple(plugged.uuid for plugged in mdevs)
+    return Running(guest.record.uuid, uuids, sum(port.occupant is None for port in ports))
+
+
+def stored(own: OwnSpec) -> Document:
+    """A spec as it was applied.
+
+    :raise RequestError: The journal is damaged.
+    """
+    from mdev_orchestrator.spec import parse
+
+    document = parse(own.text, own.source, kind="json")
+    named = msgspec.structs.replace(document.spec, name=own.name)
+    return Document(named, own.source)
+
+
+def _context(host: Path, guests: Path | None, deadline: float | None) -> Context:
+    context = Context(host=host, guests=guests)
+    if deadline is not None:
+        context.deadline = deadline
+    return context
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def _same(old: OwnSpec, new: OwnSpec) -> bool:
+    return (old.text, old.source, old.policy) == (new.text, new.source, new.policy)

@@ -1,0 +1,736 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From what a spec asks for, and what there is, to the steps between. Pure: no I/O.
+
+How a request finds its devices again
+=====================================
+
+A spec asks for kinds of devices, the journal knows single ones. A device of ours stays with a
+request of the same guest or pool when it is what the request asks for: by its UUID where one is
+given, else the one that was made for the very same request, else any that will do. What no request
+wants any more goes, and what is missing is planned (:mod:`..capacity.planner`) and made. A device
+that is ours and not there, after a reboot for instance, is made again as it was.
+
+In which order
+==============
+
+What is new comes first and what is old goes last, so that a change that fails has touched nothing
+that works. Only when the new does not fit beside the old, or has its UUID, the old goes first.
+
+What a running guest takes
+==========================
+
+Devices come and go by hotplug. Everything else about a guest, and more devices than it has free
+ports for, takes a restart, which has to be asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
+from typing import Literal
+from uuid import UUID, uuid4
+
+import msgspec
+
+from mdev_orchestrator.capacity.attributes import facts_of, meets
+from mdev_orchestrator.capacity.models import ParentCapacity, survey
+from mdev_orchestrator.capacity.planner import (
+    Placement,
+    Plan,
+    Policy,
+    Request,
+    check_existing,
+)
+from mdev_orchestrator.capacity.planner import plan as make_plan
+from mdev_orchestrator.engine.executor import Planned
+from mdev_orchestrator.engine.steps import (
+    AnyStep,
+    Attach,
+    Create,
+    Detach,
+    Launch,
+    Remove,
+    Stop,
+    is_same,
+)
+from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
+from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.model import Host, is_uuid
+from mdev_orchestrator.qemu.process import STOP_SECONDS
+from mdev_orchestrator.spec import (
+    Document,
+    Guest,
+    GuestMdev,
+    Place,
+    Pool,
+    key,
+    parse,
+    read_guest,
+    to_json,
+)
+
+Survey = Callable[[Host, frozenset[UUID]], tuple[ParentCapacity, ...]]
+"""What parents can take, when some devices are removed before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A guest whose process is alive.
+
+    :ivar mdevs: What it has now, as its QEMU says.
+    :ivar free_ports: Root ports without a device.
+    """
+
+    uuid: UUID
+    mdevs: tuple[UUID, ...] = ()
+    free_ports: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A device that somebody else has defined, and that may be made as defined."""
+
+    parent: str
+    type: str
+    attributes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """All that a diff depends on beside the spec.
+
+    :ivar running: The guests of this state directory that run, by name.
+    :ivar defined: mdevctl's definitions. A guest may be given such a device though it is not ours.
+    """
+
+    host: Host
+    owned: Owned = field(default_factory=Owned)
+    running: Mapping[str, Running] = field(default_factory=dict)
+    defined: Mapping[UUID, Definition] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """A device that stays."""
+
+    request: str
+    uuid: UUID
+    parent: str
+    type_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is to be done.
+
+    :ivar name: The spec's name.
+    :ivar steps: In an order in which they could be done one by one.
+    :ivar restarts: The guests that must be restarted, and why.
+    :ivar change: What becomes ours, or is not any more, without anything being done.
+    :ivar plan: Where new devices go, by request.
+    :ivar existing: The devices that stay.
+    """
+
+    name: str
+    steps: tuple[Planned, ...] = ()
+    restarts: Mapping[str, str] = field(default_factory=dict)
+    change: Change = field(default_factory=Change)
+    plan: Plan | None = None
+    existing: tuple[Existing, ...] = ()
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all is as asked for, and is known to be."""
+        return not (self.steps or self.change.devices or self.change.guests)
+
+
+class MisfitError(RequestError):
+    """The devices do not fit; the plan tells why."""
+
+    def __init__(self, message: str, hint: str, plan: Plan) -> None:
+        super().__init__(message, hint)
+        self.plan = plan
+
+
+def diff(
+    document: Document,
+    seen: Seen,
+    *,
+    policy: Policy = "pack",
+    capacity: Survey = survey,
+    new_uuid: Callable[[], UUID] = uuid4,
+) -> Changes:
+    """Find the steps that make a spec true.
+
+    :raise RequestError: With file and line: the spec asks for what belongs to somebody else.
+    :raise MisfitError: The devices do not fit, not even in place of those that go.
+    """
+    return _Diff(document, seen, policy, capacity, new_uuid).changes()
+
+
+def without(
+    name: str, seen: Seen, *, force: bool = False, deadline: float = STOP_SECONDS
+) -> Changes:
+    """Find the steps that remove all that a spec has brought: guests first, then devices.
+
+    :param deadline: Seconds for a guest to power down.
+    """
+    guests = [guest for guest in seen.owned.guests.values() if guest.spec == name]
+    owners = {f"guest:{guest.name}" for guest in guests}
+    stops: list[Planned] = []
+    for guest in guests:
+        running = seen.running.get(guest.name)
+        if running is not None and running.uuid == guest.uuid:
+            stops.append(
+                Planned(Stop(guest=guest, devices=running.mdevs, force=force, deadline=deadline))
+            )
+    needs = tuple(range(len(stops)))
+    mine = [d for d in seen.owned.devices.values() if d.spec == name or d.owner in owners]
+    removes = [Planned(Remove(device=d), needs) for d in mine if _is_here(d, seen.host)]
+    gone = {d.uuid: None for d in mine if not _is_here(d, seen.host)}
+    stopped = {planned.step.guest.name for planned in stops if isinstance(planned.step, Stop)}
+    ended = {guest.name: None for guest in guests if guest.name not in stopped}
+    return Changes(name, (*stops, *removes), change=Change(devices=gone, guests=ended))
+
+
+def _is_here(device: OwnDevice, host: Host) -> bool:
+    found = host.find(device.uuid)
+    return found is not None and is_same(found, device)
+
+
+@dataclass(eq=False, slots=True)
+class _Want:
+    """One device that is asked for.
+
+    :ivar row: The device of ours that it is or was.
+    :ivar borrowed: It is there and somebody else's.
+    :ivar device: What it is or will be; ``None`` for a borrowed one.
+    """
+
+    place: Place
+    owner: str
+    asked: GuestMdev | Pool
+    row: OwnDevice | None = None
+    borrowed: UUID | None = None
+    device: OwnDevice | None = None
+
+    @property
+    def label(self) -> str | None:
+        return self.asked.group if isinstance(self.asked, GuestMdev) else None
+
+    @property
+    def text(self) -> str:
+        return to_json(msgspec.structs.replace(self.asked, count=1))
+
+    @property
+    def uuid(self) -> UUID:
+        if self.borrowed is not None:
+            return self.borrowed
+        if self.device is None:
+            raise AssertionError("a device that was not placed")
+        return self.device.uuid
+
+
+class _Diff:
+    def __init__(
+        self,
+        document: Document,
+        seen: Seen,
+        policy: Policy,
+        capacity: Survey,
+        new_uuid: Callable[[], UUID],
+    ) -> None:
+        self.document = document
+        self.name = document.name
+        self.seen = seen
+        self.policy = policy
+        self.capacity = capacity
+        self.new_uuid = new_uuid
+        self.types = {
+            (type_.parent, type_.id): type_ for p in seen.host.parents for type_ in p.types
+        }
+        self.wants = [
+            _Want(place, _owner(asked, owner), asked)
+            for place, owner, asked in document.spec.devices()
+            for _ in range(asked.count)
+        ]
+        owners = {want.owner for want in self.wants}
+        self.rows = {
+            d.uuid: d
+            for d in seen.owned.devices.values()
+            if d.spec == self.name or (d.spec is None and d.owner in owners)
+        }
+        self.restarts: dict[str, str] = {}
+        self.devices: dict[UUID, OwnDevice | None] = {}
+        self.guests: dict[str, OwnGuest | None] = {}
+        self.made: set[UUID] = set()
+
+    def changes(self) -> Changes:
+        self._check_guests()
+        self._match()
+        going = self._going()
+        leaving = frozenset(d.uuid for d in going)
+        missing = [want for want in self.wants if want.device is None and want.borrowed is None]
+        plan, in_place = self._place(missing, leaving)
+        self._make(missing, plan)
+        old_first = in_place or not leaving.isdisjoint(
+            want.device.uuid for want in missing if want.device is not None
+        )
+        steps = self._order(going, missing, old_first=old_first)
+        return Changes(
+            self.name,
+            steps,
+            self.restarts,
+            Change(devices=self.devices, guests=self.guests),
+            plan,
+            tuple(self._existing()),
+        )
+
+    # ---- devices --------------------------------------------------------------------------------
+
+    def _match(self) -> None:
+        """Give each want the device of ours that it is or was."""
+        free = dict(self.rows)
+        rules: tuple[Callable[[_Want, OwnDevice], bool], ...] = (
+            lambda want, row: want.asked.uuid == row.uuid,
+            lambda want, row: row.want == want.text and _is_here(row, self.seen.host),
+            lambda want, row: row.want == want.text,
+            lambda _, row: _is_here(row, self.seen.host),
+        )
+        for rule in rules:
+            for want in self.wants:
+                if want.row is not None:
+                    continue
+                for row in free.values():
+                    if row.owner == want.owner and rule(want, row) and self._will_do(want, row):
+                        want.row = free.pop(row.uuid)
+                        break
+        for want in self.wants:
+            self._settle(want)
+
+    def _will_do(self, want: _Want, row: OwnDevice) -> bool:
+        """Whether a device of ours is what is asked for, if it is there or can be made again."""
+        asked = want.asked
+        type_ = self.types.get((row.parent, row.type))
+        found = self.seen.host.find(row.uuid)
+        return (
+            type_ is not None
+            and asked.uuid in {None, row.uuid}
+            and asked.type in {None, row.type}
+            and asked.parent in {None, row.parent}
+            and self._is_set_up(want, row)
+            and meets(facts_of(type_), asked.conditions)
+            # under the same UUID there may be somebody else's device, or one that is on its way out
+            and (found is None or (is_same(found, row) and found.type_id is not None))
+        )
+
+    def _is_set_up(self, want: _Want, row: OwnDevice) -> bool:
+        asked = want.asked
+        if row.spec is None:  # adopted: what it was asked for as is not known
+            same_group = (row.group is None) == (want.label is None)
+            return same_group and asked.params in {"", row.params}
+        return want.label == row.label and (asked.params, self._attributes(asked)) == (
+            row.params,
+            row.attributes,
+        )
+
+    def _attributes(self, asked: GuestMdev | Pool) -> tuple[tuple[str, str], ...]:
+        defined = self._defined(asked)
+        return asked.attributes or (defined.attributes if defined is not None else ())
+
+    def _defined(self, asked: GuestMdev | Pool) -> Definition | None:
+        """What mdevctl says of a device of which the spec says nothing but the UUID."""
+        if asked.uuid is None or asked.type is not None or asked.conditions:
+            return None
+        return self.seen.defined.get(asked.uuid)
+
+    def _settle(self, want: _Want) -> None:
+        """Take what is there: ours, or by its UUID."""
+        host, asked = self.seen.host, want.asked
+        if want.row is not None:
+            if _is_here(want.row, host):
+                want.device = self._ours(want, want.row)
+            return
+        found = None if asked.uuid is None else host.find(asked.uuid)
+        if found is None or found.uuid in self.rows:
+            return  # it is to be made, perhaps in the place of one of the same UUID
+        type_ = self.types.get((found.parent, found.type_id or ""))
+        row = self.seen.owned.devices.get(found.uuid)
+        at = (*want.place, "uuid")
+        if row is not None and is_same(found, row):
+            if row.spec is not None or row.owner:
+                raise self.document.fault(
+                    at, f"device {found.uuid} belongs to {_whose(row)}", "choose another UUID"
+                )
+            check_existing(self.document, want.place, asked, found, type_)
+            want.device = self._ours(want, row)
+        elif found.uuid in self.seen.defined and isinstance(asked, GuestMdev):
+            check_existing(self.document, want.place, asked, found, type_)
+            want.borrowed = found.uuid
+        else:
+            raise self.document.fault(
+                at,
+                f"device {found.uuid} exists and is not ours",
+                f"choose another UUID, or mdo adopt {found.uuid}",
+            )
+
+    def _ours(self, want: _Want, row: OwnDevice) -> OwnDevice:
+        """A device that stays, under the words that the spec has for it now."""
+        device = msgspec.structs.replace(
+            row, spec=self.name, owner=want.owner, label=want.label, want=want.text
+        )
+        if device != row:
+            self.devices[device.uuid] = device
+        return device
+
+    def _going(self) -> list[OwnDevice]:
+        """The devices that no want has; those that are not there are only forgotten."""
+        kept = {want.row.uuid for want in self.wants if want.row is not None}
+        going = []
+        for row in self.rows.values():
+            if row.uuid in kept or row.spec is None:
+                continue
+            if _is_here(row, self.seen.host):
+                going.append(row)
+            else:
+                self.devices[row.uuid] = None
+        return going
+
+    def _place(
+        self, missing: Sequence[_Want], leaving: frozenset[UUID]
+    ) -> tuple[Plan | None, bool]:
+        """Where the missing devices go, and whether only in place of those that go."""
+        if not missing:
+            return None, False
+        requests = self._requests(missing)
+        host = self.seen.host
+        plan = make_plan(requests, self.capacity(host, frozenset()), self.policy)
+        if plan.fits:
+            return plan, False
+        if leaving:
+            plan = make_plan(requests, self.capacity(host, leaving), self.policy)
+            if plan.fits:
+                return plan, True
+        raise self._misfit(missing, plan)
+
+    def _requests(self, missing: Sequence[_Want]) -> list[Request]:
+        homes: dict[tuple[str, str | None], str] = {
+            (want.owner, want.label): want.device.parent
+            for want in self.wants
+            if want.device is not None and want.label is not None
+        }
+        requests = []
+        for number, want in enumerate(missing):
+            asked, row = want.asked, want.row
+            defined = self._defined(asked)
+            if row is None and asked.type is None and not asked.conditions and defined is None:
+                raise self.document.fault(
+                    (*want.place, "uuid"),
+                    f"there is no device {asked.uuid}, and nothing says of what type to create it",
+                    'add type = "…"',
+                )
+            parent = homes.get((want.owner, want.label), asked.parent)
+            if asked.parent not in {None, parent}:
+                raise self.document.fault(
+                    (*want.place, "parent"),
+                    f"group {want.label} is across parents: it has a device on {parent}",
+                    "a group is on one parent",
+                )
+            request = Request(
+                key=f"{key(want.place)}#{number}",
+                type_id=asked.type,
+                conditions=asked.conditions,
+                group=None if want.label is None else f"{want.owner}/{want.label}",
+                parent=parent,
+            )
+            known = row or defined
+            if known is not None:
+                request = replace(request, type_id=known.type, conditions=(), parent=known.parent)
+            requests.append(request)
+        return requests
+
+    def _misfit(self, missing: Sequence[_Want], plan: Plan) -> MisfitError:
+        first = plan.shortfalls[0]
+        wants = {f"{key(want.place)}#{number}": want for number, want in enumerate(missing)}
+        place = wants[first.request].place
+        short = {s.request for s in plan.shortfalls}
+        asked = sum(want.place == place for want in missing)
+        placed = asked - sum(wants[request].place == place for request in short)
+        others = len({wants[request].place for request in short}) - 1
+        more = f"; {others} more do not fit" if others else ""
+        error = self.document.fault(
+            place, f"{asked} asked for, {placed} fit: {first.reason}{more}", first.hint
+        )
+        return MisfitError(error.message, error.hint, plan)
+
+    def _make(self, missing: Sequence[_Want], plan: Plan | None) -> None:
+        """Decide what each missing device will be."""
+        placed: dict[str, Placement] = {p.request: p for p in plan.placements} if plan else {}
+        groups = {(want.owner, want.label): want.device.group for want in self.wants if want.device}
+        for number, want in enumerate(missing):
+            asked, where = want.asked, placed[f"{key(want.place)}#{number}"]
+            if want.row is not None:
+                want.device = self._ours(want, want.row)
+                self.devices.pop(want.device.uuid, None)  # its step says it
+                self.made.add(want.device.uuid)
+                continue
+            group = None
+            if want.label is not None:
+                group = groups.get((want.owner, want.label))
+                if group is None:
+                    group = UUID(want.label) if is_uuid(want.label) else self.new_uuid()
+                    groups[want.owner, want.label] = group
+            want.device = OwnDevice(
+                uuid=asked.uuid or self.new_uuid(),
+                parent=where.parent,
+                type=where.type_id,
+                spec=self.name,
+                owner=want.owner,
+                label=want.label,
+                group=group,
+                params=asked.params,
+                attributes=self._attributes(asked),
+                want=want.text,
+            )
+            self.made.add(want.device.uuid)
+
+    def _existing(self) -> Iterator[Existing]:
+        for want in self.wants:
+            found = self.seen.host.find(want.uuid)
+            if found is not None and found.uuid not in self.made:
+                yield Existing(key(want.place), found.uuid, found.parent, found.type_id or "")
+
+    # ---- guests ---------------------------------------------------------------------------------
+
+    def _check_guests(self) -> None:
+        """See that no guest of the spec is somebody else's."""
+        for number, guest in enumerate(self.document.spec.guests):
+            place: Place = ("guest", number, "name")
+            row = self.seen.owned.guests.get(guest.name)
+            running = self.seen.running.get(guest.name)
+            if row is not None and row.spec not in {None, self.name}:
+                raise self.document.fault(
+                    place,
+                    f"guest {guest.name} belongs to spec {row.spec}",
+                    f"choose another name, or mdo destroy {row.spec}",
+                )
+            if running is not None and (row is None or row.uuid != running.uuid):
+                raise self.document.fault(
+                    place,
+                    f"guest {guest.name} runs already, and was not started by a spec",
+                    f"mdo guest stop {guest.name}, mdo adopt {guest.name}, or choose another name",
+                )
+
+    def _turns(self) -> list[_Turn]:
+        """What each guest of the spec needs."""
+        turns = []
+        for guest in self.document.spec.guests:
+            owner = f"guest:{guest.name}"
+            devices = tuple(want.uuid for want in self.wants if want.owner == owner)
+            row = self.seen.owned.guests.get(guest.name)
+            own = OwnGuest(
+                name=guest.name,
+                uuid=guest.uuid or (row.uuid if row is not None else self.new_uuid()),
+                spec=self.name,
+                definition=_definition(guest),
+            )
+            turn = _Turn(own, devices, row, self.seen.running.get(guest.name))
+            if row is not None and turn.running is not None:
+                turn.new = [uuid for uuid in devices if uuid not in turn.running.mdevs]
+                turn.old = self._given_up(turn.running, owner, devices)
+                turn.reason = _restart_reason(row, turn, guest)
+                if turn.reason:
+                    self.restarts[guest.name] = turn.reason
+                elif own != row:
+                    self.guests[own.name] = own
+            turns.append(turn)
+        return turns
+
+    def _given_up(self, running: Running, owner: str, devices: Sequence[UUID]) -> list[UUID]:
+        """What a guest has from this spec and shall not have any more."""
+        spec = self.seen.owned.specs.get(self.name)
+        named = set() if spec is None else _named_before(spec.text, owner)
+        return [
+            uuid
+            for uuid in running.mdevs
+            if uuid not in devices
+            and (uuid in named or (uuid in self.rows and self.rows[uuid].owner == owner))
+        ]
+
+    def _dropped(self) -> list[OwnGuest]:
+        """The guests that the spec does not have any more; those that have ended are forgotten."""
+        asked = {guest.name for guest in self.document.spec.guests}
+        dropped = []
+        for row in self.seen.owned.guests.values():
+            if row.spec != self.name or row.name in asked:
+                continue
+            running = self.seen.running.get(row.name)
+            if running is not None and running.uuid == row.uuid:
+                dropped.append(row)
+            else:
+                self.guests[row.name] = None
+        return dropped
+
+    # ---- order ----------------------------------------------------------------------------------
+
+    def _order(
+        self, going: Sequence[OwnDevice], missing: Sequence[_Want], *, old_first: bool
+    ) -> tuple[Planned, ...]:
+        """All steps, each after those that it needs."""
+        turns, dropped = self._turns(), self._dropped()
+        creates = _creates(missing)
+        stops = {row.name: _Node(self._stop(row)) for row in dropped}
+        nodes = [*creates.values(), *stops.values()]
+        fresh, old = list(creates.values()), list(stops.values())
+        detaches: dict[UUID, _Node] = {}
+        for turn in turns:
+            own = turn.own
+            made = [creates[uuid] for uuid in turn.devices if uuid in creates]
+            if turn.running is None or turn.row is None:
+                launch = Launch(guest=own, devices=turn.devices, kept=turn.row is not None)
+                fresh.append(_Node(launch, made))
+                nodes.append(fresh[-1])
+            elif turn.reason:
+                # a guest that must stop does so when all is there that it is to come back with
+                stop = _Node(self._stop(turn.row, kept=True), [] if old_first else [*fresh])
+                stops[own.name] = stop
+                start = Launch(guest=own, devices=turn.devices, kept=True)
+                nodes += [stop, _Node(start, [stop, *made])]
+            else:
+                crowded = len(turn.new) > turn.running.free_ports
+                away = _chain(Detach(guest=own, uuid=uuid) for uuid in turn.old)
+                plugs = _chain(Attach(guest=own, uuid=uuid) for uuid in turn.new)
+                for node, uuid in zip(plugs, turn.new, strict=True):
+                    node.needs += [creates[uuid]] if uuid in creates else []
+                if crowded:
+                    plugs[0].needs += away
+                    away[0].needs += [] if old_first else made
+                else:
+                    fresh += plugs
+                    old += away
+                detaches |= zip(turn.old, away, strict=True)
+                nodes += [*away, *plugs]
+        for row in going:
+            name = row.owner.removeprefix("guest:")
+            before = [node for node in (detaches.get(row.uuid), stops.get(name)) if node]
+            old.append(_Node(Remove(device=row), before))
+            nodes.append(old[-1])
+        if old_first:
+            for node in creates.values():
+                node.needs += [other for other in old if isinstance(other.step, Remove)]
+        else:
+            for node in old:
+                node.needs += fresh
+        return _numbered(nodes)
+
+    def _stop(self, row: OwnGuest, *, kept: bool = False) -> Stop:
+        running = self.seen.running[row.name]
+        return Stop(guest=row, devices=running.mdevs, kept=kept)
+
+
+@dataclass(eq=False, slots=True)
+class _Turn:
+    """What one guest of the spec needs.
+
+    :ivar row: As it is ours now.
+    :ivar new: Devices to be attached.
+    :ivar old: Devices to be detached.
+    :ivar reason: Why it must be restarted instead.
+    """
+
+    own: OwnGuest
+    devices: tuple[UUID, ...]
+    row: OwnGuest | None
+    running: Running | None
+    new: list[UUID] = field(default_factory=list)
+    old: list[UUID] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class _Node:
+    step: AnyStep
+    needs: list[_Node] = field(default_factory=list)
+
+
+def _creates(missing: Sequence[_Want]) -> dict[UUID, _Node]:
+    made: dict[UUID, _Node] = {}
+    last: dict[tuple[str, str | None], _Node] = {}
+    for want in missing:
+        if want.device is None:
+            raise AssertionError("a device that was not placed")
+        node = _Node(Create(device=want.device, kept=want.row is not None))
+        if want.label is not None:
+            # drivers number the members of a group in the order in which they join
+            if before := last.get((want.owner, want.label)):
+                node.needs.append(before)
+            last[want.owner, want.label] = node
+        made[want.device.uuid] = node
+    return made
+
+
+def _chain(steps: Iterable[AnyStep]) -> list[_Node]:
+    """Steps that share a guest's monitor: one after the other."""
+    nodes: list[_Node] = []
+    for step in steps:
+        nodes.append(_Node(step, nodes[-1:]))
+    return nodes
+
+
+def _numbered(nodes: Sequence[_Node]) -> tuple[Planned, ...]:
+    order = list(TopologicalSorter({node: node.needs for node in nodes}).static_order())
+    number = {node: index for index, node in enumerate(order)}
+    return tuple(
+        Planned(node.step, tuple(sorted({number[need] for need in node.needs}))) for node in order
+    )
+
+
+def _owner(asked: GuestMdev | Pool, name: str) -> str:
+    kind: Literal["guest", "pool"] = "guest" if isinstance(asked, GuestMdev) else "pool"
+    return f"{kind}:{name}"
+
+
+def _whose(row: OwnDevice) -> str:
+    words = [row.owner.replace(":", " ")] if row.owner else []
+    return " of ".join([*words, f"spec {row.spec}"] if row.spec is not None else words)
+
+
+def _definition(guest: Guest) -> str:
+    """A guest without its devices, and without its UUID, which has a place of its own."""
+    return to_json(msgspec.structs.replace(guest, mdevs=(), uuid=None))
+
+
+def _restart_reason(row: OwnGuest, turn: _Turn, guest: Guest) -> str:
+    """Why a guest that runs must be restarted; empty if it need not."""
+    if turn.own.uuid != row.uuid:
+        return f"its uuid changes from {row.uuid} to {turn.own.uuid}"
+    if row.definition and turn.own.definition != row.definition:  # else it was adopted
+        before = read_guest(row.definition)
+        changed = [
+            f"{name} changes from {_shown(getattr(before, name))} to {_shown(getattr(guest, name))}"
+            for name in Guest.__struct_fields__
+            if name not in {"mdevs", "uuid"} and getattr(before, name) != getattr(guest, name)
+        ]
+        if changed:
+            return ", ".join(changed)
+    free = (turn.running.free_ports if turn.running is not None else 0) + len(turn.old)
+    if len(turn.new) > free:
+        return f"{len(turn.new)} devices are to be attached, and it has {free} free ports"
+    return ""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "nothing"
+    return "nothing" if value in (None, "") else str(value)
+
+
+def _named_before(text: str, owner: str) -> set[UUID]:
+    """The UUIDs that a guest's devices had in the spec that was applied."""
+    spec = parse(text, "the journal", kind="json").spec
+    return {
+        asked.uuid
+        for _, name, asked in spec.devices()
+        if asked.uuid is not None and _owner(asked, name) == owner
+    }

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is ours, and what was intended: an SQLite file that survives whatever kills us.
+
+sysfs and QMP are the truth about what *is*. The journal says which of it is ours, and what a
+command that did not come to its end had in mind::
+
+    run      one command that changes things: its process, when, how it ended (none: open)
+    step     its steps in their order, and how far each came (see Progress)
+    claim    the objects that an open run changes: nobody else changes them meanwhile
+    device   the mdevs that are ours        guest    the guests that are ours
+    spec     the specs that were applied
+
+The rule is *intent before action*. A run is written with all its steps before the first of them
+acts, and each step once more right before it acts and right after. Every one of these writes is on
+the disk (WAL, ``synchronous=FULL``) when it returns. Concurrent writes share one transaction, so
+sixty-four devices that are created at once cost a handful of flushes.
+
+A run belongs to the process that began it. When that process has gone and the run is open, it is
+:mod:`.recovery`'s.
+
+What the file holds is checked when it is read: it may be damaged, of a newer version, or not ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from mdev_orchestrator.engine.store import (
+    VERSION,
+    Change,
+    Owned,
+    OwnSpec,
+    check_file,
+    connect,
+    explained,
+    prepare,
+    read_rows,
+    transaction,
+)
+from mdev_orchestrator.errors import BusyError, MdoError
+from mdev_orchestrator.host.process import boot_id, start_time
+from mdev_orchestrator.state import journal_path, private_dir
+
+T = TypeVar("T")
+
+CLAIM_SECONDS = 10.0
+"""To wait for another command that changes the same objects."""
+KEPT = 200
+"""Closed runs that are kept for whoever wants to know what happened."""
+
+
+class Progress(StrEnum):
+    """How far a step has come."""
+
+    PLANNED = "planned"
+    ACTING = "acting"
+    """Its intent is written; what it has done is not known."""
+    DONE = "done"
+    FAILED = "failed"
+    """It did nothing, or has taken back what it did."""
+    UNDOING = "undoing"
+    UNDONE = "undone"
+    STUCK = "stuck"
+    """It could not be undone; the run stays open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A step as it was written: JSON, the steps that it needs, how far it came."""
+
+    number: int
+    data: str
+    needs: tuple[int, ...] = ()
+    progress: Progress = Progress.PLANNED
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that cannot be taken for another one."""
+
+    pid: int
+    start_time: int
+    boot_id: str
+
+    @classmethod
+    def this(cls) -> Self:
+        """The one that asks."""
+        pid = os.getpid()
+        return cls(pid, start_time(pid) or 0, boot_id())
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still there."""
+        return self.boot_id == boot_id() and start_time(self.pid) == self.start_time
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One command that changes or changed things.
+
+    :ivar kind: ``apply``, ``destroy``, ``create``, ``detach``…
+    :ivar title: What it was about: the spec, the guest, the devices.
+    :ivar began: Seconds since the epoch.
+    """
+
+    id: int
+    kind: str
+    title: str
+    process: Process
+    began: float
+
+    def __str__(self) -> str:
+        """How messages name it."""
+        return f"mdo {self.kind} {self.title}".rstrip() + f" (process {self.process.pid})"
+
+
+class Journal:
+    """An open journal; also a context manager that closes it.
+
+    Its methods that write are coroutines: flushes happen in a thread of its own.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self.path = path
+        self._db = connection
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    # ---- opening --------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path | None = None) -> Self:
+        """Open the journal for a command that changes things; create it if it is not there.
+
+        :raise HostError: It is damaged, of a newer version, not ours, locked, or cannot be written.
+        """
+        path = path or journal_path()
+        private_dir(path.parent)
+        check_file(path)
+        with explained(path):
+            connection = connect(path, "rwc")
+            try:
+                prepare(connection, path)
+                # read-only directories and full disks shall be known before anything is done
+                with transaction(connection):
+                    connection.execute("PRAGMA user_version = 0")
+                    connection.execute(f"PRAGMA user_version = {VERSION}")
+            except BaseException:
+                connection.close()
+                raise
+        return cls(connection, path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is being written, and close the file."""
+        self._thread.shutdown()
+        self._db.close()
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    def owned(self) -> Owned:
+        """All that is ours, at this moment."""
+        with explained(self.path):
+            return read_rows(self._db)
+
+    def open_runs(self) -> list[Run]:
+        """Runs that have not come to their end, the oldest first; some may be at work just now."""
+        with explained(self.path):
+            return [
+                Run(id_, kind, title, Process(pid, start, boot), began)
+                for id_, kind, title, pid, start, boot, began in self._db.execute(
+                    "SELECT id, kind, title, pid, start_time, boot_id, began FROM run"
+                    " WHERE ended IS NULL ORDER BY id"
+                )
+            ]
+
+    def steps(self, run: Run) -> list[Entry]:
+        """The steps of a run as they were written, in their order."""
+        with explained(self.path):
+            return [
+                Entry(number, data, _needs(needs), Progress(progress), error)
+                for number, needs, data, progress, error in self._db.execute(
+                    "SELECT number, needs, data, progress, error FROM step WHERE run = ?"
+                    " ORDER BY number",
+                    (run.id,),
+                )
+            ]
+
+    # ---- writing --------------------------------------------------------------------------------
+
+    async def begin(
+        self,
+        kind: str,
+        title: str,
+        steps: Sequence[Entry],
+        claims: Collection[str],
+        *,
+        wait: float = CLAIM_SECONDS,
+    ) -> Run:
+        """Write down a run with all its steps, and claim the objects that it changes.
+
+        :param claims: ``guest:NAME``, ``mdev:UUID``, ``spec:NAME``.
+        :param wait: Seconds to wait for another command that has claimed one of them.
+        :raise BusyError: Another command changes one of them.
+        :raise HostError: The journal cannot be written; nothing was done.
+        """
+        process = Process.this()
+
+        def write() -> Run:
+            self._refuse_claimed(claims)
+            began = round(time.time(), 3)
+            cursor = self._db.execute(
+                "INSERT INTO run (kind, title, pid, start_time, boot_id, began)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (kind, title, process.pid, process.start_time, process.boot_id, began),
+            )
+            run = Run(cursor.lastrowid or 0, kind, title, process, began)
+            self._db.executemany(
+                "INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (run.id, s.number, _json(s.needs), s.data, str(s.progress), s.error)
+                    for s in steps
+                ],
+            )
+            self._db.executemany(
+                "INSERT INTO claim VALUES (?, ?)", [(claim, run.id) for claim in sorted(claims)]
+            )
+            return run
+
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait
+        while True:
+            try:
+                return await self._write(write)
+            except BusyError:
+                if loop.time() >= end:
+                    raise
+            await asyncio.sleep(0.1)  # a lock of another process; nothing tells when it is free
+
+    def _refuse_claimed(self, claims: Collection[str]) -> None:
+        taken = self._db.execute(
+            "SELECT claim.object, run.kind, run.title, run.pid FROM claim JOIN run"
+            " ON run.id = claim.run WHERE claim.object IN"
+            " (SELECT value FROM json_each(?)) ORDER BY claim.object LIMIT 1",
+            (_json(sorted(claims)),),
+        ).fetchone()
+        if taken is not None:
+            object_, kind, title, pid = taken
+            raise BusyError(
+                f"{object_.replace(':', ' ', 1)} is being changed by mdo {kind} {title}".rstrip()
+                + f" (process {pid})",
+                "wait until it ends; if it has ended, mdo recover",
+            )
+
+    async def note(
+        self,
+        run: Run,
+        progress: Progress,
+        steps: Iterable[int],
+        *,
+        change: Change | None = None,
+        error: str = "",
+    ) -> None:
+        """Write down how far steps have come, and what has become ours or not ours by it."""
+        numbers = tuple(steps)
+
+        def write() -> None:
+            self._db.executemany(
+                "UPDATE step SET progress = ?, error = ? WHERE run = ? AND number = ?",
+                [(str(progress), error, run.id, number) for number in numbers],
+            )
+            if change is not None:
+                self._put("device", "uuid", change.devices)
+                self._put("guest", "name", change.guests)
+
+        await self._write(write)
+
+    async def end(
+        self,
+        run: Run,
+        outcome: str,
+        *,
+        change: Change | None = None,
+        specs: Mapping[str, OwnSpec | None] | None = None,
+    ) -> None:
+        """Close a run and give its claims back."""
+
+        def write() -> None:
+            if change is not None:
+                self._put("device", "uuid", change.devices)
+                self._put("guest", "name", change.guests)
+            self._put("spec", "name", specs or {})
+            self._db.execute("DELETE FROM claim WHERE run = ?", (run.id,))
+            self._db.execute(
+                "UPDATE run SET ended = ?, outcome = ? WHERE id = ?",
+                (round(time.time(), 3), outcome, run.id),
+            )
+            self._db.execute(
+                "DELETE FROM run WHERE ended IS NOT NULL AND id <= (SELECT max(id) FROM run) - ?",
+                (KEPT,),
+            )
+
+        await self._write(write)
+
+    async def put(self, change: Change) -> None:
+        """Change what is ours outside of a run: what is adopted or forgotten."""
+
+        def write() -> None:
+            self._put("device", "uuid", change.devices)
+            self._put("guest", "name", change.guests)
+
+        await self._write(write)
+
+    async def take_over(self, run: Run) -> Run | None:
+        """Make an open run of a process that has gone ours; ``None`` if somebody was quicker."""
+        process = Process.this()
+
+        def write() -> bool:
+            cursor = self._db.execute(
+                "UPDATE run SET pid = ?, start_time = ?, boot_id = ? WHERE id = ?"
+                " AND pid = ? AND start_time = ? AND boot_id = ? AND ended IS NULL",
+                (
+                    process.pid,
+                    process.start_time,
+                    process.boot_id,
+                    run.id,
+                    run.process.pid,
+                    run.process.start_time,
+                    run.process.boot_id,
+                ),
+            )
+            return cursor.rowcount == 1
+
+        if not await self._write(write):
+            return None
+        return Run(run.id, run.kind, run.title, process, run.began)
+
+    def _put(self, table: str, key: str, rows: Mapping[Any, msgspec.Struct | None]) -> None:
+        # table and key are words of this module
+        for name, value in rows.items():
+            if value is None:
+                self._db.execute(f"DELETE FROM {table} WHERE {key} = ?", (str(name),))  # noqa: S608
+            else:
+                self._db.execute(
+                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?)",  # noqa: S608
+                    (str(name), msgspec.json.encode(value).decode()),
+                )
+
+    async def _write(self, change: Callable[[], T]) -> T:
+        """Run ``change`` in a transaction that it may share with others; durable on return."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((change, future))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_all())
+        # whoever is cancelled meanwhile must still know what was written: it will be
+        return await asyncio.shield(future)
+
+    async def _write_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            changes = [change for change, _ in batch]
+            try:
+                results = await loop.run_in_executor(self._thread, self._commit, changes)
+            except Exception as error:  # noqa: BLE001 - each of the writers is told
+                results = [error] * len(batch)
+            for (_, future), result in zip(batch, results, strict=True):
+                if future.done():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                    future.exception()  # its writer may have gone
+                else:
+                    future.set_result(result)
+
+    def _commit(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
+        results: list[Any] = []
+        with explained(self.path), transaction(self._db):
+            for change in changes:
+                self._db.execute("SAVEPOINT one")
+                try:
+                    results.append(change())
+                except MdoError as error:
+                    self._db.execute("ROLLBACK TO one")
+                    results.append(error)
+                self._db.execute("RELEASE one")
+        return results
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _needs(text: str) -> tuple[int, ...]:
+    return msgspec.json.decode(text, type=tuple[int, ...])
