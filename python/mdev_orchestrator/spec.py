@@ -38,6 +38,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args, get_origin
@@ -989,19 +990,30 @@ class _Places:
 def to_plain(table: msgspec.Struct) -> dict[str, Any]:
     """A spec, or a table of one, as JSON has it; what stands at its default is left out."""
     plain = {}
-    for key_ in msgspec.structs.fields(table):
-        value = getattr(table, key_.name)
-        if key_.default_factory is not msgspec.NODEFAULT:
-            default = key_.default_factory()
-        else:
-            default = key_.default
+    for name, written, default in _defaults(type(table)):
+        value = getattr(table, name)
         if value == default:
             continue
         if isinstance(value, tuple) and isinstance(value[0], msgspec.Struct):
-            plain[key_.encode_name] = [to_plain(item) for item in value]
+            plain[written] = [to_plain(item) for item in value]
         else:
-            plain[key_.encode_name] = msgspec.to_builtins(value, enc_hook=_plain)
+            plain[written] = msgspec.to_builtins(value, enc_hook=_plain)
     return plain
+
+
+@cache
+def _defaults(type_: type[msgspec.Struct]) -> tuple[tuple[str, str, object], ...]:
+    """Names of the fields, here and in a file, and their defaults; asking msgspec takes time."""
+    return tuple(
+        (
+            field.name,
+            field.encode_name,
+            field.default
+            if field.default_factory is msgspec.NODEFAULT
+            else field.default_factory(),
+        )
+        for field in msgspec.structs.fields(type_)
+    )
 
 
 def to_toml(spec: Spec) -> str:

@@ -326,6 +326,9 @@ def write(
             reason = os.strerror(error.errno or 0)
             hint = "run as root" if error.errno in {errno.EACCES, errno.EPERM} else ""
             raise HostError(f"{file} cannot be written: {reason}", hint) from error
+    if missing:
+        for changed in {where, *(file.parent for file in missing)}:
+            _sync(changed)
     return tuple(missing)
 
 
@@ -345,7 +348,7 @@ def _refuse_taken(file: Path) -> None:
 
 
 def _store(file: Path, data: bytes, where: Path, *, force: bool) -> None:
-    """Put a file in its place, durably."""
+    """Put a file in its place; its name is on the disk when the directories are."""
     where.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(exist_ok=True)
     # beside the parents: there mdevctl has no word for a file that it does not know
@@ -361,12 +364,14 @@ def _store(file: Path, data: bytes, where: Path, *, force: bool) -> None:
             file.hardlink_to(draft)  # which, unlike a rename, replaces nothing
     finally:
         draft.unlink(missing_ok=True)
-    for changed in (file.parent, where):
-        fd = os.open(changed, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+
+
+def _sync(directory_: Path) -> None:
+    fd = os.open(directory_, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 # ---- specs ----------------------------------------------------------------------------------
