@@ -10,8 +10,11 @@
 
 from mdev_orchestrator.capacity.models import (
     Confidence,
+    Look,
     ParentCapacity,
     infer,
+    kind_of,
+    look,
     observe,
     survey,
 )
@@ -28,12 +31,15 @@ from mdev_orchestrator.capacity.planner import (
 __all__ = [
     "Asked",
     "Confidence",
+    "Look",
     "ParentCapacity",
     "Placement",
     "Plan",
     "Request",
     "Shortfall",
     "infer",
+    "kind_of",
+    "look",
     "observe",
     "plan",
     "requests_of",

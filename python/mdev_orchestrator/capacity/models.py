@@ -19,15 +19,19 @@ All are *monotone*: what fits still fits when a device is taken away, and the or
 were created does not matter. The planner relies on both.
 
 :func:`survey` infers the model of every parent from one scan and says how sure it is;
-:func:`observe` corrects it by what a creation did to the counts.
+:func:`observe` corrects it by what creations did to the counts. What was observed holds for every
+parent of the same kind (:func:`kind_of`), and :func:`survey` takes it as ``learned``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
+from itertools import islice
+from types import MappingProxyType
 from typing import TypeAlias
 from uuid import UUID
 
@@ -36,6 +40,11 @@ from mdev_orchestrator.model import Host, Parent
 
 Counts: TypeAlias = tuple[int, ...]
 """A number for each type of a parent, in the order of the model's ``types``."""
+
+_LIMIT = 1 << 63
+_STATES = 500  # in which two models are compared
+_SETTLED = 64  # types of which the costs are looked for
+_TRIES = 5000  # to find what types take, which is about a tenth of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +178,7 @@ class Confidence(StrEnum):
     CERTAIN = "certain"
     """There is but one type: every model gives the same answers."""
     OBSERVED = "observed"
-    """A creation changed the counts as it says."""
+    """Creations changed the counts as it says, and as no other model does."""
     KNOWN = "known"
     """The driver is known, and the counts agree with it."""
     GUESSED = "guessed"
@@ -233,17 +242,25 @@ class ParentCapacity:
 # ---- inference ------------------------------------------------------------------------------
 
 
-def survey(host: Host, removing: Collection[UUID] = ()) -> tuple[ParentCapacity, ...]:
+def survey(
+    host: Host, removing: Collection[UUID] = (), learned: Mapping[str, Model] = MappingProxyType({})
+) -> tuple[ParentCapacity, ...]:
     """Infer how every parent of a host fills.
 
     :param removing: Devices to count as gone: what they held is free in the result.
+    :param learned: Models that were observed, by the kind of parent (:func:`kind_of`). Not
+        trusted: one that the counts contradict is not used.
     """
     existing: dict[str, Counter[str | None]] = {}
     for mdev in host.mdevs:
         existing.setdefault(mdev.parent, Counter())[mdev.type_id] += 1
     found = []
     for parent in host.parents:
-        capacity = infer(parent, existing.get(parent.name, Counter()))
+        capacity = infer(
+            parent,
+            existing.get(parent.name, Counter()),
+            learned.get(kind_of(parent)) if learned else None,
+        )
         gone = Counter(
             mdev.type_id
             for mdev in host.mdevs
@@ -254,15 +271,32 @@ def survey(host: Host, removing: Collection[UUID] = ()) -> tuple[ParentCapacity,
     return tuple(found)
 
 
-def infer(parent: Parent, existing: Mapping[str | None, int]) -> ParentCapacity:
+def kind_of(parent: Parent) -> str:
+    """What parents that fill alike have in common, as a short text.
+
+    That is all that does not change: the types' ids, names and descriptions, and the attributes
+    that are known, such as ``max_instance``.
+    """
+    said = [
+        (type_.id, type_.name, type_.description, astuple(facts_of(type_)))
+        for type_ in parent.types
+    ]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+
+
+def infer(
+    parent: Parent, existing: Mapping[str | None, int], learned: Model | None = None
+) -> ParentCapacity:
     """Infer how one parent fills, from its types, their counts and what exists.
 
-    A driver that is known by its names is believed as long as its counts agree. Otherwise the
-    first model of these that agrees: independent (when devices exist and every type has all the
-    rest of its ``max_instance``), homogeneous (when a device exists and every other type reads 0),
-    parent counter (all counts equal), shared pool (all sizes known), independent.
+    What was learned is believed as long as the counts agree, then a driver that is known by its
+    names. Otherwise the first model of these that agrees: independent (when devices exist and
+    every type has all the rest of its ``max_instance``), homogeneous (when a device exists and
+    every other type reads 0), parent counter (all counts equal), shared pool (all sizes known),
+    independent.
 
     :param existing: How many devices of each type id exist; under ``None`` those without a type.
+    :param learned: What was observed of parents of this kind. Not trusted.
     """
     evidence = _Evidence(
         types=tuple(type_.id for type_ in parent.types),
@@ -271,43 +305,119 @@ def infer(parent: Parent, existing: Mapping[str | None, int]) -> ParentCapacity:
         used=tuple(existing.get(type_.id, 0) for type_ in parent.types),
         unseen=sum(n for type_, n in existing.items() if type_ not in {t.id for t in parent.types}),
     )
+    if learned is not None and len(evidence.types) > 1 and evidence.confirms(learned):
+        why = "devices that were created on such a parent have shown it"
+        return _capacity(parent.name, evidence, learned, Confidence.OBSERVED, why)
     model, confidence, why = _choose(evidence, _recognise(parent))
     return _capacity(parent.name, evidence, model, confidence, why)
 
 
-def observe(
-    capacity: ParentCapacity,
-    created: str,
-    before: Mapping[str, int],
-    after: Mapping[str, int],
-) -> ParentCapacity:
-    """Correct a parent's model by what one creation did.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A parent at one moment: how many devices of each type exist, and how many more can.
 
-    :param capacity: The parent as it was before.
-    :param created: Id of the type of which one was created.
-    :param before: ``available_instances`` by type id just before the creation.
-    :param after: The same just after it.
-    :return: The parent as it is now. Its model explains both counts; where none of ours does,
-        it is independent, ``guessed``, and says so.
+    Both by type id; ``None`` where the kernel's count could not be read.
+    """
+
+    used: Mapping[str, int]
+    left: Mapping[str, int | None]
+
+
+def look(host: Host, parent: str) -> Look | None:
+    """What a scan saw of one parent.
+
+    ``None`` when that tells nothing: it is gone, or a device is on its way, so that the counts
+    are of one moment and the devices of another.
+    """
+    found = next((p for p in host.parents if p.name == parent), None)
+    existing = Counter(mdev.type_id for mdev in host.mdevs if mdev.parent == parent)
+    if found is None or not existing.keys() <= {type_.id for type_ in found.types}:
+        return None
+    return Look(
+        used={type_.id: existing[type_.id] for type_ in found.types},
+        left={type_.id: type_.available_instances for type_ in found.types},
+    )
+
+
+def observe(capacity: ParentCapacity, looks: Sequence[Look]) -> ParentCapacity:
+    """Correct a parent's model by looks at it between which devices were created or removed.
+
+    :param capacity: What was believed.
+    :param looks: In any order but for the last, which is how the parent is now.
+    :return: The parent as it is now. Its model explains all looks; where none of ours does, it is
+        independent, ``guessed``, and says so.
     """
     types = capacity.types
-    used = capacity.counts()
-    now = tuple(n + (type_ == created) for type_, n in zip(types, used, strict=True))
     facts = tuple(capacity.facts[type_] for type_ in types)
-    old = _Evidence(types, facts, tuple(before.get(t) for t in types), used, capacity.unseen)
-    new = _Evidence(types, facts, tuple(after.get(t) for t in types), now, capacity.unseen)
-    models = tuple(_explanations(capacity.model, old, new, created))
+    seen = [
+        _Evidence(
+            types,
+            facts,
+            tuple(look.left.get(type_) for type_ in types),
+            tuple(look.used.get(type_, 0) for type_ in types),
+            capacity.unseen,
+        )
+        for look in looks
+    ]
+    model, confidence, why = capacity.model, capacity.confidence, capacity.why
+    models = tuple(dict.fromkeys(_explanations(model, seen)))
     if not models:
-        model: Model = _independent(new)
-        confidence, why = Confidence.GUESSED, f"no model explains what creating {created} changed"
-    elif models[0] == capacity.model and (len(types) == 1 or len({m.name for m in models}) > 1):
-        model, confidence, why = models[0], capacity.confidence, capacity.why
-    else:
+        model = _independent(seen[-1])
+        confidence, why = Confidence.GUESSED, "no model explains what creating devices changed"
+    elif len(types) > 1:
+        if all(_alike(models[0], other) for other in models[1:]):
+            confidence, why = Confidence.OBSERVED, "creating devices changed the counts like this"
+        elif models[0] != model:
+            confidence = Confidence.GUESSED
+            why = "creating devices changed the counts like this, which has other explanations"
         model = models[0]
-        alone = len({m.name for m in models}) == 1
-        confidence = Confidence.OBSERVED if alone else Confidence.GUESSED
-        why = f"creating {created} changed the counts like this"
-    return _capacity(capacity.name, new, model, confidence, why)
+    return _capacity(capacity.name, seen[-1], model, confidence, why)
+
+
+def learn(
+    before: Host, after: Host, learned: Mapping[str, Model] = MappingProxyType({})
+) -> dict[str, Model]:
+    """What the devices that came or went between two scans tell, by kind of parent.
+
+    :param learned: What is known already.
+    :return: Models to be known from now on; mostly none, since nothing contradicts what was known.
+    """
+    found = {}
+    kinds = {parent.name: kind_of(parent) for parent in before.parents}
+    for capacity in survey(before, learned=learned):
+        then, now = look(before, capacity.name), look(after, capacity.name)
+        if then is None or now is None or then.used == now.used:
+            continue
+        change = {type_: now.used.get(type_, 0) - n for type_, n in then.used.items()}
+        if capacity.confidence is Confidence.GUESSED or capacity.remaining(change) != now.left:
+            corrected = observe(capacity, (then, now))
+            if corrected.confidence is Confidence.OBSERVED:
+                found[kinds[capacity.name]] = corrected.model
+    return found
+
+
+def is_sound(model: Model) -> bool:
+    """Whether a model that somebody wrote down can be one: it is complete and its numbers are."""
+    count = len(model.types)
+    match model:
+        case SharedPool():
+            width = len(model.resources)
+            rows = (model.size, *model.costs)
+            numbers = [n for row in rows for n in row]
+            numbers += [limit for limit in model.limits if limit is not None]
+            shaped = (
+                len(model.costs) == len(model.limits) == count
+                and all(len(row) == width for row in rows)
+                and all(map(any, model.costs))
+            )
+        case Homogeneous():
+            numbers = [*model.capacity, *model.kinds]
+            shaped = len(model.capacity) == len(model.kinds) == count
+        case ParentCounter():
+            numbers, shaped = [model.total], True
+        case Independent():
+            numbers, shaped = list(model.capacity), len(model.capacity) == count
+    return shaped and all(0 <= number < _LIMIT for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +433,13 @@ class _Evidence:
     def agrees(self, model: Model) -> bool:
         said = model.left(self.used)
         return all(have in {None, n} for have, n in zip(self.left, said, strict=True))
+
+    def confirms(self, model: Model) -> bool:
+        """Whether the model is one of these types, and every count can be read and is as it says.
+
+        With a count that cannot be read it would promise what nobody knows.
+        """
+        return model.types == self.types and None not in self.left and self.agrees(model)
 
     def known(self) -> list[int]:
         return [index for index, n in enumerate(self.left) if n is not None]
@@ -499,10 +616,21 @@ def _pool(evidence: _Evidence, resources: tuple[str, ...]) -> Iterator[SharedPoo
 def _sized(
     evidence: _Evidence, resources: tuple[str, ...], costs: tuple[Counts, ...]
 ) -> SharedPool:
-    size = tuple(
+    """A pool of the least size that explains the counts."""
+    free = tuple(
         max((evidence.left[t] or 0) * costs[t][i] for t in evidence.known())
-        + sum(n * cost[i] for n, cost in zip(evidence.used, costs, strict=True))
         for i in range(len(resources))
+    )
+    return _with_free(evidence, resources, costs, free)
+
+
+def _with_free(
+    evidence: _Evidence, resources: tuple[str, ...], costs: tuple[Counts, ...], free: Counts
+) -> SharedPool:
+    """A pool of which so much is free now."""
+    size = tuple(
+        have + sum(n * cost[i] for n, cost in zip(evidence.used, costs, strict=True))
+        for i, have in enumerate(free)
     )
     limits = []
     for index, cost in enumerate(costs):
@@ -516,20 +644,38 @@ def _sized(
     return SharedPool(evidence.types, resources, size, costs, tuple(limits))
 
 
-def _explanations(current: Model, old: _Evidence, new: _Evidence, created: str) -> Iterator[Model]:
-    """Models that agree with the counts before and after, the current one's kind first."""
+def _alike(one: Model, other: Model) -> bool:
+    """Whether two models give the same answers, as far as one looks: states with few devices."""
+    start = (0,) * len(one.types)
+    seen, waiting = {start}, deque([start])
+    while waiting:
+        used = waiting.popleft()
+        left = one.left(used)
+        if left != other.left(used):
+            return False
+        for index, n in enumerate(left):
+            more = (*used[:index], used[index] + 1, *used[index + 1 :])
+            if n and more not in seen and len(seen) < _STATES:
+                seen.add(more)
+                waiting.append(more)
+    return True
+
+
+def _explanations(current: Model, looks: Sequence[_Evidence]) -> Iterator[Model]:
+    """Models that agree with all looks, the current one's kind first."""
     candidates: list[Model] = [current]
-    for evidence in (new, old):
+    for evidence in reversed(looks):
         candidates += _homogeneous(evidence)
         candidates += _counter(evidence)
         for resources in (("framebuffer",), ("ports",), _GVTG):
             candidates += _pool(evidence, resources)
-    candidates += _learned_pool(old, new, created)
-    candidates.append(_independent(new))
+        candidates.append(_independent(evidence))
+    candidates += _seen_kinds(looks)
+    candidates += _seen_costs(looks)
     candidates = [_grown(candidate, candidates) for candidate in candidates]
     candidates.sort(key=lambda model: model.name != current.name)
     for model in candidates:
-        if old.agrees(model) and new.agrees(model):
+        if all(evidence.agrees(model) for evidence in looks):
             yield model
 
 
@@ -546,32 +692,77 @@ def _grown(model: Model, others: Iterable[Model]) -> Model:
     return replace(model, size=tuple(map(max, zip(*sizes, strict=True))))
 
 
-def _learned_pool(old: _Evidence, new: _Evidence, created: str) -> Iterator[SharedPool]:
-    """A pool whose costs are learned from the counts, in units of the cheapest type."""
-    if None in old.left or None in new.left:
-        return
-    before = [n or 0 for n in old.left]
-    after = [n or 0 for n in new.left]
-    total, rest = max(before), after[before.index(max(before))]
-    taken = total - rest
-    if taken < 1:
-        return
-    costs = []
-    for index, type_ in enumerate(old.types):
-        cost = taken if type_ == created else _cost(before[index], after[index], total, rest)
-        if cost is None:
-            return
-        costs.append((cost,))
-    yield _sized(old, ("units",), tuple(costs))
+def _seen_kinds(looks: Sequence[_Evidence]) -> Iterator[Homogeneous]:
+    """Types are of one kind when a device of the one left room for the other."""
+    kinds = list(range(len(looks[0].types)))
+    for evidence in looks:
+        if any(evidence.used):
+            both = zip(kinds, evidence.used, evidence.left, strict=True)
+            joined = {kind for kind, used, left in both if used or left}
+            kinds = [min(joined) if kind in joined else kind for kind in kinds]
+    if len(set(kinds)) > 1:
+        for evidence in looks:
+            yield _of_kinds(evidence, tuple(kinds))
 
 
-def _cost(before: int, after: int, total: int, rest: int) -> int | None:
-    """The cost of which ``total`` units give ``before`` devices and ``rest`` give ``after``.
+def _seen_costs(looks: Sequence[_Evidence]) -> Iterator[SharedPool]:
+    """A pool of which nobody says what the types take: the coarsest units that explain all looks.
 
-    Of several the largest, which promises least.
+    The largest count is tried as the number of units first, then more: of types that take 3 and 5
+    of 16, an empty parent holds 5 and 3.
     """
-    low = max(total // (before + 1), rest // (after + 1)) + 1
-    high = min(total // before if before else low, rest // after if after else total + 1)
-    if not before:
-        return low
-    return high if low <= high else None
+    first = looks[0]
+    if any(None in evidence.left for evidence in looks) or len(first.types) > _SETTLED:
+        return
+    most = max(left or 0 for left in first.left)
+    # what a type takes limits the others only when one was created: such types are settled first
+    order = sorted(
+        range(len(first.types)),
+        key=lambda type_: all(e.used[type_] == first.used[type_] for e in looks),
+    )
+    tries = (
+        (total, costs)
+        for total in range(most, 16 * most + 1)
+        for costs in _tries(total, looks, order, {})
+    )
+    for total, costs in islice(tries, _TRIES):
+        if len(costs) == len(order):
+            ordered = tuple((costs[type_],) for type_ in sorted(order))
+            yield _with_free(first, ("units",), ordered, (total,))
+            return
+
+
+def _tries(
+    total: int, looks: Sequence[_Evidence], order: Sequence[int], costs: Mapping[int, int]
+) -> Iterator[Mapping[int, int]]:
+    """What each type may take of ``total`` units that are free at the first look.
+
+    Of several answers the largest costs come first, which promise least.
+
+    :param costs: Those that are settled.
+    :return: Everything that was tried, so that it can be counted: what is complete is an answer.
+    """
+    if not all(_explains(costs, total, looks[0], evidence) for evidence in looks):
+        yield {}
+        return
+    yield costs
+    if len(costs) < len(order):
+        type_ = order[len(costs)]
+        left = looks[0].left[type_] or 0
+        least = total // (left + 1) + 1
+        for cost in range(total // left if left else least, least - 1, -1):
+            yield from _tries(total, looks, order, {**costs, type_: cost})
+
+
+def _explains(costs: Mapping[int, int], total: int, first: _Evidence, now: _Evidence) -> bool:
+    """Whether costs, as far as they are settled, explain what a look shows."""
+    more = {t: n - first.used[t] for t, n in enumerate(now.used) if n != first.used[t]}
+    if not more.keys() <= costs.keys():
+        return True
+    free = max(0, total - sum(n * costs[type_] for type_, n in more.items()))
+    for type_, cost in costs.items():
+        left = now.left[type_] or 0
+        full = now.facts[type_].max_instance == left + now.used[type_]
+        if left != free // cost and not (full and left < free // cost):
+            return False
+    return True

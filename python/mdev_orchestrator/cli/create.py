@@ -10,8 +10,10 @@ import typer
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.host import mdev_shape
+from mdev_orchestrator.engine import learned
 from mdev_orchestrator.engine.devices import DEADLINE, create_devices
 from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.host.sysfs import scan
 
 
 def create(
@@ -32,10 +34,12 @@ def create(
         list[str] | None,
         typer.Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
     ] = None,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for the whole.")] = DEADLINE,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for each device.")] = DEADLINE,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Create devices of one type, all or none; prints their UUIDs, one a line."""
+    root = output.host_root()
+    before = scan(root)
     made = output.run(
         create_devices(
             type_id,
@@ -45,13 +49,14 @@ def create(
             group=group,
             attributes=parse_attributes(set_ or ()),
             deadline=deadline,
-            root=output.host_root(),
+            root=root,
         )
     )
     if json:
         output.emit_json({"created": [mdev_shape(mdev) for mdev in made]})
     else:
         output.emit("\n".join(str(mdev.uuid) for mdev in made))
+    learned.learn_from(before, root)
 
 
 def parse_attributes(texts: Iterable[str]) -> list[tuple[str, str]]:

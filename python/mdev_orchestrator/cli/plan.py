@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mdev_orchestrator.capacity.models import Confidence, survey
+from mdev_orchestrator.capacity.models import Confidence
 from mdev_orchestrator.capacity.planner import Asked, ParentPlan, Plan, requests_of
 from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.engine import learned
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.interop.mdevctl import complete, defined
@@ -48,7 +49,7 @@ def plan(
     host = scan(root)
     document = complete(load(spec), defined(root), host)
     asked = requests_of(document, host)
-    answer = make_plan(asked.requests, survey(host), policy_of(policy))
+    answer = make_plan(asked.requests, learned.capacities(host), policy_of(policy))
     if json:
         output.emit_json(shape(document, asked, answer))
     else:

@@ -16,6 +16,7 @@ from mdev_orchestrator.capacity.models import (
     Confidence,
     Homogeneous,
     Independent,
+    Look,
     ParentCapacity,
     ParentCounter,
     SharedPool,
@@ -34,6 +35,15 @@ MIB = 1 << 20
 def look(driver: Driver) -> ParentCapacity:
     (found,) = survey(drivers.host(driver))
     return found
+
+
+def created(
+    capacity: ParentCapacity, id_: str, before: dict[str, int], after: dict[str, int]
+) -> ParentCapacity:
+    """The parent after one more device."""
+    used = dict(capacity.used)
+    more = {**used, id_: used[id_] + 1}
+    return observe(capacity, [Look(used, before), Look(more, after)])
 
 
 def type_(id_: str, left: int | None, **more: object) -> MdevType:
@@ -135,13 +145,13 @@ def test_what_remains_is_what_the_driver_says(data: st.DataObject) -> None:
         driver.create(wanted)
     capacity = look(driver)
     assert capacity.remaining() == driver.counts()
-    created: Counter[str] = Counter()
+    more: Counter[str] = Counter()
     for wanted in data.draw(types):
-        promised = capacity.remaining(created)[wanted] > 0
+        promised = capacity.remaining(more)[wanted] > 0
         assert driver.create(wanted) == promised
-        created[wanted] += promised
-        assert capacity.remaining(created) == driver.counts()
-    assert capacity.fits(created)
+        more[wanted] += promised
+        assert capacity.remaining(more) == driver.counts()
+    assert capacity.fits(more)
 
 
 @given(st.data())
@@ -168,7 +178,7 @@ def test_gvtg_is_never_promised_too_much(before: list[str], data: st.DataObject)
         counts = driver.counts()
         if driver.create(wanted):
             assert all(capacity.remaining({wanted: 1})[t] <= n for t, n in driver.counts().items())
-            capacity = observe(capacity, wanted, counts, driver.counts())
+            capacity = created(capacity, wanted, counts, driver.counts())
             assert isinstance(capacity.model, SharedPool)
             assert capacity.remaining() == driver.counts()
 
@@ -253,26 +263,26 @@ def test_a_creation_teaches_an_unknown_driver(make: type[Driver]) -> None:
     before = driver.counts()
     largest = min(before, key=lambda id_: before[id_])
     driver.create(largest)
-    capacity = observe(
+    capacity = created(
         capacity,
         f"acme-{largest}",
         {f"acme-{id_}": n for id_, n in before.items()},
         {f"acme-{id_}": n for id_, n in driver.counts().items()},
     )
     assert capacity.confidence == Confidence.OBSERVED
-    created: Counter[str] = Counter()
+    more: Counter[str] = Counter()
     for id_ in (*before, *before):
         expected = {f"acme-{other}": n for other, n in driver.counts().items()}
-        assert capacity.remaining(created) == expected
+        assert capacity.remaining(more) == expected
         if driver.create(id_):
-            created[f"acme-{id_}"] += 1
+            more[f"acme-{id_}"] += 1
 
 
 def test_a_creation_unmasks_a_homogeneous_parent() -> None:
     bare = parent(type_("acme-a", 4), type_("acme-b", 4))
     capacity = infer(bare, {})
     assert isinstance(capacity.model, ParentCounter)
-    capacity = observe(capacity, "acme-a", {"acme-a": 4, "acme-b": 4}, {"acme-a": 3, "acme-b": 0})
+    capacity = created(capacity, "acme-a", {"acme-a": 4, "acme-b": 4}, {"acme-a": 3, "acme-b": 0})
     assert isinstance(capacity.model, Homogeneous)
     assert capacity.confidence == Confidence.OBSERVED
     assert capacity.remaining({"acme-a": -1}) == {"acme-a": 4, "acme-b": 4}
@@ -280,7 +290,7 @@ def test_a_creation_unmasks_a_homogeneous_parent() -> None:
 
 def test_a_creation_that_nothing_explains() -> None:
     capacity = infer(parent(type_("acme-a", 4), type_("acme-b", 4)), {})
-    capacity = observe(capacity, "acme-a", {"acme-a": 4, "acme-b": 4}, {"acme-a": 9, "acme-b": 1})
+    capacity = created(capacity, "acme-a", {"acme-a": 4, "acme-b": 4}, {"acme-a": 9, "acme-b": 1})
     assert capacity.confidence == Confidence.GUESSED
     assert capacity.remaining() == {"acme-a": 9, "acme-b": 1}
 
@@ -290,7 +300,7 @@ def test_a_creation_confirms_what_was_known() -> None:
     capacity = look(driver)
     before = driver.counts()
     driver.create("mvgpu-18")
-    capacity = observe(capacity, "mvgpu-18", before, driver.counts())
+    capacity = created(capacity, "mvgpu-18", before, driver.counts())
     assert capacity.confidence in {Confidence.KNOWN, Confidence.OBSERVED}
     assert capacity.remaining() == driver.counts()
     assert capacity.remaining({"mvgpu-18": -1}) == before

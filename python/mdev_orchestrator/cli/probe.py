@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo probe``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.engine.probe import TOGETHER, Candidates, Probed, candidates
+from mdev_orchestrator.engine.probe import probe as learn
+from mdev_orchestrator.engine.steps import Context
+from mdev_orchestrator.errors import RequestError
+
+
+def probe(
+    parents: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PARENT...", help="Parents; all that have no devices without one."),
+    ] = None,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Learn how parents fill, by creating devices on them and removing them again.
+
+    What is learned is remembered for all parents of that kind. Refuses a parent that has devices.
+    """
+    context = Context(host=output.host_root())
+    chosen = output.run(candidates(parents or (), context))
+    names = [parent.name for parent in chosen.idle]
+    _announce(chosen, yes=yes)
+    found = output.run(_all(names, context))
+    if json:
+        output.emit_json(
+            {"parents": [_shape(probed) for probed in found], "in_use": list(chosen.busy)}
+        )
+    else:
+        _show(found)
+    for probed in found:
+        if not probed.learned and probed.created:
+            output.say(f"nothing was learned of {probed.after.name}: {probed.after.why}")
+
+
+async def _all(names: Sequence[str], context: Context) -> list[Probed]:
+    return [await learn(name, context) for name in names]
+
+
+def _announce(chosen: Candidates, *, yes: bool) -> None:
+    """Say what will happen, and ask whether it may.
+
+    :raise RequestError: There is nobody to ask.
+    :raise Abort: It may not.
+    """
+    if chosen.busy:
+        output.say(f"left out, since they have devices: {', '.join(chosen.busy)}")
+    most = max(len(parent.types) for parent in chosen.idle) + TOGETHER
+    names = ", ".join(parent.name for parent in chosen.idle)
+    what = f"up to {most} devices will be created and removed again on each of: {names}"
+    output.say(f"{what}; use nothing of them meanwhile")
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise RequestError("mdo probe creates and removes devices", "--yes says that it may")
+    typer.confirm("Go on?", abort=True, err=True)
+
+
+def _shape(probed: Probed) -> dict[str, Any]:
+    """The documented JSON shape of what was learned of a parent."""
+    return {
+        "name": probed.after.name,
+        "model": probed.after.model.name,
+        "confidence": str(probed.after.confidence),
+        "why": probed.after.why,
+        "before": {
+            "model": probed.before.model.name,
+            "confidence": str(probed.before.confidence),
+        },
+        "created": probed.created,
+        "learned": probed.learned,
+        "types": [
+            {"id": type_, "holds": count} for type_, count in probed.after.remaining().items()
+        ],
+    }
+
+
+def _show(found: Sequence[Probed]) -> None:
+    output.emit_table(
+        "Learned",
+        ("parent", "model before", "model now", "created and removed"),
+        [
+            (
+                probed.after.name,
+                f"{probed.before.model.name} ({probed.before.confidence})",
+                f"{probed.after.model.name} ({probed.after.confidence})",
+                str(probed.created),
+            )
+            for probed in found
+        ],
+    )
