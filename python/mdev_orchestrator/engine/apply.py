@@ -29,6 +29,7 @@ from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
 from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Guest
@@ -156,7 +157,7 @@ async def look(owned: Owned, *, host: Path = ROOT, guests: Path | None = None) -
     alive = [guest for guest in process.list_guests(guests) if guest.alive]
     found = await asyncio.gather(*(_running(guest) for guest in alive))
     running = {guest.name: one for guest, one in zip(alive, found, strict=True) if one}
-    return Seen(sysfs.scan(host), owned, running, {})
+    return Seen(sysfs.scan(host), owned, running, mdevctl.defined(host))
 
 
 async def _running(guest: Guest) -> Running | None:

@@ -56,6 +56,7 @@ from mdev_orchestrator.engine.steps import (
 )
 from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
 from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.interop.mdevctl import Definition, complete, is_of
 from mdev_orchestrator.model import Host, is_uuid
 from mdev_orchestrator.qemu.process import STOP_SECONDS
 from mdev_orchestrator.spec import (
@@ -88,26 +89,18 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Definition:
-    """A device that somebody else has defined, and that may be made as defined."""
-
-    parent: str
-    type: str
-    attributes: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Seen:
     """All that a diff depends on beside the spec.
 
     :ivar running: The guests of this state directory that run, by name.
-    :ivar defined: mdevctl's definitions. A guest may be given such a device though it is not ours.
+    :ivar defined: mdevctl's definitions. They say what a device is of which the spec gives the UUID
+        only, and a guest may be given such a device though it is not ours.
     """
 
     host: Host
     owned: Owned = field(default_factory=Owned)
     running: Mapping[str, Running] = field(default_factory=dict)
-    defined: Mapping[UUID, Definition] = field(default_factory=dict)
+    defined: Mapping[UUID, Sequence[Definition]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +196,8 @@ def _is_here(device: OwnDevice, host: Host) -> bool:
 class _Want:
     """One device that is asked for.
 
+    :ivar asked: With what mdevctl knows of it.
+    :ivar text: As the spec has it.
     :ivar row: The device of ours that it is or was.
     :ivar borrowed: It is there and somebody else's.
     :ivar device: What it is or will be; ``None`` for a borrowed one.
@@ -211,6 +206,7 @@ class _Want:
     place: Place
     owner: str
     asked: GuestMdev | Pool
+    text: str
     row: OwnDevice | None = None
     borrowed: UUID | None = None
     device: OwnDevice | None = None
@@ -218,10 +214,6 @@ class _Want:
     @property
     def label(self) -> str | None:
         return self.asked.group if isinstance(self.asked, GuestMdev) else None
-
-    @property
-    def text(self) -> str:
-        return to_json(msgspec.structs.replace(self.asked, count=1))
 
     @property
     def uuid(self) -> UUID:
@@ -250,9 +242,12 @@ class _Diff:
         self.types = {
             (type_.parent, type_.id): type_ for p in seen.host.parents for type_ in p.types
         }
+        filled = complete(document, seen.defined, seen.host).spec.devices()
         self.wants = [
-            _Want(place, _owner(asked, owner), asked)
-            for place, owner, asked in document.spec.devices()
+            _Want(place, _owner(asked, owner), asked, _text(said))
+            for (place, owner, said), (_, _, asked) in zip(
+                document.spec.devices(), filled, strict=True
+            )
             for _ in range(asked.count)
         ]
         owners = {want.owner for want in self.wants}
@@ -330,20 +325,13 @@ class _Diff:
         if row.spec is None:  # adopted: what it was asked for as is not known
             same_group = (row.group is None) == (want.label is None)
             return same_group and asked.params in {"", row.params}
-        return want.label == row.label and (asked.params, self._attributes(asked)) == (
+        if row.want == want.text and asked.type is None and not asked.conditions:
+            return True  # mdevctl has forgotten what it is: it is what it was
+        return (want.label, asked.params, asked.attributes) == (
+            row.label,
             row.params,
             row.attributes,
         )
-
-    def _attributes(self, asked: GuestMdev | Pool) -> tuple[tuple[str, str], ...]:
-        defined = self._defined(asked)
-        return asked.attributes or (defined.attributes if defined is not None else ())
-
-    def _defined(self, asked: GuestMdev | Pool) -> Definition | None:
-        """What mdevctl says of a device of which the spec says nothing but the UUID."""
-        if asked.uuid is None or asked.type is not None or asked.conditions:
-            return None
-        return self.seen.defined.get(asked.uuid)
 
     def _settle(self, want: _Want) -> None:
         """Take what is there: ours, or by its UUID."""
@@ -365,7 +353,9 @@ class _Diff:
                 )
             check_existing(self.document, want.place, asked, found, type_)
             want.device = self._ours(want, row)
-        elif found.uuid in self.seen.defined and isinstance(asked, GuestMdev):
+        elif isinstance(asked, GuestMdev) and any(
+            is_of(found, definition) for definition in self.seen.defined.get(found.uuid, ())
+        ):
             check_existing(self.document, want.place, asked, found, type_)
             want.borrowed = found.uuid
         else:
@@ -423,8 +413,7 @@ class _Diff:
         requests = []
         for number, want in enumerate(missing):
             asked, row = want.asked, want.row
-            defined = self._defined(asked)
-            if row is None and asked.type is None and not asked.conditions and defined is None:
+            if row is None and asked.type is None and not asked.conditions:
                 raise self.document.fault(
                     (*want.place, "uuid"),
                     f"there is no device {asked.uuid}, and nothing says of what type to create it",
@@ -444,9 +433,8 @@ class _Diff:
                 group=None if want.label is None else f"{want.owner}/{want.label}",
                 parent=parent,
             )
-            known = row or defined
-            if known is not None:
-                request = replace(request, type_id=known.type, conditions=(), parent=known.parent)
+            if row is not None:
+                request = replace(request, type_id=row.type, conditions=(), parent=row.parent)
             requests.append(request)
         return requests
 
@@ -490,7 +478,7 @@ class _Diff:
                 label=want.label,
                 group=group,
                 params=asked.params,
-                attributes=self._attributes(asked),
+                attributes=asked.attributes,
                 want=want.text,
             )
             self.made.add(want.device.uuid)
@@ -689,6 +677,10 @@ def _numbered(nodes: Sequence[_Node]) -> tuple[Planned, ...]:
 def _owner(asked: GuestMdev | Pool, name: str) -> str:
     kind: Literal["guest", "pool"] = "guest" if isinstance(asked, GuestMdev) else "pool"
     return f"{kind}:{name}"
+
+
+def _text(said: GuestMdev | Pool) -> str:
+    return to_json(msgspec.structs.replace(said, count=1))
 
 
 def _whose(row: OwnDevice) -> str:

@@ -523,8 +523,7 @@ def of_mdev(mdev: Mdev, known: Iterable[Definition] = ()) -> Definition:
         mdev.uuid, mdev.parent, mdev.type_id, params=mdev.params or "", group=mdev.group_uuid
     )
     for definition in known:
-        same = (definition.uuid, definition.parent, definition.type)
-        if same == (seen.uuid, seen.parent, seen.type) and _readable(definition) == _readable(seen):
+        if is_of(mdev, definition) and _readable(definition) == _readable(seen):
             return definition
     return seen
 
@@ -543,8 +542,9 @@ def complete(
 ) -> Document:
     """Fill in what mdevctl knows of the devices of which a spec gives little more than the UUID.
 
-    A device that exists is left as it is, and so is one of which the spec gives a type or a
-    condition. The others get type, parent and attributes, and a guest's device its group.
+    One of which the spec gives a type or a condition is left as it is, and so is one that exists
+    otherwise than defined. The others get type, parent and attributes, and a guest's device its
+    group.
 
     :param definitions: As :func:`defined` gives them.
     :raise RequestError: With file and line: it is defined on several parents.
@@ -553,12 +553,14 @@ def complete(
     for place, _, devices in document.spec.devices():
         if devices.uuid is None or devices.type is not None or devices.conditions:
             continue
+        found = host.find(devices.uuid)
         known = [
             definition
             for definition in definitions.get(devices.uuid, ())
             if devices.parent in {None, definition.parent}
+            and (found is None or is_of(found, definition))
         ]
-        if not known or host.find(devices.uuid) is not None:
+        if not known:
             continue
         if len(known) > 1:
             raise document.fault(
@@ -584,6 +586,12 @@ def complete(
     pools = tuple(filled.get(("pool", number), pool) for number, pool in enumerate(spec.pools))
     spec = msgspec.structs.replace(spec, guests=guests, pools=pools)
     return specs.check(spec, document.source, document.lines)
+
+
+def is_of(mdev: Mdev, definition: Definition) -> bool:
+    """Whether a device is the one that is defined."""
+    where = (mdev.uuid, mdev.parent, mdev.type_id)
+    return where == (definition.uuid, definition.parent, definition.type)
 
 
 def _filled(devices: GuestMdev | Pool, definition: Definition) -> GuestMdev | Pool:

@@ -368,9 +368,17 @@ def test_a_uuid_is_enough_for_what_mdevctl_has_defined() -> None:
     assert filled.fault(("pool", 0, "uuid"), "x").message == "s:8: pool[0].uuid: x"
 
 
-def test_what_exists_or_is_described_is_left_as_it_is() -> None:
+def test_what_exists_as_defined_is_filled_in_too() -> None:
     document = parse(BY_UUID, "s")
-    host = Host(mdevs=(device(U1, "a", "t"), device(U2, "b", "t")))
+    host = Host(mdevs=(device(U1, "igd0", "t"), device(U2, "igd1", "s")))
+    assert mdevctl.complete(document, KNOWN, host) == mdevctl.complete(document, KNOWN, Host())
+    both = KNOWN | {U2: (*KNOWN[U2], Definition(uuid=U2, parent="p", type="t"))}
+    assert mdevctl.complete(document, both, host) == mdevctl.complete(document, KNOWN, host)
+
+
+def test_what_exists_otherwise_or_is_described_is_left_as_it_is() -> None:
+    document = parse(BY_UUID, "s")
+    host = Host(mdevs=(device(U1, "igd0", "s"), device(U2, "b", "s")))
     assert mdevctl.complete(document, KNOWN, host) == document
     assert mdevctl.complete(document, {}, Host()) == document
     described = parse(BY_UUID + 'type = "mine"\n', "s")
