@@ -15,6 +15,12 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the journal or the guests of whoever runs it."""
+    monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path / "state"))
+
+
 @pytest.fixture
 def system(tmp_path: Path) -> FakeSystem:
     """A machine without mdev; a test adds what it needs."""

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.guest import sweep
 
 GuestArgument = Annotated[str, typer.Argument(metavar="GUEST", help="Name of a running guest.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
@@ -27,62 +28,32 @@ def attach(
     json: JsonOption = False,
 ) -> None:
     """Plug a device into a running guest."""
-    done = output.run(_attach(guest, what, parent=parent, wait_guest=wait_guest, deadline=deadline))
+    from mdev_orchestrator.engine import plug
+
+    output.run(sweep())
+    done = output.run(
+        plug.attach(
+            guest,
+            what,
+            parent=parent,
+            wait_guest=wait_guest,
+            deadline=deadline,
+            host=output.host_root(),
+        )
+    )
     if json:
-        output.emit_json(done)
+        output.emit_json(
+            {
+                "guest": guest,
+                "uuid": str(done.uuid),
+                "device": done.device_id,
+                "port": done.port,
+                "created": done.created,
+                "taken": True if wait_guest else None,
+            }
+        )
     else:
-        output.emit(done["uuid"])
-
-
-async def _attach(
-    guest: str, what: str, *, parent: str | None, wait_guest: bool, deadline: float
-) -> dict[str, Any]:
-    from mdev_orchestrator.cli.guest import sweep, usable_mdev
-    from mdev_orchestrator.engine import lifecycle
-    from mdev_orchestrator.engine.devices import create_devices
-    from mdev_orchestrator.errors import RequestError, UuidError
-    from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu.process import find_running
-
-    await sweep()
-    found = find_running(guest)
-    try:
-        uuid, created = parse_uuid(what), False
-        if parent is not None:
-            raise RequestError("--parent goes with a type, not with a UUID")
-    except UuidError:
-        made = await create_devices(
-            what, 1, parent=parent, deadline=deadline, root=output.host_root()
-        )
-        uuid, created = made[0].uuid, True
-    try:
-        mdev = await usable_mdev(str(uuid), deadline)
-        port = await lifecycle.attach(
-            found, mdev, deadline=deadline, wait_guest=wait_guest, host=output.host_root()
-        )
-    except BaseException as error:
-        if created:
-            await _take_back(str(uuid), error)
-        raise
-    return {
-        "guest": guest,
-        "uuid": str(uuid),
-        "device": mdev.device_id,
-        "port": port,
-        "created": created,
-        "taken": True if wait_guest else None,
-    }
-
-
-async def _take_back(uuid: str, error: BaseException) -> None:
-    """Remove what was created for an attach that failed; one that is plugged stays, and is told."""
-    from mdev_orchestrator.engine.devices import remove_devices
-    from mdev_orchestrator.errors import MdoError
-
-    try:
-        await remove_devices([uuid], root=output.host_root())
-    except MdoError as failure:
-        error.add_note(f"mdev {uuid} was created for it and stays: {failure.message}")
+        output.emit(str(done.uuid))
 
 
 def detach(
@@ -98,18 +69,13 @@ def detach(
     json: JsonOption = False,
 ) -> None:
     """Unplug a device from a running guest; returns when QEMU has closed it."""
-    output.run(_detach(guest, uuid, remove=remove, deadline=deadline))
-    if json:
-        output.emit_json({"guest": guest, "uuid": uuid, "removed": remove})
-
-
-async def _detach(guest: str, text: str, *, remove: bool, deadline: float) -> None:
-    from mdev_orchestrator.engine import lifecycle
+    from mdev_orchestrator.engine import plug
     from mdev_orchestrator.model import parse_uuid
 
-    uuid = parse_uuid(text)
-    await lifecycle.detach(guest, uuid, deadline, host=output.host_root())
-    if remove:
-        from mdev_orchestrator.engine.devices import remove_devices
-
-        await remove_devices([text], root=output.host_root())
+    output.run(
+        plug.detach(
+            guest, parse_uuid(uuid), remove=remove, deadline=deadline, host=output.host_root()
+        )
+    )
+    if json:
+        output.emit_json({"guest": guest, "uuid": uuid, "removed": remove})

@@ -2,13 +2,13 @@
 """Creates and removes mdevs as one: all, or none.
 
 Everything that can be known is checked before the first write. What the kernel then refuses, or the
-user interrupts, is undone; a failed undo stands beside the first error and never in its place.
+user interrupts, is undone (:mod:`.executor`); a failed undo stands beside the first error and never
+in its place.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -17,6 +17,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from mdev_orchestrator.engine.executor import Planned, execute
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.recovery import recover
+from mdev_orchestrator.engine.steps import DEADLINE, Context, Create
+from mdev_orchestrator.engine.store import Change, OwnDevice, read_owned
 from mdev_orchestrator.errors import (
     BusyError,
     CapacityError,
@@ -29,7 +34,6 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holders, holders
-from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart
 from mdev_orchestrator.model import (
@@ -42,13 +46,9 @@ from mdev_orchestrator.model import (
     parse_uuid,
 )
 
-DEADLINE = 30.0
-"""Seconds that a creation or a removal may take unless another deadline is given."""
-
 Detach = Callable[[str, UUID, float], Awaitable[None]]
 """Takes a guest's name, an mdev and seconds; returns when the guest has let go."""
 
-_CONCURRENT = 16  # writers at once; a driver's own lock makes more of them pointless
 _GRACE = 0.5  # seconds that the driver may take to give back the instances just removed
 _LISTED = 8  # candidates that fit one line
 
@@ -115,8 +115,9 @@ async def create_devices(
     deadline: float = DEADLINE,
     root: Path = ROOT,
     write: Writer = write_apart,
+    journal: Path | None = None,
 ) -> tuple[Mdev, ...]:
-    """Create mdevs of one type, all or none, and wait until each is usable.
+    """Create mdevs of one type, all or none, and wait until each is usable. They are ours then.
 
     Takes what :func:`place` takes and raises what it raises; when cancelled it undoes what it did
     before it ends.
@@ -126,8 +127,10 @@ async def create_devices(
     :param attributes: Files of each mdev's directory and what is written there, in this order and
         before it is put into the group. A file that is a command (vfio-ap's ``assign_adapter``)
         stands there once for each time that it is to be written.
-    :raise HostError: The driver has no start groups, or no such file.
-    :param deadline: Seconds for the whole.
+    :param deadline: Seconds for each device.
+    :param journal: The journal's file; the state directory's without it.
+    :raise HostError: The driver has no start groups, or no such file; or the journal cannot be
+        written, and nothing was done.
     :raise DeadlineError: It took longer; everything was undone.
     :raise MdoError: The kernel refused; everything was undone. Its notes name what was not.
     """
@@ -139,39 +142,36 @@ async def create_devices(
     groups = [UUID(value) for name, value in files if name == GROUP_FILE]
     if len(groups) > 1:
         raise RequestError("the start group is given twice", "a device is in one: leave one out")
-    placement = await _place_patiently(type_id, count, parent, uuids, root)
+    placement = await find_place(type_id, count, parent, uuids, root)
+    type_ = placement.type_
     for group_id in groups:
-        _check_group(sysfs.scan(root), group_id, placement.type_.parent)
-    ours = _Creation(placement, root, write)
-    loop = asyncio.get_running_loop()
-    end = loop.time() + deadline
-    try:
-        async with asyncio.timeout_at(end):
-            await ours.create_all()
-            # one after the other: drivers number the members of a group in this order
-            for uuid in placement.uuids:
-                for name, value in files:
-                    if name == GROUP_FILE:
-                        await _join(uuid, UUID(value), placement.type_.parent, root, write)
-                    else:
-                        await _set(uuid, name, value, root, write)
-        left = max(end - loop.time(), 0)
-        await _all(wait_ready(uuid, left, root) for uuid in placement.uuids)
-    except BaseException as error:
-        await ours.undo(error)
-        if isinstance(error, TimeoutError):
-            raise _carry_notes(
-                error,
-                DeadlineError(
-                    f"{placement.type_.id} on {placement.type_.parent} was not created within "
-                    f"{deadline:g} s",
-                    "give it a longer --deadline, and see the kernel log",
-                ),
-            ) from None
-        raise
+        _check_group(sysfs.scan(root), group_id, type_.parent)
+    devices = [
+        OwnDevice(
+            uuid=uuid,
+            parent=type_.parent,
+            type=type_.id,
+            group=groups[0] if groups else None,
+            attributes=tuple(files),
+        )
+        for uuid in placement.uuids
+    ]
+    context = Context(host=root, deadline=deadline, write=write)
+    with Journal.open(journal) as book:
+        await recover(book, context=context)
+        title = f"{len(devices)} x {type_.id}"
+        await execute(book, "create", title, _creations(devices), context)
     return tuple(
         mdev for uuid in placement.uuids if (mdev := sysfs.read_mdev(uuid, root)) is not None
     )
+
+
+def _creations(devices: Sequence[OwnDevice]) -> list[Planned]:
+    """All at the same time; those of a group in turn, as drivers number them in that order."""
+    return [
+        Planned(Create(device=device), (number - 1,) if device.group and number else ())
+        for number, device in enumerate(devices)
+    ]
 
 
 async def remove_devices(
@@ -181,6 +181,7 @@ async def remove_devices(
     deadline: float = DEADLINE,
     root: Path = ROOT,
     write: Writer = write_apart,
+    journal: Path | None = None,
 ) -> tuple[UUID, ...]:
     """Remove mdevs concurrently, after checking that all of them can be.
 
@@ -219,8 +220,20 @@ async def remove_devices(
                 error.hint,
             ) from None
 
-    await _all(remove(mdev) for mdev in found)
+    try:
+        await _all(remove(mdev) for mdev in found)
+    finally:
+        await _forget(wanted, root, journal)
     return wanted
+
+
+async def _forget(uuids: Sequence[UUID], root: Path, journal: Path | None) -> None:
+    """Note that devices are not ours any more, those of them that were and have gone."""
+    ours = read_owned(journal).devices
+    gone = {uuid: None for uuid in uuids if uuid in ours and sysfs.directory(uuid, root) is None}
+    if gone:
+        with Journal.open(journal) as book:
+            await book.put(Change(devices=gone))
 
 
 def _check_group(host: Host, group: UUID, parent: str) -> None:
@@ -233,121 +246,7 @@ def _check_group(host: Host, group: UUID, parent: str) -> None:
             )
 
 
-async def _set(uuid: UUID, name: str, value: str, root: Path, write: Writer) -> None:
-    """Write one file of an mdev.
-
-    :raise HostError: The driver has no such file.
-    :raise MdoError: It refused the value.
-    """
-    if sysfs.leads_out(uuid, name, root):
-        raise RequestError(
-            f"{name!r} of mdev {uuid} leads out of its directory", "name a file of the mdev itself"
-        )
-    if not await sysfs.write_file(uuid, name, value, root, write=write):
-        files = _some(sysfs.writable_files(uuid, root)) or "none"
-        raise HostError(
-            f"the driver of mdev {uuid} has no file {name}", f"files that can be set: {files}"
-        )
-
-
-async def _join(uuid: UUID, group: UUID, parent: str, root: Path, write: Writer) -> None:
-    """Put an mdev into a start group.
-
-    :raise HostError: The driver has no start groups.
-    :raise BusyError: The group is online, and the driver lets nobody join it then.
-    :raise MdoError: The driver refused for another reason.
-    """
-    number = await write(sysfs.file(uuid, GROUP_FILE, root), str(group).encode())
-    what = f"mdev {uuid} cannot join start group {group}"
-    match number:
-        case 0:
-            return
-        case errno.ENOENT:
-            raise HostError(
-                f"the driver of {parent} has no start groups: its mdevs have no file group_uuid",
-                "create them without --group",
-            )
-        case errno.EBUSY:
-            raise BusyError(
-                f"{what}: it is online already, and its driver lets nobody join it then",
-                "stop the guest that has it, or take another --group",
-            )
-        case errno.EINVAL:
-            raise MdoError(
-                f"{what}: the driver does not accept it",
-                "a group is on one parent; its other members may be elsewhere, see mdo host",
-            )
-        case errno.ENOSPC:
-            raise CapacityError(
-                f"{what}: {os.strerror(number)}", "the group, or the links of its parent, are full"
-            )
-    raise MdoError(f"{what}: {os.strerror(number)}", "see the kernel log (dmesg)")
-
-
-class _Creation:
-    """The devices that one call creates, and what is known of each."""
-
-    def __init__(self, placement: Placement, root: Path, write: Writer) -> None:
-        self.placement = placement
-        self.root = root
-        self.write = write
-        self.made: set[UUID] = set()
-        self.errors: list[BaseException] = []
-        self.stop = False
-        self.tasks: list[asyncio.Task[None]] = []
-
-    async def create_all(self) -> None:
-        """Create all; when cancelled or refused, leave it to :meth:`undo`."""
-        limit = asyncio.Semaphore(_CONCURRENT)
-        type_ = self.placement.type_
-
-        async def one(uuid: UUID) -> None:
-            async with limit:
-                if self.stop:
-                    return
-                try:
-                    await sysfs.create(type_.parent, type_.id, uuid, self.root, write=self.write)
-                except Exception as error:  # noqa: BLE001 - raised below, in order of arrival
-                    self.errors.append(error)
-                    self.stop = True
-                else:
-                    self.made.add(uuid)
-
-        self.tasks = [asyncio.ensure_future(one(uuid)) for uuid in self.placement.uuids]
-        # a write that has begun cannot be taken back: its outcome must be known before the undo,
-        # so a cancellation from outside must not reach it
-        await asyncio.shield(asyncio.wait(self.tasks))
-        _raise_first(self.errors)
-
-    async def undo(self, cause: BaseException) -> None:
-        """Remove what was created; what could not be removed becomes a note of ``cause``."""
-        self.stop = True
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=DEADLINE)
-        unknown = [
-            uuid
-            for task, uuid in zip(self.tasks, self.placement.uuids, strict=True)
-            if not task.done()
-        ]
-        for task in self.tasks:
-            task.cancel()
-        made = sorted(self.made)
-        results = await asyncio.gather(
-            *(sysfs.remove(uuid, DEADLINE, self.root, write=self.write) for uuid in made),
-            return_exceptions=True,
-        )
-        failed = 0
-        for uuid, result in zip(made, results, strict=True):
-            if isinstance(result, BaseException) and not isinstance(result, UnknownError):
-                failed += 1
-                cause.add_note(f"mdev {uuid} was created and could not be removed again: {result}")
-        for uuid in unknown:
-            cause.add_note(f"the driver has not answered for mdev {uuid}: it may still appear")
-        if not failed and not unknown:
-            cause.add_note("nothing was created")
-
-
-async def _place_patiently(
+async def find_place(
     type_id: str, count: int | None, parent: str | None, uuids: Sequence[str], root: Path
 ) -> Placement:
     """Place, and when it does not fit look again for a moment.

@@ -3,7 +3,8 @@
 
 A run is open when its process has gone before its end. Which way it goes:
 
-* a ``destroy`` that had not begun to undo itself is *finished*: what was asked to go shall go;
+* a ``destroy`` or ``detach`` that had not begun to undo itself is *finished*: what was asked to go
+  shall go;
 * every other run is *undone*: all that it did, and all that it may have done;
 * a run of an earlier boot has nothing left to undo: mdevs and guests do not outlive the machine.
   Only what is ours becomes again what it was before, so that it can be brought back.
@@ -32,7 +33,7 @@ from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import Host, is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 
-FORWARD = frozenset(("destroy",))
+FORWARD = frozenset(("destroy", "detach"))
 """Kinds of runs that are finished, not undone."""
 _BEGUN = frozenset((Progress.ACTING, Progress.DONE, Progress.UNDOING, Progress.STUCK))
 _TURNED = frozenset((Progress.FAILED, Progress.UNDOING, Progress.UNDONE, Progress.STUCK))
@@ -86,16 +87,7 @@ async def recover(
         if way == "forget":
             await _forget(journal, run, entries)
         elif way == "finish":
-            rest = _rest(journal.owned(), run.title)
-            errors = await executor.finish(
-                journal,
-                run,
-                entries,
-                context,
-                change=rest,
-                specs={run.title: None},
-                observe=observe,
-            )
+            errors = await _finish(journal, run, entries, context, observe)
         else:
             errors = await executor.undo(journal, run, entries, context, observe)
         words = tuple(str(step) for step in _begun(entries))
@@ -112,6 +104,17 @@ def _way(run: Run, entries: Sequence[Entry]) -> Literal["undo", "finish", "forge
 
 def _begun(entries: Sequence[Entry]) -> list[AnyStep]:
     return [decode(entry.data) for entry in entries if entry.progress in _BEGUN]
+
+
+async def _finish(
+    journal: Journal, run: Run, entries: Sequence[Entry], context: Context, observe: Observer
+) -> list[MdoError]:
+    if run.kind != "destroy":
+        return await executor.finish(journal, run, entries, context, observe=observe)
+    rest = _rest(journal.owned(), run.title)
+    return await executor.finish(
+        journal, run, entries, context, change=rest, specs={run.title: None}, observe=observe
+    )
 
 
 def _rest(owned: Owned, spec: str) -> Change:

@@ -51,7 +51,7 @@ from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
-from mdev_orchestrator.model import Mdev
+from mdev_orchestrator.model import GROUP_FILE, Mdev, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import Guest
@@ -158,12 +158,14 @@ class Create(Step, frozen=True, tag="create"):
         found = sysfs.read_mdev(device.uuid, context.host)
         if found is not None and not (context.repairing and is_same(found, device)):
             raise sysfs.taken(device.uuid, context.host)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + context.deadline
         if found is None:
             await _create(device, context)
         try:
-            async with asyncio.timeout(context.deadline):
+            async with asyncio.timeout_at(end):
                 await _set_up(device, context)
-            await wait_ready(device.uuid, context.deadline, context.host)
+            await wait_ready(device.uuid, max(end - loop.time(), 0), context.host)
         except BaseException as error:
             if found is None:
                 await _take_back(device, context, error)
@@ -482,10 +484,15 @@ async def _known(
 async def _set_up(device: OwnDevice, context: Context) -> None:
     if device.params:
         await _set_params(device, context)
-    for name, value in device.attributes:
-        await set_attribute(device.uuid, name, value, context)
-    if device.group is not None:
-        await join(device.uuid, device.group, device.parent, context.host, write=context.write)
+    joins = [] if device.group is None else [(GROUP_FILE, str(device.group))]
+    if GROUP_FILE in dict(device.attributes):
+        joins = []  # it stands where it is to be written
+    for name, value in (*device.attributes, *joins):
+        if name == GROUP_FILE:
+            group = parse_uuid(value)
+            await join(device.uuid, group, device.parent, context.host, write=context.write)
+        else:
+            await set_attribute(device.uuid, name, value, context)
 
 
 async def _set_params(device: OwnDevice, context: Context) -> None:

@@ -56,7 +56,8 @@ class OwnDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     :ivar label: The group's name in the spec.
     :ivar group: The start group that it was put into.
     :ivar params: The vendor's parameters, written to whichever file the driver has for them.
-    :ivar attributes: Further files of it and what was written there, in order.
+    :ivar attributes: Further files of it and what was written there, in order; ``group_uuid`` may
+        be among them and is then written in its turn, else last.
     :ivar want: The request as the spec had it, to know it again.
     """
 

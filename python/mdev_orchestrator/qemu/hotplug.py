@@ -42,7 +42,7 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.model import parse_uuid
-from mdev_orchestrator.qemu.command import GuestMdev
+from mdev_orchestrator.qemu.command import GuestMdev, device_id
 from mdev_orchestrator.qemu.monitor import CommandError, Events, Monitor, connect
 from mdev_orchestrator.qemu.process import Guest, find_running, list_guests
 from mdev_orchestrator.qemu.remedies import remedy
@@ -325,6 +325,16 @@ async def _add(
             raise RequestError(f"{qmp.who} has {device.id} already") from error
         error.hint = remedy(error.description)
         raise
+
+
+async def wait_taken(guest: Guest, uuid: UUID, deadline: float = ATTACH_SECONDS) -> None:
+    """Return when the guest has taken an mdev that is plugged.
+
+    :raise DeadlineError: It has not; the device stays plugged.
+    """
+    end = asyncio.get_running_loop().time() + deadline
+    async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+        await _until_taken(qmp, Device(device_id(uuid), ""), end, deadline)
 
 
 async def _until_taken(qmp: Monitor, device: Device, end: float, deadline: float) -> None:

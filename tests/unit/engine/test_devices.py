@@ -190,15 +190,16 @@ async def test_one_refusal_undoes_the_others(cards: FakeSystem) -> None:
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await create(cards, "grid-12", uuids=[U1, U2, U3])
     assert cards.uuids() == set()
-    assert caught.value.__notes__ == ["nothing was created"]
+    assert caught.value.__notes__ == ["all was undone"]
 
 
 async def test_a_failed_undo_stands_beside_the_first_error(cards: FakeSystem) -> None:
     cards.refuse |= {U2: errno.EIO, f"{U1}/remove": errno.EPERM}
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await create(cards, "grid-12", uuids=[U1, U2])
-    (note,) = caught.value.__notes__
-    assert note.startswith(f"mdev {U1} was created and could not be removed again")
+    stuck, recover = caught.value.__notes__
+    assert stuck.startswith(f"could not undo: create grid-12 on card1: mdev {U1}: ")
+    assert "mdo recover" in recover
     assert cards.uuids() == {U1}
 
 
@@ -216,8 +217,8 @@ async def test_a_race_lost_for_a_uuid_leaves_the_winners_device(cards: FakeSyste
 async def test_ctrl_c_waits_for_a_write_that_has_begun_and_undoes_it(cards: FakeSystem) -> None:
     cards.block[U2] = asyncio.Event()
     task = asyncio.ensure_future(create(cards, "grid-12", uuids=[U1, U2]))
-    await asyncio.wait((task,), timeout=0.05)
-    assert ("create", U2) in cards.writes
+    while ("create", U2) not in cards.writes:
+        await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.wait((task,), timeout=0.05)
     assert not task.done()
@@ -462,7 +463,7 @@ async def test_a_driver_that_refuses_a_group_undoes_all(
         await create_devices(
             "t-0", uuids=uuids, group=GROUP, root=grouped.root, write=grouped.write
         )
-    assert "nothing was created" in refusal.value.__notes__
+    assert refusal.value.__notes__ == ["all was undone"]
     assert grouped.uuids() == set()
 
 
