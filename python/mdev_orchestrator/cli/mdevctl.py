@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.engine.store import read_owned
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.interop import mdevctl
@@ -66,7 +67,7 @@ def import_(
 def export(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; all without any."),
+        typer.Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; ours without any."),
     ] = None,
     *,
     to: Annotated[
@@ -78,7 +79,7 @@ def export(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print or write mdevctl's definitions of devices that exist, or that a spec asks for.
+    """Print or write mdevctl's definitions of devices that exist, or of those of a spec.
 
     Of one device it prints what mdevctl define --jsonfile takes.
     """
@@ -100,6 +101,17 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
     host = scan(root)
     if len(what) == 1 and not is_uuid(what[0]):
         return mdevctl.of_spec(load(what[0]), host)
+    ours = [
+        mdevctl.of_device(
+            own.uuid,
+            own.parent,
+            own.type,
+            params=own.params,
+            attributes=own.attributes,
+            group=own.group,
+        )
+        for own in read_owned().devices.values()
+    ]
     found = []
     for uuid in dict.fromkeys(parse_uuid(text) for text in what):
         mdev = host.find(uuid)
@@ -107,10 +119,10 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
             raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
         found.append(mdev)
     if not what:
-        found = [mdev for mdev in host.mdevs if mdev.type_id is not None]
+        found = [it for it in host.mdevs if any(mdevctl.is_of(it, own) for own in ours)]
         if not found:
-            raise UnknownError("there is no mdev to export", "mdo export SPEC needs none")
-    known = mdevctl.read(to or mdevctl.directory(root)).found
+            raise UnknownError("no mdev here is ours", "name those that you want; mdo host has all")
+    known = (*mdevctl.read(to or mdevctl.directory(root)).found, *ours)
     return [mdevctl.of_mdev(mdev, known) for mdev in found]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from uuid import UUID
@@ -10,6 +11,8 @@ from uuid import UUID
 import pytest
 
 from mdev_orchestrator.cli.main import main
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.store import Change, OwnDevice
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.spec import load
@@ -149,9 +152,44 @@ def test_nothing_to_import(machine: Machine, arguments: list[str], words: str) -
     assert machine.err.startswith(f"mdo: {words}")
 
 
-def test_devices_that_exist(machine: Machine) -> None:
+def own(*devices: OwnDevice) -> None:
+    """Let devices be ours."""
+
+    async def put() -> None:
+        with Journal.open() as journal:
+            await journal.put(Change(devices={device.uuid: device for device in devices}))
+
+    asyncio.run(put())
+
+
+def test_ours_are_exported_as_they_were_made(machine: Machine) -> None:
+    machine.system.groups_of("igd0", 3)
+    path = machine.system.mdev("igd0", "mvgpu-128M", str(U1))
+    (path / "vgpu_params").write_text("a=2\n")
+    machine.system.mdev("grid0", "mvgpu-12", str(U2))
     machine.mdo("export", code=2)
-    assert machine.err.startswith("mdo: there is no mdev to export")
+    assert machine.err.startswith("mdo: no mdev here is ours \u2014 name those")
+    ours = OwnDevice(
+        uuid=U1,
+        parent="igd0",
+        type="mvgpu-128M",
+        params="a=2",
+        attributes=(("written_only", "5"), ("written_only", "6")),
+    )
+    own(ours, OwnDevice(uuid=U2, parent="igd0", type="gone"))
+    (dump,) = json.loads(machine.mdo("export"))
+    assert list(dump) == ["igd0"]
+    assert dump["igd0"][0][str(U1)]["attrs"] == [
+        {"vgpu_params": "a=2"},
+        {"written_only": "5"},
+        {"written_only": "6"},
+    ]
+    (path / "vgpu_params").write_text("a=3\n")  # by somebody else, so it is not as we made it
+    (dump,) = json.loads(machine.mdo("export"))
+    assert dump["igd0"][0][str(U1)]["attrs"] == [{"vgpu_params": "a=3"}]
+
+
+def test_devices_that_exist(machine: Machine) -> None:
     machine.system.groups_of("igd0", 3)
     path = machine.system.mdev("igd0", "mvgpu-128M", str(U1))
     (path / "vgpu_params").write_text("a=2\n")
@@ -161,7 +199,7 @@ def test_devices_that_exist(machine: Machine) -> None:
     seen = json.loads(machine.mdo("export", str(U1)))
     attrs = [{"vgpu_params": "a=2"}, {"group_uuid": GROUP}]
     assert seen == {"mdev_type": "mvgpu-128M", "start": "manual", "attrs": attrs}
-    (dump,) = json.loads(machine.mdo("export"))
+    (dump,) = json.loads(machine.mdo("export", str(U1), str(U2)))
     assert {parent: list(entries[0]) for parent, entries in dump.items()} == {
         "grid0": [str(U2)],
         "igd0": [str(U1)],
@@ -172,7 +210,7 @@ def test_devices_that_exist(machine: Machine) -> None:
     }
 
     where = str(machine.where)
-    shape = json.loads(machine.mdo("export", "--to", where, "--json"))
+    shape = json.loads(machine.mdo("export", str(U2), str(U1), "--to", where, "--json"))
     assert shape == {
         "definitions": [
             {
@@ -192,7 +230,7 @@ def test_devices_that_exist(machine: Machine) -> None:
         ]
     }
     (path / "vgpu_params").write_text("a=3\n")
-    machine.mdo("export", "--to", where, code=2)
+    machine.mdo("export", str(U1), "--to", where, code=2)
     assert f"{where}/igd0/{U1} defines the device {U1} otherwise \u2014 --force" in machine.err
     assert mdevctl.read(machine.where).found == (SECOND, FIRST)
     machine.mdo("export", "--to", where, "--force", str(U1))
