@@ -19,17 +19,14 @@ from mdev_orchestrator.capacity.models import (
     survey,
 )
 from mdev_orchestrator.capacity.planner import (
-    Asked,
     Placement,
     Plan,
     Request,
     Shortfall,
     plan,
-    requests_of,
 )
 
 __all__ = [
-    "Asked",
     "Confidence",
     "Look",
     "ParentCapacity",
@@ -42,6 +39,5 @@ __all__ = [
     "look",
     "observe",
     "plan",
-    "requests_of",
     "survey",
 ]

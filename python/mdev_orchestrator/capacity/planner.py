@@ -26,13 +26,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, TypeAlias
-from uuid import UUID
 
-from mdev_orchestrator.capacity.attributes import TypeFacts, facts_of, meets, shown
+from mdev_orchestrator.capacity.attributes import TypeFacts, meets, shown
 from mdev_orchestrator.capacity.models import (
     Counts,
     Homogeneous,
@@ -42,8 +41,7 @@ from mdev_orchestrator.capacity.models import (
     ParentCounter,
     SharedPool,
 )
-from mdev_orchestrator.model import Host, Mdev, MdevType
-from mdev_orchestrator.spec import Condition, Document, GuestMdev, Place, Pool, key
+from mdev_orchestrator.spec import Condition
 
 Policy = Literal["pack", "spread"]
 
@@ -192,123 +190,6 @@ def plan(
         policy=policy,
         proven=proven,
     )
-
-
-# ---- from a spec ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Existing:
-    """A device that a spec names by its UUID and that is there already.
-
-    :ivar request: The key of the request, as in :class:`Placement`.
-    """
-
-    request: str
-    uuid: UUID
-    parent: str
-    type_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a spec asks of a host: what is there already, and what is to be placed."""
-
-    requests: tuple[Request, ...]
-    existing: tuple[Existing, ...] = ()
-
-
-def requests_of(document: Document, host: Host, ours: Collection[UUID] | None = None) -> Asked:
-    """Turn a spec into requests.
-
-    A device that is named by a UUID and exists is taken as it is; the rest of its group then goes
-    on its parent. Groups are words of their guest: in requests they are called ``GUEST/GROUP``.
-
-    :param ours: The existing devices that may be taken; without it all.
-    :raise RequestError: With file and line: a device is of another type or parent than the spec
-        says, is being removed, is not ours, or does not exist and nothing tells of what type to
-        create it; or a group is across parents.
-    """
-    facts = {(type_.parent, type_.id): type_ for parent in host.parents for type_ in parent.types}
-    existing: list[Existing] = []
-    homes: dict[str, tuple[str, UUID]] = {}
-    wanted: list[tuple[Place, Request]] = []
-    for place, owner, devices in document.spec.devices():
-        label = devices.group if isinstance(devices, GuestMdev) else None
-        group = None if label is None else f"{owner}/{label}"
-        mdev = None if devices.uuid is None else host.find(devices.uuid)
-        if mdev is None:
-            if devices.type is None and not devices.conditions:
-                raise document.fault(
-                    (*place, "uuid"),
-                    f"there is no device {devices.uuid}, and nothing says of what type to make it",
-                    'add type = "…"',
-                )
-            request = Request(
-                key(place), devices.type, devices.conditions, devices.count, group, devices.parent
-            )
-            wanted.append((place, request))
-            continue
-        type_ = facts.get((mdev.parent, mdev.type_id or ""))
-        check_existing(document, place, devices, mdev, type_, ours)
-        existing.append(Existing(key(place), mdev.uuid, mdev.parent, mdev.type_id or ""))
-        if group is not None:
-            home, first = homes.setdefault(group, (mdev.parent, mdev.uuid))
-            if home != mdev.parent:
-                raise document.fault(
-                    (*place, "group"),
-                    f"group {label} is across parents: device {first} is on {home}, "
-                    f"{mdev.uuid} on {mdev.parent}",
-                    "a group is on one parent",
-                )
-    return Asked(
-        tuple(_at_home(document, place, request, homes) for place, request in wanted),
-        tuple(existing),
-    )
-
-
-def _at_home(
-    document: Document, place: Place, request: Request, homes: Mapping[str, tuple[str, UUID]]
-) -> Request:
-    """The request on the parent where a member of its group exists."""
-    if request.group is None or request.group not in homes:
-        return request
-    home, first = homes[request.group]
-    if request.parent not in {None, home}:
-        raise document.fault(
-            (*place, "parent"),
-            f"group {request.group} is across parents: device {first} is on {home}",
-            "a group is on one parent",
-        )
-    return replace(request, parent=home)
-
-
-def check_existing(
-    document: Document,
-    place: Place,
-    devices: GuestMdev | Pool,
-    mdev: Mdev,
-    type_: MdevType | None,
-    ours: Collection[UUID] | None = None,
-) -> None:
-    what = f"device {mdev.uuid}"
-    if ours is not None and mdev.uuid not in ours:
-        raise document.fault(
-            (*place, "uuid"), f"{what} exists and is not ours", "choose another UUID or adopt it"
-        )
-    if mdev.type_id is None:
-        raise document.fault((*place, "uuid"), f"{what} is being removed", "wait until it is gone")
-    if devices.type not in {None, mdev.type_id}:
-        raise document.fault(
-            (*place, "type"), f"{what} exists as {mdev.type_id}, not as {devices.type}"
-        )
-    if devices.parent not in {None, mdev.parent}:
-        raise document.fault(
-            (*place, "parent"), f"{what} exists on {mdev.parent}, not on {devices.parent}"
-        )
-    if devices.conditions and not (type_ and meets(facts_of(type_), devices.conditions)):
-        words = ", ".join(f"{name} {condition}" for name, condition in devices.conditions)
-        raise document.fault(place, f"{what} exists as {mdev.type_id}, which has not {words}")
 
 
 # ---- states ---------------------------------------------------------------------------------

@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import typer
 
 from mdev_orchestrator.capacity.models import Confidence
-from mdev_orchestrator.capacity.planner import Asked, ParentPlan, Plan, requests_of
-from mdev_orchestrator.capacity.planner import plan as make_plan
+from mdev_orchestrator.capacity.planner import ParentPlan, Plan
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.engine import learned
-from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.host.sysfs import scan
-from mdev_orchestrator.interop.mdevctl import complete, defined
-from mdev_orchestrator.spec import Document, GuestMdev, Place, key, load
+from mdev_orchestrator.engine.apply import diff
+from mdev_orchestrator.engine.diff import Changes, Existing, MisfitError
+from mdev_orchestrator.spec import Document, GuestMdev, key, load
 
 
 class Policy(StrEnum):
@@ -45,21 +42,28 @@ def plan(
 
     Ends with 0 when all fit, with 2 when not.
     """
-    root = output.host_root()
-    host = scan(root)
-    document = complete(load(spec), defined(root), host)
-    asked = requests_of(document, host)
-    answer = make_plan(asked.requests, learned.capacities(host), policy_of(policy))
-    if json:
-        output.emit_json(shape(document, asked, answer))
+    document = load(spec)
+    error: MisfitError | None = None
+    try:
+        changes = output.run(_diff(document, policy_of(policy)))
+    except MisfitError as misfit:
+        error, answer, existing = misfit, misfit.plan, misfit.existing
     else:
-        _show(document, asked, answer)
+        answer, existing = changes.plan, changes.existing
+    if json:
+        output.emit_json(shape(document, existing, answer))
+    else:
+        _show(document, existing, answer)
     _say_doubts(answer)
-    if not answer.fits:
-        raise _misfit(document, answer)
+    if error is not None:
+        raise error
 
 
-def shape(document: Document, asked: Asked, answer: Plan) -> dict[str, Any]:
+async def _diff(document: Document, policy: Literal["pack", "spread"]) -> Changes:
+    return await diff(document, policy=policy, host=output.host_root())
+
+
+def shape(document: Document, existing: Sequence[Existing], answer: Plan) -> dict[str, Any]:
     """The documented JSON shape of a plan."""
     who = _owners(document)
     return {
@@ -74,7 +78,7 @@ def shape(document: Document, asked: Asked, answer: Plan) -> dict[str, Any]:
                 "parent": device.parent,
                 "type": device.type_id,
             }
-            for device in asked.existing
+            for device in existing
         ],
         "placements": [
             {
@@ -124,10 +128,6 @@ def _known(parent: ParentPlan, type_: str, numbers: Mapping[str, int]) -> int | 
     return None if type_ in parent.capacity.unreadable else numbers[type_]
 
 
-def _places(document: Document) -> dict[str, Place]:
-    return {key(place): place for place, _, _ in document.spec.devices()}
-
-
 def _owners(document: Document) -> dict[str, dict[str, str | None]]:
     """For each request the guest or pool that it is for, and its group."""
     return {
@@ -140,7 +140,7 @@ def _owners(document: Document) -> dict[str, dict[str, str | None]]:
     }
 
 
-def _show(document: Document, asked: Asked, answer: Plan) -> None:
+def _show(document: Document, existing: Sequence[Existing], answer: Plan) -> None:
     who = _owners(document)
 
     def words(request: str) -> tuple[str, str]:
@@ -154,7 +154,7 @@ def _show(document: Document, asked: Asked, answer: Plan) -> None:
     )
     there = [
         (*words(device.request), device.type_id, device.parent, f"exists: {device.uuid}")
-        for device in asked.existing
+        for device in existing
     ]
     output.emit_table(
         "Devices" if answer.fits else "Devices that would fit",
@@ -206,14 +206,3 @@ def _say_doubts(answer: Plan) -> None:
         capacity = parent.capacity
         if capacity.name in used and capacity.confidence is Confidence.GUESSED:
             output.say(f"what remains on {capacity.name} is a guess: {capacity.why}")
-
-
-def _misfit(document: Document, answer: Plan) -> RequestError:
-    first = answer.shortfalls[0]
-    others = len(answer.shortfalls) - 1
-    more = f"; {others} more do not fit" if others else ""
-    return document.fault(
-        _places(document)[first.request],
-        f"{first.asked} asked for, {first.placed} fit: {first.reason}{more}",
-        first.hint,
-    )

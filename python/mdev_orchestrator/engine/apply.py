@@ -19,7 +19,7 @@ import msgspec
 
 from mdev_orchestrator.capacity.planner import Policy
 from mdev_orchestrator.engine import diff as differ
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import learned, lifecycle
 from mdev_orchestrator.engine.diff import Changes, Running, Seen
 from mdev_orchestrator.engine.executor import Observer, execute, ignore
 from mdev_orchestrator.engine.journal import Journal
@@ -52,7 +52,7 @@ async def diff(
     :raise RequestError: With file and line: it cannot be had.
     """
     seen = await look(read_owned(journal), host=host, guests=guests)
-    return differ.diff(document, seen, policy=policy)
+    return differ.diff(document, seen, policy=policy, capacity=learned.capacities)
 
 
 async def apply(
@@ -80,7 +80,7 @@ async def apply(
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
         seen = await look(book.owned(), host=host, guests=guests)
-        changes = differ.diff(document, seen, policy=policy)
+        changes = differ.diff(document, seen, policy=policy, capacity=learned.capacities)
         if changes.restarts and not restart:
             words = "; ".join(f"guest {name}: {why}" for name, why in changes.restarts.items())
             raise RequestError(

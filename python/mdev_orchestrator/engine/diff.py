@@ -40,7 +40,6 @@ from mdev_orchestrator.capacity.planner import (
     Plan,
     Policy,
     Request,
-    check_existing,
 )
 from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.engine.executor import Planned
@@ -57,7 +56,7 @@ from mdev_orchestrator.engine.steps import (
 from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition, complete, is_of
-from mdev_orchestrator.model import Host, is_uuid
+from mdev_orchestrator.model import Host, Mdev, MdevType, is_uuid
 from mdev_orchestrator.qemu.process import STOP_SECONDS
 from mdev_orchestrator.spec import (
     Document,
@@ -121,7 +120,7 @@ class Changes:
     :ivar steps: In an order in which they could be done one by one.
     :ivar restarts: The guests that must be restarted, and why.
     :ivar change: What becomes ours, or is not any more, without anything being done.
-    :ivar plan: Where new devices go, by request.
+    :ivar plan: Where new devices go, by the key of their request, and what remains.
     :ivar existing: The devices that stay.
     """
 
@@ -129,7 +128,7 @@ class Changes:
     steps: tuple[Planned, ...] = ()
     restarts: Mapping[str, str] = field(default_factory=dict)
     change: Change = field(default_factory=Change)
-    plan: Plan | None = None
+    plan: Plan = field(default_factory=lambda: make_plan([], []))
     existing: tuple[Existing, ...] = ()
 
     @property
@@ -139,11 +138,12 @@ class Changes:
 
 
 class MisfitError(RequestError):
-    """The devices do not fit; the plan tells why."""
+    """The devices do not fit; the plan tells what would, and why the others do not."""
 
-    def __init__(self, message: str, hint: str, plan: Plan) -> None:
-        super().__init__(message, hint)
+    def __init__(self, error: RequestError, plan: Plan, existing: tuple[Existing, ...]) -> None:
+        super().__init__(error.message, error.hint)
         self.plan = plan
+        self.existing = existing
 
 
 def diff(
@@ -260,6 +260,7 @@ class _Diff:
         self.devices: dict[UUID, OwnDevice | None] = {}
         self.guests: dict[str, OwnGuest | None] = {}
         self.made: set[UUID] = set()
+        self.asked: dict[str, list[_Want]] = {}
 
     def changes(self) -> Changes:
         self._check_guests()
@@ -278,7 +279,7 @@ class _Diff:
             steps,
             self.restarts,
             Change(devices=self.devices, guests=self.guests),
-            plan,
+            self._shown(plan),
             tuple(self._existing()),
         )
 
@@ -351,12 +352,12 @@ class _Diff:
                 raise self.document.fault(
                     at, f"device {found.uuid} belongs to {_whose(row)}", "choose another UUID"
                 )
-            check_existing(self.document, want.place, asked, found, type_)
+            _check_existing(self.document, want.place, asked, found, type_)
             want.device = self._ours(want, row)
         elif isinstance(asked, GuestMdev) and any(
             is_of(found, definition) for definition in self.seen.defined.get(found.uuid, ())
         ):
-            check_existing(self.document, want.place, asked, found, type_)
+            _check_existing(self.document, want.place, asked, found, type_)
             want.borrowed = found.uuid
         else:
             raise self.document.fault(
@@ -387,77 +388,116 @@ class _Diff:
                 self.devices[row.uuid] = None
         return going
 
-    def _place(
-        self, missing: Sequence[_Want], leaving: frozenset[UUID]
-    ) -> tuple[Plan | None, bool]:
+    def _place(self, missing: Sequence[_Want], leaving: frozenset[UUID]) -> tuple[Plan, bool]:
         """Where the missing devices go, and whether only in place of those that go."""
-        if not missing:
-            return None, False
         requests = self._requests(missing)
         host = self.seen.host
         plan = make_plan(requests, self.capacity(host, frozenset()), self.policy)
+        if not plan.fits and leaving:
+            beside, plan = plan, make_plan(requests, self.capacity(host, leaving), self.policy)
+            return self._fitting(plan), plan != beside
+        return self._fitting(plan), False
+
+    def _fitting(self, plan: Plan) -> Plan:
+        """The plan, or the error that says what does not fit."""
         if plan.fits:
-            return plan, False
-        if leaving:
-            plan = make_plan(requests, self.capacity(host, leaving), self.policy)
-            if plan.fits:
-                return plan, True
-        raise self._misfit(missing, plan)
-
-    def _requests(self, missing: Sequence[_Want]) -> list[Request]:
-        homes: dict[tuple[str, str | None], str] = {
-            (want.owner, want.label): want.device.parent
-            for want in self.wants
-            if want.device is not None and want.label is not None
-        }
-        requests = []
-        for number, want in enumerate(missing):
-            asked, row = want.asked, want.row
-            if row is None and asked.type is None and not asked.conditions:
-                raise self.document.fault(
-                    (*want.place, "uuid"),
-                    f"there is no device {asked.uuid}, and nothing says of what type to create it",
-                    'add type = "…"',
-                )
-            parent = homes.get((want.owner, want.label), asked.parent)
-            if asked.parent not in {None, parent}:
-                raise self.document.fault(
-                    (*want.place, "parent"),
-                    f"group {want.label} is across parents: it has a device on {parent}",
-                    "a group is on one parent",
-                )
-            request = Request(
-                key=f"{key(want.place)}#{number}",
-                type_id=asked.type,
-                conditions=asked.conditions,
-                group=None if want.label is None else f"{want.owner}/{want.label}",
-                parent=parent,
-            )
-            if row is not None:
-                request = replace(request, type_id=row.type, conditions=(), parent=row.parent)
-            requests.append(request)
-        return requests
-
-    def _misfit(self, missing: Sequence[_Want], plan: Plan) -> MisfitError:
+            return plan
         first = plan.shortfalls[0]
-        wants = {f"{key(want.place)}#{number}": want for number, want in enumerate(missing)}
-        place = wants[first.request].place
-        short = {s.request for s in plan.shortfalls}
-        asked = sum(want.place == place for want in missing)
-        placed = asked - sum(wants[request].place == place for request in short)
-        others = len({wants[request].place for request in short}) - 1
+        others = len(plan.shortfalls) - 1
         more = f"; {others} more do not fit" if others else ""
         error = self.document.fault(
-            place, f"{asked} asked for, {placed} fit: {first.reason}{more}", first.hint
+            self.asked[first.request][0].place,
+            f"{first.asked} asked for, {first.placed} fit: {first.reason}{more}",
+            first.hint,
         )
-        return MisfitError(error.message, error.hint, plan)
+        raise MisfitError(error, self._shown(plan), tuple(self._existing()))
 
-    def _make(self, missing: Sequence[_Want], plan: Plan | None) -> None:
+    def _shown(self, plan: Plan) -> Plan:
+        """A plan under the keys that the spec has."""
+        keys = {name: key(wants[0].place) for name, wants in self.asked.items()}
+        return replace(
+            plan,
+            placements=tuple(replace(p, request=keys[p.request]) for p in plan.placements),
+            shortfalls=tuple(replace(s, request=keys[s.request]) for s in plan.shortfalls),
+        )
+
+    def _requests(self, missing: Sequence[_Want]) -> list[Request]:
+        """What is to be placed: all of a table of the spec together, what was lost as it was."""
+        homes = self._homes()
+        for want in missing:
+            again = "" if want.row is None else f" {want.row.uuid}"
+            self.asked.setdefault(key(want.place) + again, []).append(want)
+        return [self._request(name, wants, homes) for name, wants in self.asked.items()]
+
+    def _homes(self) -> dict[tuple[str, str | None], str]:
+        """The parents of groups that have a device already."""
+        first: dict[tuple[str, str | None], Mdev] = {}
+        for want in self.wants:
+            there = want.borrowed or (want.device and want.device.uuid)
+            found = self.seen.host.find(there) if there else None
+            if found is None or want.label is None:
+                continue
+            other = first.setdefault((want.owner, want.label), found)
+            at = (*want.place, "group")
+            if other.parent != found.parent:
+                raise self.document.fault(
+                    at,
+                    f"group {want.label} is across parents: device {other.uuid} is on "
+                    f"{other.parent}, {found.uuid} on {found.parent}",
+                    "a group is on one parent",
+                )
+            if found.group_uuid is None or found.group_uuid != other.group_uuid:
+                raise self.document.fault(
+                    at,
+                    f"device {found.uuid} exists and is not in the start group of group "
+                    f"{want.label}",
+                    "leave its group away, or remove the device: it is created again",
+                )
+        return {name: mdev.parent for name, mdev in first.items()}
+
+    def _request(
+        self, name: str, wants: Sequence[_Want], homes: Mapping[tuple[str, str | None], str]
+    ) -> Request:
+        want = wants[0]
+        asked, row = want.asked, want.row
+        if row is None and asked.type is None and not asked.conditions:
+            raise self.document.fault(
+                (*want.place, "uuid"),
+                f"there is no device {asked.uuid}, and nothing says of what type to make it",
+                'add type = "…"',
+            )
+        parent = homes.get((want.owner, want.label), asked.parent)
+        if asked.parent not in {None, parent}:
+            raise self.document.fault(
+                (*want.place, "parent"),
+                f"group {want.label} is across parents: it has a device on {parent}",
+                "a group is on one parent",
+            )
+        request = Request(
+            key=name,
+            type_id=asked.type,
+            conditions=asked.conditions,
+            count=len(wants),
+            group=None if want.label is None else f"{want.owner}/{want.label}",
+            parent=parent,
+        )
+        if row is None:
+            return request
+        return replace(request, type_id=row.type, conditions=(), parent=row.parent)
+
+    def _make(self, missing: Sequence[_Want], plan: Plan) -> None:
         """Decide what each missing device will be."""
-        placed: dict[str, Placement] = {p.request: p for p in plan.placements} if plan else {}
+        placed: dict[str, list[Placement]] = {}
+        for placement in plan.placements:
+            placed.setdefault(placement.request, []).append(placement)
+        where_of = {
+            want: where
+            for name, wants in self.asked.items()
+            for want, where in zip(wants, placed[name], strict=True)
+        }
         groups = {(want.owner, want.label): want.device.group for want in self.wants if want.device}
-        for number, want in enumerate(missing):
-            asked, where = want.asked, placed[f"{key(want.place)}#{number}"]
+        for want in missing:
+            asked, where = want.asked, where_of[want]
             if want.row is not None:
                 want.device = self._ours(want, want.row)
                 self.devices.pop(want.device.uuid, None)  # its step says it
@@ -485,7 +525,8 @@ class _Diff:
 
     def _existing(self) -> Iterator[Existing]:
         for want in self.wants:
-            found = self.seen.host.find(want.uuid)
+            there = want.borrowed or (want.device and want.device.uuid)
+            found = self.seen.host.find(there) if there else None
             if found is not None and found.uuid not in self.made:
                 yield Existing(key(want.place), found.uuid, found.parent, found.type_id or "")
 
@@ -672,6 +713,30 @@ def _numbered(nodes: Sequence[_Node]) -> tuple[Planned, ...]:
     return tuple(
         Planned(node.step, tuple(sorted({number[need] for need in node.needs}))) for node in order
     )
+
+
+def _check_existing(
+    document: Document,
+    place: Place,
+    devices: GuestMdev | Pool,
+    mdev: Mdev,
+    type_: MdevType | None,
+) -> None:
+    """See that a device that is named by its UUID is what the spec says."""
+    what = f"device {mdev.uuid}"
+    if mdev.type_id is None:
+        raise document.fault((*place, "uuid"), f"{what} is being removed", "wait until it is gone")
+    if devices.type not in {None, mdev.type_id}:
+        raise document.fault(
+            (*place, "type"), f"{what} exists as {mdev.type_id}, not as {devices.type}"
+        )
+    if devices.parent not in {None, mdev.parent}:
+        raise document.fault(
+            (*place, "parent"), f"{what} exists on {mdev.parent}, not on {devices.parent}"
+        )
+    if devices.conditions and not (type_ and meets(facts_of(type_), devices.conditions)):
+        words = ", ".join(f"{name} {condition}" for name, condition in devices.conditions)
+        raise document.fault(place, f"{what} exists as {mdev.type_id}, which has not {words}")
 
 
 def _owner(asked: GuestMdev | Pool, name: str) -> str:

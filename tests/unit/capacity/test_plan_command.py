@@ -10,16 +10,13 @@ from uuid import UUID
 
 import pytest
 
-from mdev_orchestrator.capacity.planner import requests_of
 from mdev_orchestrator.cli.main import main
-from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.host.sysfs import scan
-from mdev_orchestrator.spec import parse
 from unit.capacity import drivers
 from unit.fakesys import FakeSystem
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
+GROUP = "aaaaaaaa-1111-4222-8333-444444444444"
 SPEC = """\
 [[guest]]
 name = "render-1"
@@ -164,16 +161,37 @@ def one(text: str) -> str:
     return '[[guest]]\nname = "a"\nmdev = [\n' + text + "\n]\n"
 
 
-def test_a_device_that_exists_is_taken_and_its_group_joins_it(
+def ours(machine: FakeSystem, *uuids: str) -> None:
+    """Make existing devices ours."""
+    machine.load_mdev()
+    assert main(["adopt", *uuids]) == 0
+
+
+def test_a_device_that_exists_is_taken(
     machine: FakeSystem, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = one(f'{{uuid = "{U1}", group = "g"}}, {{type = "mvgpu-128M", group = "g"}}')
+    ours(machine, U1)
+    capsys.readouterr()
+    text = one(f'{{uuid = "{U1}"}}, {{type = "mvgpu-128M"}}')
     assert mdo_plan(machine, text, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert [device["uuid"] for device in answer["existing"]] == [U1]
     assert [placement["parent"] for placement in answer["placements"]] == ["igd0"]
     assert mdo_plan(machine, text) == 0
     assert f"exists: {U1}" in capsys.readouterr().out
+
+
+def test_a_group_goes_to_the_device_of_it_that_exists(
+    machine: FakeSystem, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.groups_of("igd0", 8)
+    (machine.mdev("igd0", "mvgpu-256M", U2) / "group_uuid").write_text(GROUP)
+    ours(machine, U2)
+    capsys.readouterr()
+    text = one(f'{{uuid = "{U2}", group = "g"}}, {{type = "mvgpu-128M", group = "g"}}')
+    assert mdo_plan(machine, text, "--json", "--policy", "spread") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [placement["parent"] for placement in answer["placements"]] == ["igd0"]
 
 
 @pytest.mark.parametrize(
@@ -183,22 +201,29 @@ def test_a_device_that_exists_is_taken_and_its_group_joins_it(
         (f'{{uuid="{U1}", type="mvgpu-512M"}}', "exists as mvgpu-128M, not as mvgpu-512M"),
         (f'{{uuid="{U1}", parent="igd1"}}', "exists on igd0, not on igd1"),
         (f'{{uuid="{U1}", framebuffer=">1G"}}', "which has not framebuffer >1G"),
-        (
-            f'{{uuid="{U1}", group="g"}}, {{type="mvgpu-128M", group="g", parent="igd1"}}',
-            f"group a/g is across parents: device {U1} is on igd0",
-        ),
         (f'{{uuid="{U1}", group="g"}}, {{uuid="{U2}", group="g"}}', "group g is across parents"),
+        (f'{{uuid="{U1}", group="g"}}', "is not in the start group of group g"),
         (f'{{uuid="{U1}"}}', "exists and is not ours"),
     ],
 )
 def test_a_device_that_is_not_as_the_spec_says(
-    machine: FakeSystem, device: str, message: str
+    machine: FakeSystem, device: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if message.startswith("group g"):
-        machine.mdev("igd1", "mvgpu-128M", U2)
-    ours = () if "not ours" in message else None
-    with pytest.raises(RequestError) as caught:
-        requests_of(parse(one(device), "s"), scan(machine.root), ours)
-    assert str(caught.value).startswith("s:4: guest[0].mdev[")
-    assert message in str(caught.value)
-    assert caught.value.exit_code == 2
+        for parent, uuid in (("igd0", U1), ("igd1", U2)):
+            if parent == "igd1":
+                machine.mdev(parent, "mvgpu-128M", uuid)
+            machine.groups_of(parent, 8)
+            put_group(machine, uuid)
+        ours(machine, U1, U2)
+    elif "not ours" not in message:
+        ours(machine, U1)
+    capsys.readouterr()
+    assert mdo_plan(machine, one(device)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mdo: {machine.root}/spec.toml:4: guest[0].mdev[")
+    assert message in said
+
+
+def put_group(machine: FakeSystem, uuid: str) -> None:
+    (machine.bus / uuid / "group_uuid").write_text(GROUP)
