@@ -77,7 +77,7 @@ class Progress(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A step as it was written: JSON, the steps that it needs, how far it came."""
+    """A step as it was written: JSON, the earlier steps that it needs, how far it came."""
 
     number: int
     data: str
@@ -195,7 +195,7 @@ class Journal:
     def steps(self, run: Run) -> list[Entry]:
         """The steps of a run as they were written, in their order."""
         with explained(self.path):
-            return [
+            entries = [
                 Entry(number, data, _needs(needs), Progress(progress), error)
                 for number, needs, data, progress, error in self._db.execute(
                     "SELECT number, needs, data, progress, error FROM step WHERE run = ?"
@@ -203,6 +203,10 @@ class Journal:
                     (run.id,),
                 )
             ]
+            for place, entry in enumerate(entries):
+                if entry.number != place or not all(0 <= need < place for need in entry.needs):
+                    raise ValueError(f"step {entry.number} of run {run.id} has no place in it")
+        return entries
 
     # ---- writing --------------------------------------------------------------------------------
 

@@ -126,13 +126,16 @@ def read_owned(path: Path | None = None) -> Owned:
     :raise HostError: It is damaged, of a newer version, or not ours.
     """
     path = path or journal_path()
+    check_file(path)
     if not path.exists():
         return Owned()
-    check_file(path)
     with explained(path):
         connection = connect(path, "ro" if os.access(path.parent, os.W_OK) else "immutable")
         try:
+            if _is_new(connection, path):
+                return Owned()
             _check_version(connection, path)
+            _check_sound(connection)
             return read_rows(connection)
         finally:
             connection.close()
@@ -158,21 +161,18 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
 def prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Check a file, or make an empty one a journal."""
-    path.chmod(0o600)
-    if connection.execute("PRAGMA page_count").fetchone()[0] == 0:
-        connection.execute("PRAGMA journal_mode = WAL")
+    if _is_new(connection, path):
         with transaction(connection):
-            if _number(connection, "application_id") == 0:  # nobody was quicker
+            if _is_new(connection, path):  # nobody was quicker
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
     _check_version(connection, path)
+    path.chmod(0o600)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise sqlite3.DatabaseError(found)
+    _check_sound(connection)
 
 
 def check_file(path: Path) -> None:
@@ -187,6 +187,15 @@ def check_file(path: Path) -> None:
         raise HostError(f"{path} is no file of yours", "remove it, or set MDO_STATE_DIR")
 
 
+def _is_new(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether nothing was written to it yet, or somebody is about to."""
+    size = path.stat().st_size
+    if size and not _number(connection, "page_count"):  # SQLite would take it for a new one
+        raise sqlite3.DatabaseError("it is too short")
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    return not tables and not _number(connection, "application_id")
+
+
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:
     version = _number(connection, "user_version")
     if _number(connection, "application_id") != APPLICATION_ID:
@@ -196,6 +205,12 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer mdo: version {version}, this one knows {VERSION}",
             "use the newer mdo",
         )
+
+
+def _check_sound(connection: sqlite3.Connection) -> None:
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
 
 
 def _number(connection: sqlite3.Connection, pragma: str) -> int:

@@ -1,0 +1,628 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal: durable before it returns, one writer an object, and never trusted blindly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mdev_orchestrator.engine import recovery, store
+from mdev_orchestrator.engine.journal import KEPT, Entry, Journal, Process, Progress, Run
+from mdev_orchestrator.engine.steps import Context, Create, Launch, decode, encode
+from mdev_orchestrator.engine.store import Change, OwnDevice, OwnGuest, OwnSpec, read_owned
+from mdev_orchestrator.errors import BusyError, HostError
+
+U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
+U2 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1002")
+DEVICE = OwnDevice(uuid=U1, parent="card0", type="t-1", spec="lab", owner="pool:p")
+GUEST = OwnGuest(name="g", uuid=U2, spec="lab")
+SPEC = OwnSpec(name="lab", text="{}", source="/lab.toml", applied=1.0)
+STEPS = [
+    Entry(0, encode(Create(device=DEVICE))),
+    Entry(1, encode(Launch(guest=GUEST, devices=(U1,))), (0,)),
+]
+DEAD = Process(2**22 + 1, 1, "an earlier boot")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "journal.db"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    with Journal.open(path) as journal:
+        yield journal
+
+
+def rows(path: Path, query: str) -> list[Any]:
+    """What another process would find, by a connection of its own."""
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        return other.execute(query).fetchall()
+
+
+async def begin(journal: Journal, *claims: str, wait: float = 0, title: str = "lab") -> Run:
+    return await journal.begin("apply", title, STEPS, claims, wait=wait)
+
+
+# ---- a run, from its beginning to its end ----
+
+
+async def test_a_run_is_on_the_disk_before_its_first_step(journal: Journal, path: Path) -> None:
+    run = await begin(journal, f"mdev:{U1}", "guest:g")
+    assert rows(path, "SELECT id, kind, title, pid, outcome FROM run") == [
+        (run.id, "apply", "lab", os.getpid(), None)
+    ]
+    assert rows(path, "SELECT number, needs, progress FROM step") == [
+        (0, "[]", "planned"),
+        (1, "[0]", "planned"),
+    ]
+    assert rows(path, "SELECT object FROM claim") == [("guest:g",), (f"mdev:{U1}",)]
+
+
+async def test_what_is_noted_is_on_the_disk_and_ours_with_it(journal: Journal, path: Path) -> None:
+    run = await begin(journal)
+    await journal.note(run, Progress.ACTING, [0], change=Change(devices={U1: DEVICE}))
+    assert read_owned(path).devices == {U1: DEVICE}
+    assert rows(path, "SELECT progress FROM step ORDER BY number") == [("acting",), ("planned",)]
+    await journal.note(run, Progress.STUCK, [0, 1], error="no", change=Change(devices={U1: None}))
+    assert read_owned(path).devices == {}
+    assert [(entry.progress, entry.error) for entry in journal.steps(run)] == [("stuck", "no")] * 2
+
+
+async def test_each_flush_is_a_full_one(journal: Journal, path: Path) -> None:
+    assert rows(path, "PRAGMA journal_mode") == [("wal",)]
+    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+async def test_an_end_gives_back_the_claims_and_settles_what_is_ours(
+    journal: Journal, path: Path
+) -> None:
+    run = await begin(journal, "guest:g")
+    change = Change(devices={U1: DEVICE}, guests={"g": GUEST})
+    await journal.end(run, "done", change=change, specs={"lab": SPEC})
+    assert journal.open_runs() == []
+    assert rows(path, "SELECT count(*) FROM claim") == [(0,)]
+    owned = read_owned(path)
+    assert (owned.devices, owned.guests, owned.specs) == ({U1: DEVICE}, {"g": GUEST}, {"lab": SPEC})
+
+
+async def test_writes_at_the_same_time_share_a_flush(journal: Journal) -> None:
+    run = await begin(journal)
+    commits = 0
+
+    def count(statement: str) -> None:
+        nonlocal commits
+        commits += statement == "COMMIT"
+
+    journal._db.set_trace_callback(count)  # no other way to see a flush
+    await asyncio.gather(*(journal.note(run, Progress.DONE, [0]) for _ in range(64)))
+    assert 1 <= commits <= 3
+
+
+async def test_old_runs_are_forgotten_and_open_ones_never(journal: Journal, path: Path) -> None:
+    still_open = await begin(journal)
+    for _ in range(3):
+        await journal.end(await begin(journal), "done")
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE run SET id = id + ? WHERE id = 4", (KEPT,))
+        other.execute("UPDATE step SET run = run + ? WHERE run = 4", (KEPT,))
+    await journal.end(await begin(journal), "done")
+    kept = [id_ for (id_,) in rows(path, "SELECT id FROM run ORDER BY id")]
+    assert kept == [still_open.id, KEPT + 4, KEPT + 5]
+    assert rows(path, "SELECT DISTINCT run FROM step") == [(id_,) for id_ in kept]
+
+
+async def test_a_writer_that_is_cancelled_has_written_nevertheless(
+    journal: Journal, path: Path
+) -> None:
+    run = await begin(journal)
+    writer = asyncio.ensure_future(journal.note(run, Progress.ACTING, [0]))
+    await asyncio.sleep(0)
+    writer.cancel()
+    await asyncio.wait((writer,))
+    await journal.note(run, Progress.ACTING, [1])
+    assert rows(path, "SELECT DISTINCT progress FROM step") == [("acting",)]
+
+
+def test_it_can_be_opened_again_and_again(path: Path) -> None:
+    for _ in range(3):
+        with Journal.open(path) as journal:
+            assert journal.owned() == store.Owned()
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_several_may_create_it_at_once(path: Path) -> None:
+    children = []
+    for _ in range(6):
+        if not (pid := os.fork()):
+            status = 1
+            with contextlib.suppress(BaseException), Journal.open(path):
+                status = 0
+            os._exit(status)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 6
+
+
+def test_where_there_is_none_nothing_is_ours_and_none_is_made(path: Path) -> None:
+    assert read_owned(path) == store.Owned()
+    assert not path.parent.exists()
+
+
+def test_one_that_is_just_being_made_holds_nothing_yet(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    assert read_owned(path) == store.Owned()
+
+
+# ---- two at once ----
+
+
+async def test_the_second_waits_and_gets_its_turn(journal: Journal, path: Path) -> None:
+    first = await begin(journal, "guest:g", f"mdev:{U1}")
+    with Journal.open(path) as other:
+        second = asyncio.ensure_future(begin(other, "guest:g", wait=20))
+        await asyncio.wait((second,), timeout=0.25)
+        assert not second.done()
+        await journal.end(first, "done")
+        assert (await second).id == first.id + 1
+
+
+async def test_the_second_is_told_who_has_it(journal: Journal, path: Path) -> None:
+    await begin(journal, "guest:g", title="web")
+    with Journal.open(path) as other, pytest.raises(BusyError) as caught:
+        await begin(other, "guest:h", "guest:g")
+    assert caught.value.message == (
+        f"guest g is being changed by mdo apply web (process {os.getpid()})"
+    )
+    assert caught.value.hint == "wait until it ends; if it has ended, mdo recover"
+    assert len(journal.open_runs()) == 1
+    assert rows(path, "SELECT object FROM claim") == [("guest:g",)]
+
+
+async def test_what_is_not_shared_needs_no_waiting(journal: Journal) -> None:
+    await asyncio.gather(begin(journal, "guest:g"), begin(journal, "guest:h"))
+    assert len(journal.open_runs()) == 2
+
+
+async def test_of_two_that_begin_at_once_one_is_refused_and_the_other_not_harmed(
+    journal: Journal,
+) -> None:
+    done = await asyncio.gather(
+        begin(journal, "guest:g"), begin(journal, "guest:g"), return_exceptions=True
+    )
+    assert [type(one) for one in done].count(BusyError) == 1
+    assert len(journal.open_runs()) == 1
+
+
+async def abandoned(journal: Journal, path: Path, *claims: str) -> Run:
+    """An open run of a process that is not there any more."""
+    run = await begin(journal, *claims)
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute(
+            "UPDATE run SET pid = ?, start_time = ?, boot_id = ?",
+            (DEAD.pid, DEAD.start_time, DEAD.boot_id),
+        )
+    return replace(run, process=DEAD)
+
+
+async def test_a_claim_outlives_its_process_until_somebody_recovers(
+    journal: Journal, path: Path
+) -> None:
+    run = await abandoned(journal, path, "guest:g")
+    assert journal.open_runs() == [run]
+    assert not run.process.alive
+    with pytest.raises(BusyError, match="if it has ended, mdo recover"):
+        await begin(journal, "guest:g")
+    mine = await journal.take_over(run)
+    assert mine is not None
+    await journal.end(mine, "undone")
+    await begin(journal, "guest:g")
+
+
+async def test_of_two_who_take_over_one_gets_it(journal: Journal, path: Path) -> None:
+    run = await abandoned(journal, path)
+    with Journal.open(path) as other:
+        both = await asyncio.gather(journal.take_over(run), other.take_over(run))
+    assert [one is None for one in both].count(True) == 1
+    (now,) = journal.open_runs()
+    assert now.process == Process.this()
+    assert now.process.alive
+    assert await journal.take_over(run) is None
+
+
+async def test_a_process_id_that_was_used_again_is_another_process(journal: Journal) -> None:
+    this = Process.this()
+    assert this.alive
+    assert not replace(this, start_time=this.start_time + 1).alive
+    assert not replace(this, boot_id="another").alive
+
+
+# ---- files that are not as they should be ----
+
+
+def refusal(path: Path, hint: str = "") -> str:
+    """What both who change and who only look are told."""
+    with pytest.raises(HostError) as changing:
+        Journal.open(path).close()
+    with pytest.raises(HostError) as looking:
+        read_owned(path)
+    assert changing.value.message == looking.value.message
+    assert hint in changing.value.hint
+    assert "\n" not in str(changing.value)
+    return changing.value.message
+
+
+@pytest.mark.parametrize("content", [b"x", b"\0" * 4096, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_not_a_database(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    words = refusal(path, "mdo adopt --all then makes a new one from what runs")
+    assert words.startswith(f"the journal {path} is damaged: ")
+    assert path.read_bytes() == content
+
+
+def test_a_newer_version(path: Path) -> None:
+    Journal.open(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA user_version = 7")
+    assert refusal(path, "use the newer mdo") == (
+        f"{path} was written by a newer mdo: version 7, this one knows 1"
+    )
+    assert rows(path, "PRAGMA user_version") == [(7,)]
+
+
+def test_a_database_of_another_program(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE bookmark (url TEXT)")
+    path.chmod(0o644)
+    before = path.read_bytes()
+    assert refusal(path, "move it away, or set MDO_STATE_DIR") == f"{path} is no journal of mdo"
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (before, 0o644)
+
+
+def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    path.parent.mkdir()
+    path.symlink_to(target)
+    assert refusal(path, "MDO_STATE_DIR") == f"{path} is no file of yours"
+    assert target.read_text() == "mine"
+    path.unlink()
+    path.symlink_to(tmp_path / "not there")
+    assert "is no file of yours" in refusal(path)
+    assert not (tmp_path / "not there").exists()
+
+
+def test_a_directory_in_its_place(path: Path) -> None:
+    path.mkdir(parents=True)
+    assert refusal(path) == f"{path} is no file of yours"
+
+
+def test_a_fifo_in_its_place_holds_nobody(path: Path) -> None:
+    path.parent.mkdir()
+    os.mkfifo(path)
+    assert refusal(path) == f"{path} is no file of yours"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
+
+
+@needs_root
+def test_a_file_of_another_user(path: Path) -> None:
+    Journal.open(path).close()
+    os.chown(path, 4711, 4711)
+    assert refusal(path) == f"{path} is no file of yours"
+
+
+@needs_root
+def test_a_directory_of_another_user(path: Path) -> None:
+    path.parent.mkdir()
+    os.chown(path.parent, 4711, 4711)
+    with pytest.raises(HostError, match="belongs to user 4711, not to you"):
+        Journal.open(path)
+
+
+def as_child(work: Callable[[], None]) -> str:
+    """Run in a process of its own, and get what it said."""
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            work()
+            said = "nothing"
+        except Exception as error:  # noqa: BLE001 - it is told
+            said = f"{type(error).__name__}: {error}"
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    return said
+
+
+@needs_root
+def test_a_directory_that_cannot_be_written(path: Path) -> None:
+    def as_nobody() -> None:
+        for directory in (path.parent, *path.parents):
+            with contextlib.suppress(PermissionError):
+                directory.chmod(0o755)
+        os.chown(path.parent, 65534, 65534)
+        path.parent.chmod(0o500)
+        os.seteuid(65534)
+        Journal.open(path)
+
+    path.parent.mkdir()
+    said = as_child(as_nobody)
+    assert said == (
+        f"HostError: the journal {path} cannot be opened "
+        "(see its permissions and those of its directory)"
+    )
+
+
+async def test_a_journal_on_a_read_only_directory_can_be_looked_at(path: Path) -> None:
+    with Journal.open(path) as journal:
+        await journal.put(Change(devices={U1: DEVICE}))
+    if os.geteuid() == 0:  # who may write everywhere has to be told that he may not
+        assert store.connect(path, "immutable").execute("SELECT uuid FROM device").fetchall()
+    else:
+        path.parent.chmod(0o500)
+        assert read_owned(path).devices == {U1: DEVICE}
+        path.parent.chmod(0o700)
+
+
+HOLD = """\
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+connection.execute("BEGIN EXCLUSIVE")
+connection.execute("PRAGMA user_version = 1")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_locked_by_another_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal.open(path).close()
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert refusal(path, "wait until it ends; fuser shows which it is") == (
+            f"the journal {path} is locked by another process"
+        )
+        process.communicate()
+    Journal.open(path).close()
+
+
+async def test_a_full_disk_is_known_before_anything_is_done(path: Path) -> None:
+    """A limit on the size of files stands in for the disk's."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        Journal.open(path)
+
+    said = as_child(limited)
+    assert said.startswith(f"HostError: the journal {path} cannot be written: ")
+    assert errno.errorcode[errno.EFBIG] not in said
+
+
+FULL = """\
+import sys
+from pathlib import Path
+from mdev_orchestrator.engine.journal import Journal
+try:
+    Journal.open(Path(sys.argv[1]))
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@needs_root
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """A small file system that only the child sees."""
+    script = (
+        f'mount -t tmpfs -o size=64k none "{tmp_path}" && '
+        f'head -c 56k /dev/zero > "{tmp_path}/filler" && exec "$0" "$@"'
+    )
+    path = tmp_path / "state" / "journal.db"
+    command = ["unshare", "--mount", "sh", "-c", script, sys.executable, "-c", FULL, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if "unshare failed" in done.stderr:
+        pytest.skip("may not make a mount namespace here")
+    assert done.stdout == (
+        f"HostError: the journal {path} cannot be written: the disk is full "
+        "(make room, then try again)\n"
+    ), done.stderr
+
+
+# ---- rows that are not as they should be ----
+
+
+async def filled(path: Path) -> None:
+    """A journal with one of everything, in one file."""
+    with Journal.open(path) as journal:
+        run = await begin(journal, "guest:g", f"mdev:{U1}", "spec:lab")
+        change = Change(devices={U1: DEVICE, U2: replace_uuid(DEVICE, U2)}, guests={"g": GUEST})
+        await journal.note(run, Progress.ACTING, [0], change=change)
+        ended = await journal.begin("destroy", "old", STEPS, ())
+        await journal.end(ended, "done", specs={"lab": SPEC})
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE run SET pid = ?, start_time = 1 WHERE ended IS NULL", (DEAD.pid,))
+        other.commit()
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def replace_uuid(device: OwnDevice, uuid: UUID) -> OwnDevice:
+    return msgspec.structs.replace(device, uuid=uuid)
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE device SET data = '{}'", "missing required field `uuid`"),
+        ("UPDATE device SET data = rtrim(data, '}')", "truncated"),
+        (
+            "UPDATE device SET data = '{\"x\": ' || printf('%.*c', 99999, '[')",
+            "unknown field `x`",
+        ),
+        ("UPDATE device SET data = json_set(data, '$.colour', 'red')", "unknown field `colour`"),
+        ("UPDATE device SET data = json_set(data, '$.uuid', 'x')", "Invalid UUID"),
+        (
+            "UPDATE device SET data = (SELECT data FROM device ORDER BY uuid DESC)",
+            f"a row of device {U1} is about {U2}",
+        ),
+        (
+            "UPDATE guest SET data = json_set(data, '$.name', 'h')",
+            "a row of guest g is about h",
+        ),
+        ("UPDATE guest SET data = 'null'", "got `null`"),
+        ("UPDATE spec SET data = json_set(data, '$.applied', 'x')", "got `str`"),
+        ("DROP TABLE guest", "no such table: guest"),
+        ("ALTER TABLE spec RENAME COLUMN data TO text", "no such column: data"),
+        ("UPDATE device SET data = CAST(x'ff' AS TEXT)", "UTF-8"),
+    ],
+)
+async def test_rows_of_what_is_ours(path: Path, statement: str, words: str) -> None:
+    await filled(path)
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute(statement)
+    with Journal.open(path) as journal, pytest.raises(HostError) as changing:
+        journal.owned()
+    with pytest.raises(HostError) as looking:
+        read_owned(path)
+    for caught in (changing, looking):
+        assert caught.value.message.startswith(f"the journal {path} is damaged: ")
+        assert words in caught.value.message
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE step SET progress = 'dancing'",
+        "UPDATE step SET needs = '{}'",
+        "UPDATE step SET needs = '[7]'",
+        "UPDATE step SET needs = '[-1]'",
+        "UPDATE step SET needs = '[1]'",
+        "UPDATE step SET data = '{}'",
+        "UPDATE step SET data = json_set(data, '$.do', 'explode')",
+        "UPDATE step SET number = number + 5",
+        "UPDATE step SET data = '[' || printf('%.*c', 99999, '[')",
+        "DROP TABLE step",
+    ],
+)
+async def test_rows_of_steps(path: Path, statement: str) -> None:
+    await filled(path)
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute(statement)
+    with Journal.open(path) as journal:
+        with pytest.raises(HostError) as caught:
+            recovery.pending(journal)
+        assert "damaged" in caught.value.message
+        assert "\n" not in str(caught.value)
+        with pytest.raises(HostError):
+            await recovery.recover(journal, context=Context(host=path.parent))
+
+
+# ---- whatever happens to the file ----
+
+Damage = Callable[[bytearray], None]
+
+
+def flipped(at: int, bit: int) -> Damage:
+    def damage(data: bytearray) -> None:
+        data[at % len(data)] ^= 1 << bit
+
+    return damage
+
+
+def truncated(at: int) -> Damage:
+    def damage(data: bytearray) -> None:
+        del data[at % len(data) or 1 :]
+
+    return damage
+
+
+def scribbled(at: int, text: bytes) -> Damage:
+    def damage(data: bytearray) -> None:
+        start = at % len(data)
+        data[start : start + len(text)] = text
+
+    return damage
+
+
+def told(work: Callable[[], None]) -> str:
+    """What a user is told; anything but our own error goes through."""
+    try:
+        work()
+    except HostError as error:
+        return str(error)
+    return ""
+
+
+DAMAGES = st.one_of(
+    st.builds(flipped, st.integers(0, 1 << 20), st.integers(0, 7)),
+    st.builds(truncated, st.integers(0, 1 << 20)),
+    st.builds(scribbled, st.integers(0, 1 << 20), st.binary(min_size=1, max_size=600)),
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A journal with one of everything."""
+    path = tmp_path_factory.mktemp("journal") / "state" / "journal.db"
+    asyncio.run(filled(path))
+    return path
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damages=st.lists(DAMAGES, min_size=1, max_size=3))
+def test_whatever_happens_to_the_file_is_said_in_one_line(
+    sound: Path, path: Path, damages: list[Damage]
+) -> None:
+    data = bytearray(sound.read_bytes())
+    for damage in damages:
+        damage(data)
+    path.parent.mkdir(exist_ok=True)
+    for name in ("", "-wal", "-shm"):
+        path.with_name(path.name + name).unlink(missing_ok=True)
+    path.write_bytes(data)
+
+    def look() -> None:
+        owned = read_owned(path)
+        assert all(device.uuid == uuid for uuid, device in owned.devices.items())
+
+    def change() -> None:
+        with Journal.open(path) as journal:
+            assert all(guest.name == name for name, guest in journal.owned().guests.items())
+            for run in journal.open_runs():
+                for entry in journal.steps(run):
+                    decode(entry.data)
+            recovery.pending(journal)
+
+    for work in (look, change):
+        assert "\n" not in told(work)
