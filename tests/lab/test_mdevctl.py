@@ -19,12 +19,10 @@ import pytest
 
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
-from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl as interop
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import Mdev
-from mdev_orchestrator.spec import Pool, load
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
@@ -50,7 +48,8 @@ class Mdo:
 
 
 @pytest.fixture
-def mdo(capsys: pytest.CaptureFixture[str]) -> Mdo:
+def mdo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mdo:
+    monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path / "state"))
     return Mdo(capsys)
 
 
@@ -98,15 +97,6 @@ def the(uuid: UUID) -> Mdev:
     return mdev
 
 
-async def create(pool: Pool) -> Mdev:
-    """Create the device that a spec asks for."""
-    assert pool.type is not None
-    (made,) = await create_devices(
-        pool.type, parent=pool.parent, uuids=[str(pool.uuid)], attributes=pool.attributes
-    )
-    return made
-
-
 # ---- the same devices ----
 
 
@@ -148,7 +138,7 @@ async def test_both_show_the_same_types(mdo: Mdo) -> None:
 # ---- from mdevctl to us ----
 
 
-async def test_what_mdevctl_defined_and_ran_runs_the_same_by_us(mdo: Mdo, tmp_path: Path) -> None:
+def test_what_mdevctl_defined_and_ran_runs_the_same_by_us(mdo: Mdo, tmp_path: Path) -> None:
     first, second = uuid4(), uuid4()
     attributes = (
         ("vgpu_params", "frame_rate_limiter=1"),
@@ -166,13 +156,18 @@ async def test_what_mdevctl_defined_and_ran_runs_the_same_by_us(mdo: Mdo, tmp_pa
     mdevctl("stop", "--uuid", first)
     for uuid in (first, second):
         mdevctl("undefine", "--uuid", uuid)
-    pools = {pool.uuid: pool for pool in load(spec).spec.pools}
-    assert (pools[first].start, pools[second].start) == ("auto", "manual")
-    by_us = await create(pools[first])
+    mdo("apply", spec)
+    by_us = the(first)
     assert (by_us.params, by_us.group_uuid) == (by_them.params, GROUP)
     assert (by_us.parent, by_us.type_id) == (by_them.parent, by_them.type_id)
-    await create(pools[second])
     assert shown_by_mdevctl() == shown_by_mdo(mdo)
+    assert len(shown_by_mdevctl()) == 2
+    assert mdo("diff", spec, "--exit-code") == ""
+    # and back: the same definitions, by way of what runs
+    mdo("export", "--to", WHERE)
+    assert interop.defined()[first][0].attributes == attributes
+    mdo("destroy", spec)
+    assert shown_by_mdevctl() == set()
 
 
 def test_files_are_the_same_to_the_byte(mdo: Mdo, tmp_path: Path) -> None:
@@ -267,7 +262,7 @@ async def test_what_we_ran_runs_the_same_by_mdevctl(mdo: Mdo, tmp_path: Path, wa
         assert again.damage == ()
     assert shown_by_mdevctl() == shown_by_mdo(mdo)
     # mdevctl runs them as defined: there is nothing to say that is not said
-    assert mdo("export", "--to", WHERE) == ""
+    assert mdo("export", *uuids, "--to", WHERE) == ""
 
 
 async def test_a_spec_is_started_by_mdevctl_in_the_order_of_its_attributes(
@@ -306,26 +301,35 @@ async def test_another_definition_of_the_same_device_is_not_replaced(mdo: Mdo) -
 # ---- devices of mdevctl in a spec ----
 
 
-async def test_a_uuid_is_enough(mdo: Mdo, tmp_path: Path) -> None:
+def test_a_uuid_is_enough(mdo: Mdo, tmp_path: Path) -> None:
     define(uuid := uuid4(), ("vgpu_params", "a=1"), ("group_uuid", str(GROUP)))
     spec = tmp_path / "spec.toml"
     spec.write_text(f'[[pool]]\nname = "mine"\nuuid = "{uuid}"\n')
     plan: dict[str, Any] = json.loads(mdo("plan", spec, "--json"))
     (placement,) = plan["placements"]
     assert (placement["parent"], placement["type"]) == ("igd0", "mvgpu-128M")
-    document = interop.complete(load(spec), interop.defined(), sysfs.scan())
-    made = await create(document.spec.pools[0])
-    assert (made.uuid, made.params, made.group_uuid) == (uuid, "a=1", GROUP)
+    mdo("apply", spec)
+    made = the(uuid)
+    assert (made.params, made.group_uuid) == ("a=1", GROUP)
     (device,) = json.loads(mdo("plan", spec, "--json"))["existing"]
     assert device["uuid"] == str(uuid)
+    assert mdo("diff", spec, "--exit-code") == ""
+    mdo("destroy", spec)
+    assert shown_by_mdo(mdo) == set()
 
 
-async def test_an_attribute_that_the_driver_has_not_leaves_nothing(tmp_path: Path) -> None:
+def test_what_mdevctl_runs_is_not_taken_for_ours(mdo: Mdo, tmp_path: Path) -> None:
+    define(uuid := uuid4())
+    mdevctl("start", "--uuid", uuid)
+    mdo("import", "-o", tmp_path / "spec.toml")
+    mdo("apply", tmp_path / "spec.toml", code=2)
+    assert shown_by_mdevctl() == {(str(uuid), "igd0", "mvgpu-128M")}
+
+
+def test_an_attribute_that_the_driver_has_not_leaves_nothing(mdo: Mdo, tmp_path: Path) -> None:
     define(uuid := uuid4(), ("vgpu_params", "a=1"), ("no_such_file", "1"))
-    (definition,) = interop.defined()[uuid]
-    with pytest.raises(Exception, match="has no file no_such_file") as caught:
-        await create(interop.to_pool(definition))
-    assert not isinstance(caught.value, RequestError)
+    mdo("import", "-o", tmp_path / "spec.toml")
+    mdo("apply", tmp_path / "spec.toml", code=5)
     assert sysfs.scan().mdevs == ()
     mdevctl("start", "--uuid", uuid, code=1)
     assert sysfs.scan().mdevs == ()
