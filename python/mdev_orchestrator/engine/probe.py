@@ -39,7 +39,7 @@ from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, Un
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.model import Host, Parent
 
-TOGETHER = 32
+TOGETHER = 16
 """Devices that are put together at most."""
 SETTLE_SECONDS = 5.0
 """For the driver to count as it should after a device was made or removed."""

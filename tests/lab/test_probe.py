@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo probe`` on the real kernel: what it learns of each driver, and that it leaves nothing.
+
+Over mvgpu and the kernel's samples. For the engine's part they are made strangers: nothing is known
+by a name or a description.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import vfio
+from lab.parents import DRIVERS, Parent, all_drivers
+from mdev_orchestrator.capacity import models
+from mdev_orchestrator.capacity.attributes import TypeFacts
+from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.probe import probe
+from mdev_orchestrator.engine.steps import Context
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.model import is_uuid
+
+pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
+
+CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
+PARENTS = ("grid0", "igd0", *DRIVERS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drivers() -> Iterator[None]:
+    with all_drivers():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state directory of its own; the machine is as before afterwards."""
+    monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path))
+    before = sysfs.scan()
+    yield tmp_path
+    assert sysfs.scan() == before
+    if (tmp_path / "journal.db").exists():
+        with Journal.open() as book:
+            assert book.open_runs() == []
+            assert book.owned().devices == {}
+
+
+def mdo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CODE, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", PARENTS)
+async def test_a_stranger_is_known_afterwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "facts_of", lambda _: TypeFacts())
+    monkeypatch.setattr(models, "_recognise", lambda _: None)
+    probed = await probe(name, Context())
+    assert probed.before.confidence is models.Confidence.GUESSED
+    assert probed.learned, probed.after.why
+    parent = Parent(name)
+    rng = random.Random(name)  # noqa: S311 - not for secrets
+    try:
+        for _ in range(40):
+            assert probed.after.remaining(parent.used) == parent.counts(), parent.used
+            if parent.devices and rng.random() < 0.3:
+                parent.remove(rng.choice(parent.devices)[0])
+            else:
+                parent.create(rng.choice(sorted(parent.texts)))
+        # with devices on it, what was learned is what is believed
+        found = {c.name: c for c in models.survey(sysfs.scan(), learned=learned.load())}
+        assert found[name].model == probed.after.model
+        assert found[name].confidence is models.Confidence.OBSERVED
+    finally:
+        parent.become(Counter())
+
+
+def test_all_parents_by_one_command() -> None:
+    done = mdo("probe", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "devices will be created and removed again on each of: " in done.stderr
+    shown = {parent["name"]: parent for parent in json.loads(done.stdout)["parents"]}
+    assert set(shown) == set(PARENTS)
+    for parent in shown.values():
+        assert (parent["learned"], parent["before"]["confidence"]) == (True, "known"), parent
+        assert parent["model"] == parent["before"]["model"]
+    assert json.loads(mdo("probe", "--yes", "--json", "igd0").stdout)["parents"][0]["before"] == {
+        "model": "shared pool",
+        "confidence": "observed",
+    }
+
+
+def test_a_parent_in_use_and_nobody_to_ask() -> None:
+    uuid = vfio.create("igd0", "128M")
+    try:
+        done = mdo("probe", "--yes", "igd0")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"mdo: parent igd0 has devices: {uuid} " in done.stderr
+        done = mdo("probe", "grid0")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "--yes says that it may" in done.stderr
+        assert [path.name for path in vfio.MDEVS.iterdir()] == [uuid]
+    finally:
+        vfio.remove(uuid)
+
+
+def cut_short(number: signal.Signals) -> subprocess.Popen[str]:
+    """A probe of grid0 that gets a signal as soon as it has a device."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, "probe", "--yes", "grid0"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    directory = (vfio.PARENTS / "grid0").resolve()
+    deadline = time.monotonic() + 60
+    while not any(is_uuid(path.name) for path in directory.iterdir()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing(number: signal.Signals) -> None:
+    process = cut_short(number)
+    assert process.returncode == 128 + number
+    assert process.stderr is not None
+    assert "every device was removed again" in process.stderr.read()
+    process.stderr.close()
+
+
+def test_what_a_killed_one_leaves_the_next_removes() -> None:
+    foreign = vfio.create("igd0", "128M")
+    try:
+        process = cut_short(signal.SIGKILL)
+        assert process.stderr is not None
+        process.stderr.close()
+        left = {path.name for path in vfio.MDEVS.iterdir()} - {foreign}
+        assert left, "it was killed too late to tell anything"
+        done = mdo("probe", "--yes", "--json", "grid0")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["parents"][0]["learned"]
+        assert {path.name for path in vfio.MDEVS.iterdir()} == {foreign}
+    finally:
+        vfio.remove(foreign)
