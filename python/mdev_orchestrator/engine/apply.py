@@ -107,6 +107,7 @@ async def apply(
             specs={changes.name: own},
             observe=observe,
         )
+    learned.learn_from(seen.host, host)
     return changes
 
 
