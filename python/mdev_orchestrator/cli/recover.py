@@ -61,7 +61,10 @@ async def _recover(*, dry_run: bool) -> list[Recovered]:
         if dry_run:
             return recovery.pending(journal)
         done = await recovery.recover(
-            journal, context=Context(host=output.host_root()), observe=output.progress
+            journal,
+            context=Context(host=output.host_root()),
+            observe=output.progress,
+            again=True,
         )
         for swept in await sweep(host=output.host_root()):
             output.say(str(swept))

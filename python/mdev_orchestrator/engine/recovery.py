@@ -65,12 +65,14 @@ def pending(journal: Journal) -> list[Recovered]:
 
 
 async def recover(
-    journal: Journal, *, context: Context, observe: Observer = ignore
+    journal: Journal, *, context: Context, observe: Observer = ignore, again: bool = False
 ) -> list[Recovered]:
     """Undo or finish all that stands open and is nobody's any more.
 
     Never raises for a step that cannot be undone: it is told in the answer, and stays open.
 
+    :param again: Whether to try again what could not be undone before. Only who asks for it should
+        wait for that; other commands can do without the objects of such a run.
     :raise HostError: The journal is damaged or cannot be written.
     """
     done = []
@@ -80,6 +82,8 @@ async def recover(
             continue
         entries = journal.steps(found)
         way = _way(found, entries)
+        if way != "forget" and not again and any(e.progress is Progress.STUCK for e in entries):
+            continue
         run = await journal.take_over(found)
         if run is None:
             continue
