@@ -12,16 +12,17 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import sys
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 from avocado import Test
+from lab.kernel_log import KernelLog
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
@@ -38,42 +39,6 @@ FILL_BYTES = 256 << 10
 BOOT_SECONDS = 400.0
 GUEST_SECONDS = 200
 COMMAND_SECONDS = 300.0
-
-#: What a kernel says when it has found a fault in itself. Soft lockups and stalls are left out: an
-#: emulated processor that its host does not run for a while has them without any fault of ours.
-COMPLAINT = re.compile(
-    r"WARNING: (?!.*soft lockup)|BUG: (?!soft lockup|workqueue lockup)|Oops|general protection"
-    r"|possible (circular|recursive|irq|deadlock)|refcount_t:|list_(add|del) corruption"
-    r"|blocked for more than"
-)
-
-
-class KernelLog:
-    """The lines that the kernel prints from now on."""
-
-    def __init__(self) -> None:
-        self._descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        os.lseek(self._descriptor, 0, os.SEEK_END)
-
-    def close(self) -> None:
-        """Look no further."""
-        os.close(self._descriptor)
-
-    def lines(self) -> list[str]:
-        """What was printed since the last look."""
-        found = []
-        while True:
-            try:
-                record = os.read(self._descriptor, 8192)
-            except BlockingIOError:
-                return found
-            except BrokenPipeError:  # the oldest were overwritten meanwhile; go on with the rest
-                continue
-            found.append(record.decode(errors="replace").partition(";")[2].partition("\n")[0])
-
-    def complaints(self) -> list[str]:
-        """Those that tell of a fault of the kernel's or a driver's."""
-        return [line for line in self.lines() if COMPLAINT.search(line)]
 
 
 class GuestTest(Test):  # type: ignore[misc]  # avocado has no types
@@ -130,11 +95,11 @@ def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = T
 @contextlib.asynccontextmanager
 async def started(what: GuestSpec) -> AsyncIterator[Guest]:
     """A QEMU that runs; ended without asking its guest when the story has not ended it."""
-    guest = await process.start(what)
+    guest = await lifecycle.launch(what)
     try:
         yield guest
     finally:
-        await process.stop(guest, deadline=0, force=True)
+        await lifecycle.end(guest, deadline=0, force=True)
 
 
 @contextlib.asynccontextmanager
@@ -152,6 +117,12 @@ async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[Guest]:
     """A QEMU whose processor was never started: its guest answers nothing, ever."""
     async with started(spec(name, *devices, boots=False, extra=("-S",))) as running:
         yield running
+
+
+async def attach(name: str, mdev: Mdev, *, wait_guest: bool = False) -> str | None:
+    """Plug an mdev into the guest of this name; the port that it sits in."""
+    running = process.find_running(name)
+    return await lifecycle.attach(running, as_guest_mdev(mdev), wait_guest=wait_guest)
 
 
 async def use(
@@ -221,14 +192,23 @@ def one_line(text: str) -> str:
     return lines[0]
 
 
+@dataclass
+class Refusal:
+    """What was said when the block of :func:`refused` has ended."""
+
+    text: str = ""
+
+
 @contextlib.contextmanager
-def refused(kind: type[BaseException], *words: str) -> Any:  # noqa: ANN401
+def refused(kind: type[BaseException], *words: str) -> Iterator[Refusal]:
     """The block must fail with an error of this kind whose text has all these words."""
-    text = None
+    refusal = Refusal()
+    raised = False
     try:
-        yield
+        yield refusal
     except kind as error:
-        text = str(error)
-    assert text is not None, f"no {kind.__name__} was raised"
+        refusal.text = str(error)
+        raised = True
+    assert raised, f"no {kind.__name__} was raised"
     for word in words:
-        assert word in text, f"no {word!r} in: {text}"
+        assert word in refusal.text, f"no {word!r} in: {refusal.text}"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the functional tests, inside a lab: ``python tests/avocado/run.py RESULTS.xml [TEST…]``.
+"""Run functional tests, inside a lab: ``python tests/avocado/run.py RESULTS.xml [TEST…]``.
 
 Prints a line for each test and a closing ``N passed, N failed``; the exit status is 0 only when
-there were tests and all of them passed. TEST is a file here, or FILE:CLASS.METHOD.
+there were tests and all of them passed. TEST is a file (those of this directory if none is given),
+FILE:CLASS.METHOD, or FILE:CLASS.METHOD;CELL for some cells of a table (see ``cells.py``): those
+whose name begins so.
 
 avocado starts a new Python for each test, which takes 10 to 25 s under emulation, most of it for
 ``pkg_resources`` to look at what is installed. So this process has everything imported, and tests
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import multiprocessing
+import operator
 import os
 import signal
 import sys
@@ -139,21 +143,45 @@ def adapt_avocado() -> None:
 
 def preload() -> None:
     """Import what the tests do, once."""
-    sys.path.insert(0, str(HERE))
-    import framebuffer
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import guests
 
     from mdev_orchestrator.qemu import hotplug, monitor
 
-    del framebuffer, guests, hotplug, monitor
+    del guests, hotplug, monitor
 
 
-def run_job(xml: Path, references: list[str], directory: str) -> tuple[int, int]:
+def find_tests(references: list[str]) -> list[Any]:
+    """The tests that are asked for, each cell of a table by itself."""
+    import cells
+    from avocado.core.suite import TestSuite
+
+    found = []
+    for reference in references:
+        place, _, cell = reference.partition(";")
+        for runnable in TestSuite.from_config({"resolver.references": [place]}).tests:
+            tests = cells.expand(runnable, method(runnable.uri))
+            found += [test for test in tests if cells.name(test).startswith(cell)]
+    return found
+
+
+def method(uri: str) -> Any:  # noqa: ANN401
+    """The method that avocado names ``FILE:CLASS.METHOD``."""
+    file, _, name = uri.partition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return operator.attrgetter(name)(module)
+
+
+def run_job(xml: Path, tests: list[Any], directory: str) -> tuple[int, int]:
     """Run the tests; how many passed and how many did not."""
     from avocado.core.job import Job
+    from avocado.core.suite import TestSuite
 
     config = {
-        "resolver.references": references,
         "run.results_dir": directory,
         "run.max_parallel_tasks": 1,
         "job.output.loglevel": "INFO",
@@ -162,25 +190,26 @@ def run_job(xml: Path, references: list[str], directory: str) -> tuple[int, int]
         "job.run.result.xunit.output": str(xml),
         "human_ui.omit.statuses": ["STARTED"],
     }
-    with Job.from_config(config) as job:
+    with Job(config, [TestSuite("", config, tests)]) as job:
         status = job.run()
         result = job.result
         if result is None:
             return 0, 1
-        failed = result.tests_total - result.passed - result.skipped
+        failed = len(tests) - result.passed - result.cancelled
         for test in result.tests:
-            if test["status"] not in {"PASS", "SKIP"}:
+            if test["status"] not in {"PASS", "CANCEL"}:
                 say(f"\n{test['name']}: {test['status']}: {test.get('fail_reason')}")
                 with contextlib.suppress(OSError):
                     say(Path(test["logfile"]).read_text(errors="replace"))
-        if not failed and (status or not result.tests_total):
-            say(f"avocado ended with status {status} after {result.tests_total} tests")
+        if not failed and status:
+            say(f"avocado ended with status {status}")
             failed = 1
         return result.passed, failed
 
 
 async def sweep(known: set[Any]) -> None:
     """End guests and remove mdevs that an interrupted test has left."""
+    from mdev_orchestrator.engine import lifecycle
     from mdev_orchestrator.engine.devices import remove_devices
     from mdev_orchestrator.errors import MdoError
     from mdev_orchestrator.host import sysfs
@@ -188,7 +217,7 @@ async def sweep(known: set[Any]) -> None:
 
     for guest in process.list_guests():
         with contextlib.suppress(MdoError):
-            await process.stop(guest, deadline=0, force=True)
+            await lifecycle.end(guest, deadline=0, force=True)
     for mdev in sysfs.scan().mdevs:
         if mdev.uuid not in known:
             with contextlib.suppress(MdoError):
@@ -232,7 +261,7 @@ def main() -> int:
         preload()
         adapt_avocado()
         try:
-            passed, failed = run_job(xml, references, directory)
+            passed, failed = run_job(xml, find_tests(references), directory)
         finally:
             for fork in forks:
                 with contextlib.suppress(ProcessLookupError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from guests import (
     GuestTest,
     appears,
+    attach,
     disappears,
     functions,
     guest,
@@ -18,11 +19,12 @@ from guests import (
     use,
 )
 
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.lab.story import as_guest_mdev, counts
+from mdev_orchestrator.lab.story import counts
 from mdev_orchestrator.qemu import hotplug, process
 
 SMALL = "mvgpu-128M"
@@ -37,34 +39,34 @@ class HotPlug(GuestTest):
             assert await functions(program) == {}
 
             # With wait_guest the guest has the device when attach returns.
-            port = await hotplug.attach("ports", as_guest_mdev(first), wait_guest=True)
+            port = await attach("ports", first, wait_guest=True)
             assert port == "port0"
             await appears(program, first)
             await use(program, first, seed=1)
 
             # Detach returns when QEMU has closed it: nobody holds it then.
-            await hotplug.detach("ports", first.uuid)
+            await lifecycle.detach("ports", first.uuid)
             assert not holders((first,)).of(first.uuid)
             await disappears(program, first)
 
             # The same device again, and one in every other port.
             for number, mdev in enumerate(four):
-                port = await hotplug.attach("ports", as_guest_mdev(mdev), wait_guest=True)
+                port = await attach("ports", mdev, wait_guest=True)
                 assert port == f"port{number}"
             for seed, mdev in enumerate(four):
                 await appears(program, mdev)
                 await use(program, mdev, seed=seed)
             with refused(RequestError, "guest ports", "all 4 root ports are taken", "detach"):
-                await hotplug.attach("ports", as_guest_mdev(fifth))
+                await attach("ports", fifth)
             with refused(RequestError, "guest ports has", str(first.uuid), "already"):
-                await hotplug.attach("ports", as_guest_mdev(first))
+                await attach("ports", first)
             held = await hotplug.mdevs_of(process.find("ports"))
             assert {one.uuid for one in held} == {mdev.uuid for mdev in four}
 
             # A port that is free again takes another, which the host can also remove for good.
-            await hotplug.detach("ports", second.uuid)
+            await lifecycle.detach("ports", second.uuid)
             await remove_devices([str(second.uuid)])
-            assert await hotplug.attach("ports", as_guest_mdev(fifth), wait_guest=True) == "port1"
+            assert await attach("ports", fifth, wait_guest=True) == "port1"
             await appears(program, fifth)
             await use(program, fifth, seed=5)
             seen = await functions(program)
@@ -74,7 +76,7 @@ class HotPlug(GuestTest):
         async with unchanged(), mdevs(SMALL) as (mdev,):
             async with halted_guest("deaf", mdev) as deaf:
                 with refused(DeadlineError, "guest deaf", str(mdev.uuid), "still has the device"):
-                    await hotplug.detach("deaf", mdev.uuid, 1)
+                    await lifecycle.detach("deaf", mdev.uuid, 1)
                 (plugged,) = await hotplug.mdevs_of(deaf)
                 assert plugged.uuid == mdev.uuid
 

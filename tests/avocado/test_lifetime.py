@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 from uuid import UUID, uuid4
 
-import framebuffer
 from guests import (
     FILL_BYTES,
     GuestTest,
@@ -23,6 +22,8 @@ from guests import (
     use,
 )
 
+from lab import vfio
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
@@ -86,7 +87,7 @@ class Lifetime(GuestTest):
                 assert (await mdo("remove", str(cold))).status == 0
             finally:
                 for left in process.list_guests():
-                    await process.stop(left, deadline=0, force=True)
+                    await lifecycle.end(left, deadline=0, force=True)
                 left = [str(mdev) for mdev in (cold, held) if sysfs.read_mdev(mdev)]
                 if left:
                     await mdo("remove", *left)
@@ -135,7 +136,9 @@ class Lifetime(GuestTest):
 
             # The device is free, and its next user finds nothing of what was in it.
             assert not holders((mdev,)).of(mdev.uuid)
-            assert framebuffer.read(mdev, FILL_BYTES) == bytes(FILL_BYTES)
+            with vfio.Device(str(mdev.uuid)) as device:
+                seen = os.pread(device.fd, FILL_BYTES, device.offset(vfio.FB))
+            assert seen == bytes(FILL_BYTES)
 
             stopped = await mdo("guest", "stop", "victim", "--json")
             assert stopped.json() == {"name": "victim", "how": "gone"}

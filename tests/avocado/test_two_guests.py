@@ -8,6 +8,7 @@ import asyncio
 from guests import (
     GuestTest,
     appears,
+    attach,
     disappears,
     functions,
     guest,
@@ -16,11 +17,11 @@ from guests import (
     one_line,
     refused,
     spec,
-    started,
     unchanged,
     use,
 )
 
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.lab.story import GRID_TYPE, as_guest_mdev
@@ -54,22 +55,21 @@ class TwoGuests(GuestTest):
             with refused(QemuError, "Device or resource busy", "another process holds the mdev"):
                 await hotplug.attach("right", as_guest_mdev(shared))
             with refused(QemuError, "guest third", "Device or resource busy"):
-                async with started(spec("third", shared, boots=False)):
-                    pass
+                await process.start(spec("third", shared, boots=False))
             assert [found.name for found in process.list_guests()] == ["left", "right"]
             (holder,) = holders((shared,)).of(shared.uuid)
             assert holder.guest == "left"
             await use(left, shared, seed=3)
 
             # It changes hands when the left one has let go.
-            await hotplug.detach("left", shared.uuid)
+            await lifecycle.detach("left", shared.uuid)
             await disappears(left, shared)
-            await hotplug.attach("right", as_guest_mdev(shared), wait_guest=True)
+            await attach("right", shared, wait_guest=True)
             await appears(right, shared)
             await use(right, shared, seed=4)
 
             # The end of one is nothing to the other.
-            ended = await process.stop(process.find("left"))
+            ended = await lifecycle.end(process.find("left"))
             assert ended.how == "powerdown"
             await use(right, grid_of_right, seed=5)
             assert not holders((grid_of_left,)).of(grid_of_left.uuid)

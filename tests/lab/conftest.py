@@ -3,45 +3,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from lab import vfio
+from lab.kernel_log import KernelLog
 
 
 @pytest.fixture
-def kernel_log() -> Iterator[vfio.KernelLog]:
+def kernel_log() -> Iterator[KernelLog]:
     """The kernel's log from the beginning of the test; nothing in it may be a complaint."""
-    log, watch = vfio.KernelLog(), vfio.KernelLog()
+    log = KernelLog()
     yield log
-    complaints = [line for line in watch.lines() if vfio.COMPLAINT.search(line)]
+    complaints = log.complaints()
     log.close()
-    watch.close()
     assert complaints == []
 
 
 @pytest.fixture
-def make(kernel_log: vfio.KernelLog) -> Iterator[Callable[..., list[str]]]:
-    """Makes mdevs, in a start group if one is given; what is left of them goes at the end.
-
-    Whatever the test did, every link is free again then.
-    """
-    made: list[str] = []
-
-    def factory(count: int = 1, group: str = "", *, type_: str = "128M") -> list[str]:
-        parent = "igd0" if type_.endswith("M") else "grid0"
-        new = [vfio.create(parent, type_) for _ in range(count)]
-        made.extend(new)
-        if group:
-            for uuid in new:
-                vfio.put(uuid, "group_uuid", group)
-        return new
-
-    before = vfio.links("igd0"), vfio.links("grid0")
-    yield factory
-    for uuid in made:
-        with contextlib.suppress(FileNotFoundError):
-            vfio.remove(uuid)
-    assert (vfio.links("igd0"), vfio.links("grid0")) == before
+def make(kernel_log: KernelLog) -> Iterator[vfio.Make]:
+    """Makes mdevs that are gone, with their links, when the test has ended."""
+    with vfio.factory() as make:
+        yield make

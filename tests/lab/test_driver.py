@@ -13,18 +13,17 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from lab import vfio
-from lab.vfio import Child, Device, KernelLog, get, put
+from lab.kernel_log import KernelLog
+from lab.vfio import Child, Device, Make, get, put
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
-Make = Callable[..., list[str]]
 ATTRIBUTES = {"group_uuid", "online", "vgpu_params", "group_owner", "group_links", "group_error"}
 GROUP = "6f9619ff-8b86-d011-b42d-00c04fc964ff"
 

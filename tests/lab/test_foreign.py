@@ -8,20 +8,34 @@ parent, a pool of memory.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
-from mdev_orchestrator.errors import CapacityError
+from mdev_orchestrator.errors import BusyError, CapacityError, RequestError
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.host.readiness import missing
+from mdev_orchestrator.model import Mdev
+from mdev_orchestrator.qemu import hotplug
+from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+from mdev_orchestrator.qemu.process import Guest
 
 SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
 pytestmark = pytest.mark.skipif(SAMPLES is None, reason="needs MDO_LAB_SAMPLES")
+
+ONE_PORT, TWO_PORTS = "mtty-1", "mtty-2"
+CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
 
 
 @pytest.fixture(scope="module", params=["mtty", "mdpy", "mbochs"], autouse=True)
@@ -71,3 +85,79 @@ async def test_a_driver_without_our_files(driver: str) -> None:
     assert sysfs.read_file(mdev.uuid, "online") is None
     assert not await sysfs.write_file(mdev.uuid, "group_uuid", "")
     await remove_devices([str(mdev.uuid)])
+
+
+async def test_host_shows_it_like_any_other(driver: str) -> None:
+    before = free(driver)
+    first, *_ = before
+    (mdev,) = await create_devices(first)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, "host", "--json"], capture_output=True, check=True
+    )
+    shape: dict[str, Any] = json.loads(done.stdout)
+    (parent,) = [one for one in shape["parents"] if one["name"] == driver]
+    shown = {t["id"]: t["available_instances"] for t in parent["types"]}
+    assert shown == free(driver) != before
+    assert {t["device_api"] for t in parent["types"]} == {"vfio-pci"}
+    assert str(mdev.uuid) in done.stdout.decode()
+    await remove_devices([str(mdev.uuid)])
+
+
+# ---------------------------------------------------------------- up to QEMU
+
+
+def as_guest_mdev(mdev: Mdev) -> GuestMdev:
+    return GuestMdev(mdev.uuid, mdev.path, mdev.device_api or "vfio-pci")
+
+
+@asynccontextmanager
+async def halted_guest(*mdevs: Mdev) -> AsyncIterator[Guest]:
+    """A guest whose processor is never started: what is tried is our part, and QEMU's."""
+    spec = GuestSpec(
+        name="halted",
+        uuid=uuid4(),
+        memory=64 << 20,
+        mdevs=tuple(map(as_guest_mdev, mdevs)),
+        extra=("-S",),
+    )
+    guest = await lifecycle.launch(spec)
+    try:
+        yield guest
+    finally:
+        await lifecycle.end(guest, deadline=0, force=True)
+
+
+async def test_guest_gets_one_cold_and_one_hot(driver: str) -> None:
+    before = free(driver)
+    cold, hot = await create_devices(next(iter(before)), 2)
+    async with halted_guest(cold) as guest:
+        assert {one.uuid for one in await hotplug.mdevs_of(guest)} == {cold.uuid}
+        assert await lifecycle.attach(guest, as_guest_mdev(hot)) == "port1"
+        plugged = {one.uuid: one.path for one in await hotplug.mdevs_of(guest)}
+        assert plugged == {cold.uuid: str(cold.path), hot.uuid: str(hot.path)}
+        for mdev in (cold, hot):
+            (holder,) = holders((mdev,)).of(mdev.uuid)
+            assert holder.guest == "halted"
+        with pytest.raises(BusyError, match="held by guest 'halted'"):
+            await remove_devices([str(hot.uuid), str(cold.uuid)])
+        with pytest.raises(RequestError, match="already"):
+            await lifecycle.attach(guest, as_guest_mdev(hot))
+    await remove_devices([str(cold.uuid), str(hot.uuid)])
+    assert free(driver) == before
+
+
+# ---------------------------------------------------------------- mtty alone
+
+
+async def test_one_pool_of_24_ports(driver: str) -> None:
+    if driver != "mtty":
+        pytest.skip("of mtty")
+    assert free(driver) == {ONE_PORT: 24, TWO_PORTS: 12}
+    (two,) = await create_devices(TWO_PORTS)
+    assert free(driver) == {ONE_PORT: 22, TWO_PORTS: 11}
+    (one,) = await create_devices(ONE_PORT)
+    assert free(driver) == {ONE_PORT: 21, TWO_PORTS: 10}
+    with pytest.raises(CapacityError, match="11 of mtty-2 do not fit on mtty: 10 would"):
+        await create_devices(TWO_PORTS, 11)
+    await remove_devices([str(two.uuid), str(one.uuid)])
+    assert free(driver) == {ONE_PORT: 24, TWO_PORTS: 12}

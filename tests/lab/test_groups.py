@@ -21,12 +21,12 @@ from uuid import uuid4
 import pytest
 
 from lab import vfio
+from lab.kernel_log import KernelLog
 from lab.test_driver import refused
-from lab.vfio import MV, Child, Device, KernelLog, Uevents, get, links, put, refusal
+from lab.vfio import MV, Child, Device, Make, Uevents, get, links, put, refusal
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
-Make = Callable[..., list[str]]
 LINKS = 8
 
 

@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from lab import vfio
+from lab.kernel_log import KernelLog
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import (
@@ -67,7 +68,7 @@ def explicit() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-async def given_back(kernel_log: vfio.KernelLog) -> AsyncIterator[None]:
+async def given_back(kernel_log: KernelLog) -> AsyncIterator[None]:
     """After each test there is no guest, no mdev, and every link is free."""
     yield
     for guest in process.list_guests():

@@ -245,6 +245,34 @@ def remove(uuid: str) -> None:
     poke(MDEVS / uuid / "remove", "1")
 
 
+Make = Callable[..., list[str]]
+"""``make(count=1, group="", *, type_="128M")``: fresh mdevs, in a start group if one is given."""
+
+
+@contextlib.contextmanager
+def factory() -> Iterator[Make]:
+    """Makes mdevs; what is left of them goes at the end, and every link must be free then."""
+    made: list[str] = []
+
+    def make(count: int = 1, group: str = "", *, type_: str = "128M") -> list[str]:
+        parent = "igd0" if type_.endswith("M") else "grid0"
+        new = [create(parent, type_) for _ in range(count)]
+        made.extend(new)
+        if group:
+            for uuid in new:
+                put(uuid, "group_uuid", group)
+        return new
+
+    before = links("igd0"), links("grid0")
+    try:
+        yield make
+    finally:
+        for uuid in made:
+            with contextlib.suppress(FileNotFoundError):
+                remove(uuid)
+    assert (links("igd0"), links("grid0")) == before
+
+
 def get(uuid: str, name: str) -> str:
     return (MDEVS / uuid / name).read_text().removesuffix("\n")
 
@@ -280,33 +308,6 @@ def fault(point: str, text: str) -> Iterator[Callable[[], str]]:
         yield path.read_text
     finally:
         poke(path, "\n")
-
-
-COMPLAINT = re.compile(
-    r"WARNING: (?!.*soft lockup)|BUG: (?!soft lockup|workqueue lockup)|Oops|general protection"
-    r"|possible (circular|recursive|irq|deadlock)|refcount_t:|list_(add|del) corruption"
-    r"|blocked for more than"
-)
-
-
-class KernelLog:
-    """What the kernel prints from now on."""
-
-    def __init__(self) -> None:
-        self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        os.lseek(self._fd, 0, os.SEEK_END)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def lines(self) -> list[str]:
-        """Lines since the last look."""
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                record = os.read(self._fd, 8192).decode(errors="replace")
-                found.append(record.partition(";")[2].partition("\n")[0])
-        return found
 
 
 class Uevents:

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What must hold, whoever started and however it ended."""
+"""What must hold, whoever started and however it ended. The driver's log is the proof."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from lab import vfio
 from lab.vfio import Event, get, links, refusal
 
-Make = Callable[[int], list[str]]
+
+def has(uuid: str, name: str) -> bool:
+    """Whether the driver shows an attribute."""
+    return (vfio.MDEVS / uuid / name).exists()
 
 
-def online(uuids: list[str]) -> set[str]:
-    """States of some mdevs; nothing where the driver does not tell."""
-    return {get(uuid, "online") for uuid in uuids if Path(vfio.MDEVS, uuid, "online").exists()}
+def online(uuids: list[str]) -> set[bool]:
+    """States of some mdevs by the driver's log, and where it has ``online``, by that too."""
+    log = vfio.events()
+    states = set()
+    for uuid in uuids:
+        changes = [e.event for e in log if e.uuid == uuid and e.event in {"started", "stopped"}]
+        state = changes[-1:] == ["started"]
+        if has(uuid, "online"):
+            assert get(uuid, "online") == str(int(state)), f"{uuid}: {changes}"
+        states.add(state)
+    return states
 
 
 def history(uuid: str, since: int) -> dict[str, Event]:
@@ -33,14 +43,14 @@ def started_before_opened(uuids: list[str], since: int, *, as_group: bool) -> se
     """
     found = [history(uuid, since) for uuid in uuids]
     for one in found:
-        assert one["opened"].sequence < one["accessed"].sequence
-        assert one["started"].sequence < one["opened"].sequence
-        assert one["accessed"].value == 1, "accessed while offline"
+        assert one["opened"].sequence < one["accessed"].sequence, one
+        assert one["started"].sequence < one["opened"].sequence, one
+        assert one["accessed"].value == 1, f"accessed while offline: {one}"
     if as_group:
         last = max(one["started"].sequence for one in found)
-        assert last < min(one["opened"].sequence for one in found)
+        assert last < min(one["opened"].sequence for one in found), found
     opened = [one["opened"].sequence for one in found]
-    assert opened == sorted(opened), "opened in another order than asked for"
+    assert opened == sorted(opened), f"opened in another order than asked for: {found}"
     return {one["started"].pid for one in found}
 
 
@@ -52,24 +62,26 @@ def closed_before_stopped(uuids: list[str], since: int, *, as_group: bool) -> No
         assert [names.count(name) for name in ("started", "stopped")] == [1, 1], names
     found = [history(uuid, since) for uuid in uuids]
     for one in found:
-        assert one["closed"].sequence < one["stopped"].sequence
+        assert one["closed"].sequence < one["stopped"].sequence, one
     if as_group:
         last = max(one["closed"].sequence for one in found)
-        assert last < min(one["stopped"].sequence for one in found)
+        assert last < min(one["stopped"].sequence for one in found), found
 
 
 def given_back(uuids: list[str], total: int) -> None:
     """Offline, every link free, and another process can have the group."""
-    assert online(uuids) <= {"0"}
-    assert links() == total
-    owned = Path(vfio.MDEVS, uuids[0], "group_owner").exists()
-    if owned:
+
+    def is_free() -> None:
+        assert online(uuids) == {False}
+        assert links() == total, f"{links()} of {total} links are free"
+
+    is_free()
+    if has(uuids[0], "group_owner"):
         assert {get(uuid, "group_owner") for uuid in uuids} == {"0"}
     explicit = Path("/sys/module/mvgpu/parameters/implicit_start").read_text().strip() == "N"
     if explicit:
         vfio.put(uuids[0], "online", "1")
-    assert not refusal(*uuids)
+    assert not refusal(*uuids), "another process cannot have it"
     if explicit:
         vfio.put(uuids[0], "online", "0")
-    assert online(uuids) <= {"0"}
-    assert links() == total
+    is_free()

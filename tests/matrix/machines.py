@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """QEMUs of several versions, started by themselves or by the orchestrator, and their monitor.
 
-None of them boots unless told so: ``-S`` opens the devices and then waits.
+None of them boots: ``-S`` opens the devices and then waits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,12 @@ from uuid import UUID, uuid4
 
 from lab import vfio
 from mdev_orchestrator.engine import lifecycle
-from mdev_orchestrator.lab import l2
+from mdev_orchestrator.errors import QemuError
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 
 STOCK = "7.2"
+PATCHED = ("10.0", "10.2")
 PORTS = 8
 #: A guest that has not booted has its slots powered off, and such a slot lets go at once. By ACPI
 #: it would take a reset to complete an unplug, and when the last VFIO device goes in the middle of
@@ -42,31 +41,32 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Version:
-    """A QEMU program.
-
-    :ivar patched: Whether it starts groups.
-    """
+    """A QEMU program."""
 
     name: str
     binary: str
-    firmware: str = ""
+    firmware: Path | None = None
 
     @property
     def patched(self) -> bool:
-        return self.name != STOCK
+        """Whether it is ours, and starts groups."""
+        return self.name in PATCHED
 
 
 def versions() -> dict[str, Version]:
-    """The distribution's QEMU, and those of ``MDO_TEST_QEMU``: ``NAME=BINARY:FIRMWARE,…``."""
+    """The distribution's QEMU, and those of ``MDO_TEST_QEMU``: ``NAME=BINARY:FIRMWARE,…``.
+
+    Their names are series of QEMU, with ``-stock`` for one that was built without our patches.
+    """
     found = {STOCK: Version(STOCK, shutil.which("qemu-system-x86_64") or "qemu-system-x86_64")}
     for item in filter(None, os.environ.get("MDO_TEST_QEMU", "").split(",")):
         name, _, paths = item.partition("=")
         binary, _, firmware = paths.partition(":")
-        found[name] = Version(name, binary, firmware)
+        found[name] = Version(name, binary, Path(firmware))
     return found
 
 
-class QmpError(Exception):
+class QmpError(QemuError):
     """What a command was answered."""
 
 
@@ -147,13 +147,14 @@ class Qmp:
 
 
 class Direct:
-    """QEMU as a child of the test, with nobody in between."""
+    """QEMU as a child of the test, with nobody in between.
+
+    :raise QemuError: It ended at once; what it said, and its exit status.
+    """
 
     orchestrated = False
 
-    def __init__(
-        self, version: Version, *uuids: str, extra: tuple[str, ...] = (), boots: bool = False
-    ) -> None:
+    def __init__(self, version: Version, *uuids: str, extra: tuple[str, ...] = ()) -> None:
         self.version = version
         self.plugged: dict[str, int] = {}
         self.cold = frozenset(uuids)
@@ -163,23 +164,17 @@ class Direct:
         argv += ["-mon", "chardev=qmp,mode=control"]
         argv += NATIVE
         if version.firmware:
-            argv += ["-L", version.firmware]
-        if boots:
-            argv += ["-accel", "kvm", "-accel", "tcg", "-m", "256M"]
-            argv += ["-kernel", os.environ["MDO_LAB_KERNEL"], "-append", l2.APPEND]
-            argv += ["-initrd", os.environ["MDO_LAB_INITRD"], "-serial", "stdio"]
-        else:
-            argv += ["-accel", "tcg", "-m", "64M", "-S"]
+            argv += ["-L", str(version.firmware)]
+        argv += ["-accel", "tcg", "-m", "64M", "-S"]
         for number in range(PORTS):
             argv += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1}"]
         for uuid in uuids:
             options = self._device(uuid)
             argv += ["-device", ",".join(f"{key}={value}" for key, value in options.items())]
-        argv[-1] = argv[-1].replace("driver=", "", 1)
         self._process = subprocess.Popen(
             [*argv, *extra],
-            stdin=subprocess.PIPE if boots else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if boots else subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
         )
@@ -188,8 +183,8 @@ class Direct:
         try:
             self.qmp = Qmp(ours)
         except GoneError:
-            self.qmp = None
             ours.close()
+            raise QemuError(self.words()) from None
 
     def __enter__(self) -> Self:
         return self
@@ -213,7 +208,6 @@ class Direct:
         return self._process.poll() is None
 
     def command(self, name: str, **arguments: object) -> Any:  # noqa: ANN401
-        assert self.qmp, self.words()
         return self.qmp.command(name, **arguments)
 
     def plug(self, uuid: str) -> None:
@@ -225,34 +219,14 @@ class Direct:
             raise
 
     def unplug(self, uuid: str) -> None:
-        assert self.qmp
         self.qmp.unplug(f"mdev-{uuid}")
         del self.plugged[uuid]
 
-    def until_booted(self) -> None:
-        """Wait for the guest's program; what it is sent before its driver has started is lost."""
-        assert self._process.stdin
-        assert self._process.stdout
-        seen, end = b"", time.monotonic() + SECONDS
-        while l2.MARK not in seen:
-            assert time.monotonic() < end, f"it does not boot: {seen[-2000:]!r}"
-            self._process.stdin.write(b"ping\n")
-            self._process.stdin.flush()
-            while select.select([self._process.stdout], [], [], 2)[0]:
-                data = os.read(self._process.stdout.fileno(), 4096)
-                assert data, f"it ended after {seen[-2000:]!r}"
-                seen += data
-
-    def drain(self) -> bytes:
-        """What the guest prints until it ends."""
-        assert self._process.stdout
-        return self._process.stdout.read()
-
     def words(self) -> str:
-        """What QEMU said before it ended."""
-        status = self.ended()
+        """What QEMU said, and its exit status; it has ended or is about to."""
         assert self._process.stderr
-        return f"{self._process.stderr.read().decode()}(exit status {status})"
+        with self._process.stderr as said:
+            return f"{said.read().decode()}(exit status {self._process.wait(SECONDS)})"
 
     def quit(self) -> None:
         self.command("quit")
@@ -260,9 +234,7 @@ class Direct:
     def ended(self) -> int:
         """Wait for the end; the kernel has released everything when this returns."""
         status = self._process.wait(SECONDS)
-        if self.qmp:
-            self.qmp.close()
-            self.qmp = None
+        self.qmp.close()
         return status
 
     def signal(self, number: int) -> None:
@@ -272,9 +244,8 @@ class Direct:
         if self._process.poll() is None:
             self._process.kill()
         self.ended()
-        for file in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if file:
-                file.close()
+        assert self._process.stderr
+        self._process.stderr.close()
 
     @staticmethod
     def sweep(*uuids: str) -> None:
@@ -290,7 +261,7 @@ def guest_spec(version: Version, *uuids: str, extra: tuple[str, ...] = ()) -> Gu
         uuid=uuid4(),
         memory=64 << 20,
         qemu=version.binary,
-        firmware=Path(version.firmware) if version.firmware else None,
+        firmware=version.firmware,
         accel="tcg",
         mdevs=tuple(map(guest_mdev, uuids)),
         extra=("-S", *NATIVE, *extra),
@@ -363,8 +334,3 @@ class Orchestrated:
 
 
 Machine = Direct | Orchestrated
-
-
-def machine(version: Version, driver: str) -> type[Direct | Orchestrated]:
-    """Who has to launch a QEMU so that its groups are started with a driver."""
-    return Orchestrated if driver.startswith("explicit") and not version.patched else Direct

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-import pytest
+from cells import cells
+from guests import refused
 
-from lab.vfio import Child, get, links, put
-from matrix.machines import Direct, QmpError, Version, versions
+from lab.vfio import get, links
+from matrix import checks
+from matrix.cell import GROUPING, Cell
+from matrix.machines import PATCHED, Direct, QmpError, Version, versions
 
 MOVES = int(os.environ.get("MDO_TEST_MOVES", "500"))
 QEMUS = 3
@@ -41,7 +43,7 @@ class Schedule:
     """Several QEMUs, several groups, and who has what by the rules of the ABI."""
 
     def __init__(
-        self, rng: random.Random, groups: list[Group], known: list[Version], explicit: bool
+        self, rng: random.Random, groups: list[Group], known: list[Version], *, explicit: bool
     ) -> None:
         self.rng = rng
         self.groups = groups
@@ -77,7 +79,6 @@ class Schedule:
         cold = group is not None and not group.held and group.cost <= self.free()
         uuids = group.members if cold and group else []
         qemu = Direct(version, *uuids)
-        assert qemu.qmp, qemu.words()
         self.qemus[slot] = qemu
         if uuids and group:
             group.owner, group.held = slot, set(uuids)
@@ -95,7 +96,7 @@ class Schedule:
         elif not group.held and group.cost > self.free():
             expected = "No space left"
         if expected:
-            with pytest.raises(QmpError, match=expected):
+            with refused(QmpError, expected):
                 self.qemus[slot].plug(uuid)
             self.note(f"refused: {expected}", str(slot))
         else:
@@ -143,45 +144,41 @@ class Schedule:
             if not group.held:
                 group.owner = None
             states = {get(uuid, "online") for uuid in group.members}
-            assert states == {"1" if group.held else "0"}
+            assert states == {"1" if group.held else "0"}, (states, group)
             pid = self.qemus[group.owner].pid if group.owner is not None else 0
-            assert {get(uuid, "group_owner") for uuid in group.members} == {str(pid)}
-        assert links() == self.free()
+            owners = {get(uuid, "group_owner") for uuid in group.members}
+            assert owners == {str(pid)}, (owners, group)
+        assert links() == self.free(), (links(), self.groups)
 
 
-@pytest.fixture
-def schedule(driver: str, make: Callable[..., list[str]]) -> Iterator[Schedule]:
-    seed = int(os.environ.get("MDO_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
-    print(f"MDO_TEST_SEED={seed} plays this schedule again")  # noqa: T201 - shown when it fails
-    known = [version for version in versions().values() if version.patched]
-    if not known:
-        pytest.skip("MDO_TEST_QEMU names no patched QEMU")
-    groups = [Group(make(size, str(uuid4()))) for size in SIZES]
-    found = Schedule(random.Random(seed), groups, known, driver == "explicit")  # noqa: S311
-    yield found
-    for qemu in found.qemus.values():
-        qemu.kill()
-    for group in groups:
-        Direct.sweep(*group.members)
-    print("\n".join(found.trace[-40:]))  # noqa: T201
+class RandomSchedule(Cell):
+    links = LINKS
 
+    @cells(driver=GROUPING)
+    def test_opens_closes_and_kills(self) -> None:
+        seed = int(os.environ.get("MDO_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+        self.log.info("MDO_TEST_SEED=%d plays this schedule again", seed)
+        known = [found for name, found in versions().items() if name in PATCHED]
+        if not known:
+            self.cancel("MDO_TEST_QEMU names no patched QEMU")
+        groups = [Group(self.make(size, str(uuid4()))) for size in SIZES]
+        rng = random.Random(seed)  # noqa: S311
+        schedule = Schedule(rng, groups, known, explicit=self.driver == "explicit")
+        try:
+            self.play(schedule)
+        finally:
+            for qemu in schedule.qemus.values():
+                qemu.kill()
+            for group in groups:
+                Direct.sweep(*group.members)
+            self.log.info("%s\nmoves: %s", "\n".join(schedule.trace[-40:]), schedule.done)
 
-@pytest.mark.long
-@pytest.mark.parametrize("driver", ["implicit-6", "explicit-6"], indirect=True)
-def test_a_random_schedule(driver: str, schedule: Schedule) -> None:
-    while len(schedule.trace) < MOVES:
-        schedule.move()
-        schedule.check()
-    for slot in sorted(schedule.qemus):
-        schedule.end(slot, schedule.rng.choice(ENDS))
-        schedule.check()
-    assert links() == LINKS
-    for group in schedule.groups:  # nothing is stuck
-        if schedule.explicit:
-            put(group.members[0], "online", "1")
-        with Child(*group.members) as child:
-            assert child.failed == 0
-        if schedule.explicit:
-            put(group.members[0], "online", "0")
-        assert links() == LINKS
-    print(f"moves: {schedule.done}")  # noqa: T201
+    def play(self, schedule: Schedule) -> None:
+        while len(schedule.trace) < MOVES:
+            schedule.move()
+            schedule.check()
+        for slot in sorted(schedule.qemus):
+            schedule.end(slot, schedule.rng.choice(ENDS))
+            schedule.check()
+        for group in schedule.groups:  # nothing is stuck
+            checks.given_back(group.members, LINKS)

@@ -607,3 +607,24 @@ def _lines_of_new_file() -> Iterator[str]:
 
 def _added(lines: Iterable[str]) -> Iterator[str]:
     return (f"+{line}" for line in lines)
+
+
+def main() -> int:
+    """Build each series with and without our patches; print them as tests are told of them."""
+    found: list[Build] = []
+    try:
+        for series in sys.argv[1:] or series_known():
+            found += [build(series, progress=_say), build_stock(series, progress=_say)]
+    except MdoError as error:
+        _say(str(error))
+        return error.exit_code
+    sys.stdout.write(",".join(f"{qemu.series}={qemu.binary}:{qemu.firmware}" for qemu in found))
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"qemu: {line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
