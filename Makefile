@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# make demo       the main job, in the lab, from nothing
-# make test       every check and every test
-# make test-qemu  the patched QEMUs, built and run with every driver
-# make check      linters only
-# make bench      speeds, as ratios
-# make lab-shell  a shell in a lab that stays up until 'mdo lab down'
-# make clean      forget what was built; the cache stays
+# make demo           the main job, in the lab, from nothing
+# make test           every check and every test
+# make test-qemu      the patched QEMUs, built and run with every driver
+# make test-qemu-own  QEMU's own tests, patched beside stock: an hour
+# make check          linters only
+# make bench          speeds, as ratios
+# make lab-shell      a shell in a lab that stays up until 'mdo lab down'
+# make clean          forget what was built; the cache stays
 
 MDO = .venv/bin/mdo
 
-.PHONY: setup demo test test-qemu check bench lab-shell clean
+.PHONY: setup demo test test-qemu test-qemu-own check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -24,12 +25,16 @@ test: setup
 test-qemu: setup
 	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1
 
+test-qemu-own: setup
+	@.venv/bin/python tools/run-tests qemu-own
+
 check: setup
 	@.venv/bin/python tools/run-tests check
 
 bench: setup
 	@.venv/bin/python benches/host_scan.py
 	@.venv/bin/python benches/planner.py
+	@.venv/bin/python benches/qemu_startup.py
 
 lab-shell: setup
 	@$(MDO) lab up
