@@ -44,6 +44,7 @@ Counts: TypeAlias = tuple[int, ...]
 _LIMIT = 1 << 63
 _STATES = 500  # in which two models are compared
 _SETTLED = 64  # types of which the costs are looked for
+_ANSWERS = 16  # to the question what types take, which may differ
 _TRIES = 5000  # to find what types take, which is about a tenth of a second
 
 
@@ -671,12 +672,12 @@ def _explanations(current: Model, looks: Sequence[_Evidence]) -> Iterator[Model]
             candidates += _pool(evidence, resources)
         candidates.append(_independent(evidence))
     candidates += _seen_kinds(looks)
-    candidates += _seen_costs(looks)
     candidates = [_grown(candidate, candidates) for candidate in candidates]
     candidates.sort(key=lambda model: model.name != current.name)
-    for model in candidates:
-        if all(evidence.agrees(model) for evidence in looks):
-            yield model
+    found = [model for model in candidates if all(seen.agrees(model) for seen in looks)]
+    yield from found
+    if not any(isinstance(model, SharedPool) for model in found):
+        yield from _seen_costs(looks)
 
 
 def _grown(model: Model, others: Iterable[Model]) -> Model:
@@ -709,7 +710,8 @@ def _seen_costs(looks: Sequence[_Evidence]) -> Iterator[SharedPool]:
     """A pool of which nobody says what the types take: the coarsest units that explain all looks.
 
     The largest count is tried as the number of units first, then more: of types that take 3 and 5
-    of 16, an empty parent holds 5 and 3.
+    of 16, an empty parent holds 5 and 3. Where all types divide the units evenly, that is taken for
+    the truth; otherwise there may be several answers, and they may differ.
     """
     first = looks[0]
     if any(None in evidence.left for evidence in looks) or len(first.types) > _SETTLED:
@@ -725,11 +727,15 @@ def _seen_costs(looks: Sequence[_Evidence]) -> Iterator[SharedPool]:
         for total in range(most, 16 * most + 1)
         for costs in _tries(total, looks, order, {})
     )
+    found = 0
     for total, costs in islice(tries, _TRIES):
         if len(costs) == len(order):
             ordered = tuple((costs[type_],) for type_ in sorted(order))
             yield _with_free(first, ("units",), ordered, (total,))
-            return
+            found += 1
+            even = all(costs[type_] * (first.left[type_] or 0) == total for type_ in order)
+            if even or found == _ANSWERS:
+                return
 
 
 def _tries(

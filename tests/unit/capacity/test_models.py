@@ -21,9 +21,12 @@ from mdev_orchestrator.capacity.models import (
     ParentCounter,
     SharedPool,
     infer,
+    kind_of,
+    learn,
     observe,
     survey,
 )
+from mdev_orchestrator.capacity.models import look as looked
 from mdev_orchestrator.model import MdevType, Parent
 from mdev_orchestrator.spec import ResolutionCondition, SizeCondition
 from unit.capacity import drivers
@@ -304,3 +307,76 @@ def test_a_creation_confirms_what_was_known() -> None:
     assert capacity.confidence in {Confidence.KNOWN, Confidence.OBSERVED}
     assert capacity.remaining() == driver.counts()
     assert capacity.remaining({"mvgpu-18": -1}) == before
+
+
+# ---- what is remembered ----
+
+
+def test_a_kind_of_parent_is_what_does_not_change() -> None:
+    used, other = drivers.igd("igd0"), drivers.igd("igd1")
+    used.create("mvgpu-512M")
+    assert kind_of(used.parent()) == kind_of(other.parent())
+    (first, *rest) = other.parent().types
+    for change in ({"name": "IGD 127M"}, {"attributes": {**first.attributes, "max_instance": "9"}}):
+        changed = replace(other.parent(), types=(replace(first, **change), *rest))
+        assert kind_of(changed) != kind_of(other.parent())
+
+
+def test_what_was_learned_comes_before_what_is_known_as_long_as_the_counts_agree() -> None:
+    """GVT-g: one look tells less of its memory than there is."""
+    driver = drivers.gvtg()
+    parent = driver.parent()
+    costs = tuple(drivers.GVTG[type_.id] for type_ in parent.types)
+    names = ("low_gm_size", "high_gm_size", "fence")
+    whole = SharedPool(tuple(drivers.GVTG), names, (64 * 9, 2048, 28), costs, (None,) * 4)
+    learned = {kind_of(parent): whole}
+    for type_ in ("i915-GVTg_V5_8", "i915-GVTg_V5_4", "i915-GVTg_V5_8"):
+        (capacity,) = survey(drivers.host(driver), learned=learned)
+        assert (capacity.model, capacity.confidence) == (whole, Confidence.OBSERVED)
+        assert driver.create(type_)
+        assert capacity.remaining({type_: 1}) == driver.counts()
+    for wrong in (
+        replace(whole, size=(64, 2048, 28)),
+        replace(whole, types=("a", "b", "c", "d")),
+        ParentCounter(whole.types, 4),
+    ):
+        (capacity,) = survey(drivers.host(driver), learned={kind_of(parent): wrong})
+        assert capacity.confidence is Confidence.KNOWN
+    unreadable = replace(
+        parent, types=(replace(parent.types[0], available_instances=None), *parent.types[1:])
+    )
+    assert infer(unreadable, {}, whole).confidence is not Confidence.OBSERVED
+
+
+def test_a_device_on_its_way_tells_nothing() -> None:
+    driver = drivers.igd()
+    driver.create("mvgpu-128M")
+    before = drivers.host(driver)
+    assert looked(before, "igd0") == Look(
+        {"mvgpu-128M": 1, "mvgpu-256M": 0, "mvgpu-512M": 0}, driver.counts()
+    )
+    assert looked(before, "igd1") is None
+    leaving = replace(before, mdevs=(replace(before.mdevs[0], type_id=None),))
+    assert looked(leaving, "igd0") is None
+    assert learn(before, leaving) == {}
+
+
+@given(st.data())
+def test_what_one_creation_teaches_explains_what_is_seen(data: st.DataObject) -> None:
+    """Pools of drivers that nobody knows."""
+    types = [f"acme-{n}" for n in range(data.draw(st.integers(2, 4)))]
+    total = data.draw(st.integers(1, 40))
+    costs = {type_: data.draw(st.integers(1, 12)) for type_ in types}
+    driver = Driver(
+        "p",
+        {type_: (None, None, {}) for type_ in types},
+        lambda used, type_: (
+            max(0, total - sum(costs[t] * n for t, n in used.items())) // costs[type_]
+        ),
+    )
+    before = drivers.host(driver)
+    if not driver.create(data.draw(st.sampled_from(types))):
+        return
+    learned = learn(before, drivers.host(driver))
+    (capacity,) = survey(drivers.host(driver), learned=learned)
+    assert capacity.remaining() == driver.counts()

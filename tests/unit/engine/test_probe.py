@@ -20,6 +20,7 @@ from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine import learned
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import Probed, candidates, probe
+from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, MdoError, UnknownError
 from mdev_orchestrator.host.sysfs import scan
@@ -133,7 +134,7 @@ def agree(driver: Driver, capacity: ParentCapacity, seed: int = 1) -> None:
 
 MAKERS: list[Callable[[], Driver]] = [
     *(drivers.grid, drivers.nvidia, drivers.igd, drivers.mbochs, drivers.mtty, drivers.mdpy),
-    *(drivers.gvtg, drivers.independent, odd, kinds),
+    *(drivers.independent, kinds),
 ]
 
 
@@ -153,7 +154,7 @@ async def test_a_driver_that_nobody_knows_is_known_afterwards(
     assert (now.model, now.confidence) == (probed.after.model, Confidence.OBSERVED)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", [*MAKERS, drivers.gvtg])
 async def test_a_known_driver_is_confirmed(system: FakeSystem, make: Callable[[], Driver]) -> None:
     probed = await learn(system, make())
     assert probed.after.confidence is Confidence.OBSERVED
@@ -168,6 +169,16 @@ async def test_gvtgs_memory_is_known_afterwards(system: FakeSystem) -> None:
     driver = drivers.gvtg()
     probed = await learn(system, driver)
     agree(driver, probed.after)
+
+
+@pytest.mark.parametrize("make", [odd, lambda: unknown(drivers.gvtg())])
+async def test_what_has_several_explanations_stays_a_guess(
+    system: FakeSystem, make: Callable[[], Driver]
+) -> None:
+    probed = await learn(system, make())
+    assert (probed.after.confidence, probed.learned) == (Confidence.GUESSED, False)
+    assert "which has other explanations" in probed.after.why
+    assert learned.load() == {}
 
 
 async def test_what_nothing_explains_is_said_and_not_kept(system: FakeSystem, state: Path) -> None:
@@ -312,10 +323,11 @@ async def test_a_device_that_stays_is_named_and_the_run_is_open(
         await probe("igd0", Context(host=system.root, write=write, deadline=1))
     (left,) = system.uuids()
     assert left in str(caught.value)
-    # whoever comes when this process has gone ends it, and may probe
+    # when this process has gone, 'mdo recover' tries again
     monkeypatch.setattr("mdev_orchestrator.engine.journal.Process.alive", False)
-    chosen = await candidates(["igd0"], context(system))
-    assert [parent.name for parent in chosen.idle] == ["igd0"]
+    with Journal.open() as book:
+        (found,) = await recover(book, context=context(system), again=True)
+    assert (found.run.kind, found.errors) == ("probe", ())
     assert (system.uuids(), left_open()) == (set(), [])
 
 
