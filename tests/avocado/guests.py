@@ -95,7 +95,7 @@ def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = T
 @contextlib.asynccontextmanager
 async def started(what: GuestSpec) -> AsyncIterator[Guest]:
     """A QEMU that runs; ended without asking its guest when the story has not ended it."""
-    guest = await lifecycle.launch(what)
+    guest = await lifecycle.launch(what, deadline=BOOT_SECONDS)
     try:
         yield guest
     finally:
@@ -122,14 +122,17 @@ async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[Guest]:
 async def attach(name: str, mdev: Mdev, *, wait_guest: bool = False) -> str | None:
     """Plug an mdev into the guest of this name; the port that it sits in."""
     running = process.find_running(name)
-    return await lifecycle.attach(running, as_guest_mdev(mdev), wait_guest=wait_guest)
+    return await lifecycle.attach(
+        running, as_guest_mdev(mdev), deadline=GUEST_SECONDS, wait_guest=wait_guest
+    )
 
 
 async def use(
     program: l2.Program, mdev: Mdev, *, seed: int = 2016, interrupt: str = "msi"
 ) -> dict[str, Any]:
     """The guest checks identity, fills, sums up and takes interrupts; the sum is checked here."""
-    answer = await program.ask(f"use {mdev.uuid} {seed} {FILL_BYTES} {interrupt}")
+    command = f"use {mdev.uuid} {seed} {FILL_BYTES} {interrupt}"
+    answer = await program.ask(command, GUEST_SECONDS)
     assert UUID(answer["uuid"]) == mdev.uuid
     assert answer["crc32"] == zlib.crc32(l2.pattern(seed, FILL_BYTES)), answer
     assert answer["irqs"] == 4, answer
@@ -139,7 +142,7 @@ async def use(
 
 async def functions(program: l2.Program) -> dict[UUID, dict[str, Any]]:
     """The mvgpu functions that a guest sees."""
-    answer = await program.ask("list")
+    answer = await program.ask("list", GUEST_SECONDS)
     return {UUID(function["uuid"]): function for function in answer["functions"]}
 
 

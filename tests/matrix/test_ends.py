@@ -13,7 +13,7 @@ from dataclasses import replace
 from uuid import UUID
 
 from cells import cells
-from guests import BOOT_SECONDS, FILL_BYTES, refused, spec, started, use
+from guests import BOOT_SECONDS, FILL_BYTES, GUEST_SECONDS, refused, spec, started, use
 
 from lab import vfio
 from lab.vfio import get, links
@@ -183,7 +183,8 @@ class Ends(Cell):
                     await use(program, mdev)
                 if self.grouped:
                     first, second = uuids
-                    answer = await program.ask(f"peer {first} {second} {SEED} {FILL_BYTES}")
+                    command = f"peer {first} {second} {SEED} {FILL_BYTES}"
+                    answer = await program.ask(command, GUEST_SECONDS)
                     assert answer["crc32"] == zlib.crc32(l2.pattern(SEED, FILL_BYTES)), answer
             async with connect(guest.qmp_socket, guest.who) as qmp:
                 await qmp.execute("system_powerdown", object)
