@@ -198,6 +198,7 @@ class _Want:
 
     :ivar asked: With what mdevctl knows of it.
     :ivar text: As the spec has it.
+    :ivar bare: The spec says no more than the UUID.
     :ivar row: The device of ours that it is or was.
     :ivar borrowed: It is there and somebody else's.
     :ivar device: What it is or will be; ``None`` for a borrowed one.
@@ -207,6 +208,7 @@ class _Want:
     owner: str
     asked: GuestMdev | Pool
     text: str
+    bare: bool
     row: OwnDevice | None = None
     borrowed: UUID | None = None
     device: OwnDevice | None = None
@@ -244,7 +246,7 @@ class _Diff:
         }
         filled = complete(document, seen.defined, seen.host).spec.devices()
         self.wants = [
-            _Want(place, _owner(asked, owner), asked, _text(said))
+            _Want(place, _owner(asked, owner), asked, _text(said), _is_bare(said))
             for (place, owner, said), (_, _, asked) in zip(
                 document.spec.devices(), filled, strict=True
             )
@@ -326,8 +328,10 @@ class _Diff:
         if row.spec is None:  # adopted: what it was asked for as is not known
             same_group = (row.group is None) == (want.label is None)
             return same_group and asked.params in {"", row.params}
-        if row.want == want.text and asked.type is None and not asked.conditions:
-            return True  # mdevctl has forgotten what it is: it is what it was
+        if row.want == want.text and (
+            _is_bare(asked) or (want.bare and _is_here(row, self.seen.host))
+        ):
+            return True  # as mdevctl had defined it; a new definition is for the next time
         return (want.label, asked.params, asked.attributes) == (
             row.label,
             row.params,
@@ -460,7 +464,7 @@ class _Diff:
     ) -> Request:
         want = wants[0]
         asked, row = want.asked, want.row
-        if row is None and asked.type is None and not asked.conditions:
+        if row is None and _is_bare(asked):
             raise self.document.fault(
                 (*want.place, "uuid"),
                 f"there is no device {asked.uuid}, and nothing says of what type to make it",
@@ -742,6 +746,10 @@ def _check_existing(
 def _owner(asked: GuestMdev | Pool, name: str) -> str:
     kind: Literal["guest", "pool"] = "guest" if isinstance(asked, GuestMdev) else "pool"
     return f"{kind}:{name}"
+
+
+def _is_bare(said: GuestMdev | Pool) -> bool:
+    return said.type is None and not said.conditions
 
 
 def _text(said: GuestMdev | Pool) -> str:

@@ -558,7 +558,7 @@ def complete(
             definition
             for definition in definitions.get(devices.uuid, ())
             if devices.parent in {None, definition.parent}
-            and (found is None or is_of(found, definition))
+            and (found is None or (is_of(found, definition) and _in_its_group(found, definition)))
         ]
         if not known:
             continue
@@ -592,6 +592,11 @@ def is_of(mdev: Mdev, definition: Definition) -> bool:
     """Whether a device is the one that is defined."""
     where = (mdev.uuid, mdev.parent, mdev.type_id)
     return where == (definition.uuid, definition.parent, definition.type)
+
+
+def _in_its_group(mdev: Mdev, definition: Definition) -> bool:
+    group = None if mdev.group_uuid is None else str(mdev.group_uuid)
+    return _readable(definition).get(GROUP_FILE) == group
 
 
 def _filled(devices: GuestMdev | Pool, definition: Definition) -> GuestMdev | Pool:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.diff import Changes, Seen, diff
-from mdev_orchestrator.engine.steps import Create
+from mdev_orchestrator.engine.steps import Create, Remove
 from mdev_orchestrator.engine.store import OwnDevice, Owned
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
@@ -35,8 +35,14 @@ def machine(system: FakeSystem) -> FakeSystem:
     for parent in ("igd0", "igd1"):
         system.parent(parent)
         system.type(parent, "mvgpu-128M", 8)
+        system.groups_of(parent, 3)
     mdevctl.write([DEFINED], mdevctl.directory(system.root))
     return system
+
+
+def run(machine: FakeSystem, group: UUID | None = GROUP, parent: str = "igd0") -> None:
+    path = machine.mdev(parent, "mvgpu-128M", str(U1))
+    (path / "group_uuid").write_text("\n" if group is None else f"{group}\n")
 
 
 def changes(machine: FakeSystem, document: Document, *ours: OwnDevice) -> Changes:
@@ -65,7 +71,7 @@ def test_a_guests_device_joins_the_group_that_is_defined(machine: FakeSystem) ->
 @pytest.mark.parametrize("text", [POOL, GUEST])
 def test_once_made_there_is_nothing_to_make(machine: FakeSystem, text: str) -> None:
     device = made(changes(machine, parse(text)))
-    machine.mdev("igd0", "mvgpu-128M", str(U1))
+    run(machine)
     again = changes(machine, parse(text), device)
     assert [step.step for step in again.steps if isinstance(step.step, Create)] == []
     assert again.change.devices == {}
@@ -75,23 +81,30 @@ def test_what_mdevctl_has_forgotten_stays_as_it_was_made(machine: FakeSystem) ->
     device = made(changes(machine, parse(POOL)))
     (mdevctl.directory(machine.root) / "igd0" / str(U1)).unlink()
     assert made(changes(machine, parse(POOL), device)) == device  # after a reboot
-    machine.mdev("igd0", "mvgpu-128M", str(U1))
+    run(machine)
     again = changes(machine, parse(POOL), device)
     assert (again.steps, again.change.devices) == ((), {})
 
 
-def test_a_definition_that_was_changed_changes_the_device(machine: FakeSystem) -> None:
-    device = made(changes(machine, parse(POOL)))
-    machine.mdev("igd0", "mvgpu-128M", str(U1))
-    modified = msgspec.structs.replace(DEFINED, attributes=(("vgpu_params", "a=3"),))
-    mdevctl.write([modified], mdevctl.directory(machine.root), force=True)
-    again = changes(machine, parse(POOL), device)
-    assert made(again).attributes == modified.attributes
-    assert len(again.steps) == 2
+@pytest.mark.parametrize("text", [POOL, GUEST])
+def test_a_definition_that_was_changed_is_for_the_next_time(machine: FakeSystem, text: str) -> None:
+    device = made(changes(machine, parse(text)))
+    for attribute in (("vgpu_params", "a=3"), ("x", "1")):
+        modified = msgspec.structs.replace(DEFINED, attributes=(attribute,))
+        mdevctl.write([modified], mdevctl.directory(machine.root), force=True)
+        after_a_reboot = made(changes(machine, parse(text), device))
+        assert after_a_reboot.attributes == (attribute,)
+        assert after_a_reboot.group is None
+    run(machine)
+    again = changes(machine, parse(text), device)
+    assert [it.step for it in again.steps if isinstance(it.step, Create | Remove)] == []
 
 
-def test_a_guest_borrows_a_device_that_mdevctl_runs(machine: FakeSystem) -> None:
-    machine.mdev("igd0", "mvgpu-128M", str(U1))
+@pytest.mark.parametrize("group", [GROUP, None])
+def test_a_guest_borrows_a_device_that_mdevctl_runs(
+    machine: FakeSystem, group: UUID | None
+) -> None:
+    run(machine, group)
     found = changes(machine, parse(GUEST))
     assert [step.step for step in found.steps if isinstance(step.step, Create)] == []
     assert [device.uuid for device in found.existing] == [U1]
@@ -100,7 +113,7 @@ def test_a_guest_borrows_a_device_that_mdevctl_runs(machine: FakeSystem) -> None
 
 
 def test_it_is_not_borrowed_when_it_is_another(machine: FakeSystem) -> None:
-    machine.mdev("igd1", "mvgpu-128M", str(U1))
+    run(machine, parent="igd1")
     with pytest.raises(RequestError, match=rf"mdev\[0\].uuid: .*{U1}.* is not ours"):
         changes(machine, parse(GUEST))
 

@@ -370,7 +370,12 @@ def test_a_uuid_is_enough_for_what_mdevctl_has_defined() -> None:
 
 def test_what_exists_as_defined_is_filled_in_too() -> None:
     document = parse(BY_UUID, "s")
-    host = Host(mdevs=(device(U1, "igd0", "t"), device(U2, "igd1", "s")))
+    host = Host(
+        mdevs=(
+            device(U1, "igd0", "t", group_uuid=GROUP),
+            device(U2, "igd1", "s", group_uuid=GROUP),
+        )
+    )
     assert mdevctl.complete(document, KNOWN, host) == mdevctl.complete(document, KNOWN, Host())
     both = KNOWN | {U2: (*KNOWN[U2], Definition(uuid=U2, parent="p", type="t"))}
     assert mdevctl.complete(document, both, host) == mdevctl.complete(document, KNOWN, host)
@@ -379,6 +384,8 @@ def test_what_exists_as_defined_is_filled_in_too() -> None:
 def test_what_exists_otherwise_or_is_described_is_left_as_it_is() -> None:
     document = parse(BY_UUID, "s")
     host = Host(mdevs=(device(U1, "igd0", "s"), device(U2, "b", "s")))
+    assert mdevctl.complete(document, KNOWN, host) == document
+    host = Host(mdevs=(device(U1, "igd0", "t"), device(U2, "igd1", "s", group_uuid=U3)))
     assert mdevctl.complete(document, KNOWN, host) == document
     assert mdevctl.complete(document, {}, Host()) == document
     described = parse(BY_UUID + 'type = "mine"\n', "s")
