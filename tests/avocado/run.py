@@ -171,7 +171,7 @@ def method(uri: str) -> Any:  # noqa: ANN401
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec
     assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return operator.attrgetter(name)(module)
 
