@@ -2,10 +2,13 @@
 """Runs steps: all of them, or none.
 
 Steps that do not need each other run at the same time, as many as the kind of step allows. When one
-fails, or the user interrupts, no further step begins; those that are under way come to their end or
-are cancelled, which takes back what they did; then those that are done are undone, in reverse and
-again concurrently. The first error is what the caller gets. An undo that fails stands beside it as
-a note and leaves the run open in the journal.
+fails, or the user interrupts, no further step begins and those that are under way are cancelled;
+then those that are done, or may have been, are undone, in reverse and again concurrently. The first
+error is what the caller gets. An undo that fails stands beside it as a note and leaves the run open
+in the journal. A second interruption waits for nothing and leaves it open too.
+
+A journal that cannot be written any more ends a run like any other error, and does not keep it from
+being undone: what its steps did stands there, so that it can be undone again.
 
 Each step is written to the journal before it acts and after, so that whoever finds an open run of a
 process that has gone (:mod:`.recovery`) knows all that may have happened.
@@ -14,7 +17,7 @@ process that has gone (:mod:`.recovery`) knows all that may have happened.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
@@ -69,6 +72,9 @@ _AT_ONCE: dict[type, int] = {Launch: 4}
 """A QEMU that starts wants a processor; more at once only make every one of them late."""
 _DEVICES_AT_ONCE = 16
 """A driver's own lock makes more of them pointless."""
+_GOODBYE_SECONDS = 1.0
+"""For what is under way to take notice of a second interruption."""
+_OPEN = "mdo recover undoes what was done"
 
 
 def ignore(_: Event) -> None:
@@ -87,6 +93,7 @@ async def execute(
     specs: Mapping[str, OwnSpec | None] | None = None,
     observe: Observer = ignore,
     wait: float = CLAIM_SECONDS,
+    run: Run | None = None,
 ) -> None:
     """Do all steps, or undo what was done and raise the first error.
 
@@ -96,33 +103,60 @@ async def execute(
     :param change: What becomes ours, or is not any more, when all is done.
     :param specs: What becomes of the specs then.
     :param wait: Seconds to wait for another command that changes the same objects.
+    :param run: One that was begun without steps, for its claims.
     :raise BusyError: Another command changes one of the objects; nothing was done.
     :raise HostError: The journal cannot be written.
     :raise MdoError: A step failed; its notes tell what could not be undone.
     """
     wanted = {claim for entry in planned for claim in entry.step.claims}.union(claims)
-    run = await journal.begin(
-        kind,
-        title,
-        [
-            Entry(number, step_module.encode(entry.step), entry.needs)
-            for number, entry in enumerate(planned)
-        ],
-        wanted,
-        wait=wait,
-    )
+    entries = [
+        Entry(number, step_module.encode(entry.step), entry.needs)
+        for number, entry in enumerate(planned)
+    ]
+    if run is None:
+        run = await journal.begin(kind, title, entries, wanted, wait=wait)
+    else:
+        await journal.plan(run, entries, wanted, wait=wait)
     work = _Work(journal, run, planned, context, observe)
     try:
         await work.do_all()
-    except (Exception, asyncio.CancelledError) as error:
-        # a second interruption cancels this too, and leaves the run to whoever recovers it
-        if await asyncio.shield(asyncio.ensure_future(work.undo_all(error))):
-            await journal.end(run, "undone")
-            error.add_note("nothing was changed" if work.untouched else "all was undone")
-        else:
-            error.add_note("mdo recover tries again to undo it")
+    except _TwiceError as error:
+        error.add_note(_OPEN)
         raise
-    await journal.end(run, "done", change=change, specs=specs)
+    except (Exception, asyncio.CancelledError) as error:
+        await _take_back(work, error)
+        raise
+    await _close(journal.end(run, "done", change=change, specs=specs))
+
+
+async def _take_back(work: _Work, error: BaseException) -> None:
+    """Undo what a run did, and say so beside its error."""
+    undoing = asyncio.ensure_future(work.undo_all(error))
+    try:
+        clean = await asyncio.shield(undoing)
+    except asyncio.CancelledError as second:
+        undoing.cancel()
+        await asyncio.wait((undoing,), timeout=_GOODBYE_SECONDS)
+        second.add_note(_OPEN)
+        raise
+    if clean:
+        error.add_note("nothing was changed" if work.untouched else "all was undone")
+    else:
+        error.add_note("mdo recover tries again to undo it")
+
+
+async def _close(end: Awaitable[None]) -> None:
+    """Close a run of which everything is done: interrupted or not, it is."""
+    closing = asyncio.ensure_future(end)
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError as error:
+        await closing
+        error.add_note("all was done already")
+        raise
+    except MdoError as error:
+        error.add_note(_OPEN)
+        raise
 
 
 async def undo(
@@ -137,9 +171,7 @@ async def undo(
     :return: What could not be undone.
     """
     work = _Work.resumed(journal, run, entries, context, observe)
-    cause = MdoError(f"{run} was cut short")
-    if await work.undo_all(cause):
-        await journal.end(run, "undone")
+    await work.undo_all(MdoError(f"{run} was cut short"))
     return work.stuck
 
 
@@ -229,16 +261,16 @@ class _Work:
         for need in needs:
             await ready[need].wait()
         async with self.limit(step):
-            self.progress[number] = Progress.ACTING
+            self.progress[number] = Progress.FAILED  # unless its intent gets written
             try:
                 await self.journal.note(self.run, Progress.ACTING, [number], change=step.intent)
+                self.progress[number] = Progress.ACTING
                 self.tell(Moment.BEGIN, number)
                 await step.make(self.context)
-            except UnsettledError:
-                self.tell(Moment.FAILED, number)
-                raise  # what it did may show later: it stays acting, and is undone like that
-            except (MdoError, asyncio.CancelledError):
-                self.progress[number] = Progress.FAILED
+            except BaseException as error:
+                # only who refuses has done nothing; anything else may have, or may show it later
+                if isinstance(error, MdoError) and not isinstance(error, UnsettledError):
+                    self.progress[number] = Progress.FAILED
                 self.tell(Moment.FAILED, number)
                 raise
             self.progress[number] = Progress.DONE
@@ -250,9 +282,11 @@ class _Work:
     # ---- backward -------------------------------------------------------------------------------
 
     async def undo_all(self, cause: BaseException) -> bool:
-        """Undo what was done, or may have been; failures become notes of ``cause``.
+        """Undo what was done, or may have been, and close the run.
 
-        :return: Whether nothing is stuck.
+        What cannot be undone becomes a note of ``cause`` and leaves it open.
+
+        :return: Whether it is closed.
         """
         self.context.repairing = True
         undone = [asyncio.Event() for _ in self.planned]
@@ -261,15 +295,20 @@ class _Work:
             for need in entry.needs:
                 dependents[need].append(number)
         try:
-            failed = [n for n, p in enumerate(self.progress) if p is Progress.FAILED]
-            for number in failed:
-                refused = self.planned[number].step.refused
-                await self.journal.note(self.run, Progress.FAILED, [number], change=refused)
+            for number, progress in enumerate(self.progress):
+                if progress is Progress.FAILED:
+                    refused = self.planned[number].step.refused
+                    await self._write(Progress.FAILED, number, refused, cause)
             async with asyncio.TaskGroup() as tasks:
                 for number in range(len(self.planned)):
                     tasks.create_task(self._undo(number, dependents[number], undone, cause))
         finally:
             self.context.repairing = False
+        if not self.stuck:
+            try:
+                await self.journal.end(self.run, "undone")
+            except MdoError as failure:
+                self._unwritten(failure, cause)
         return not self.stuck
 
     async def _undo(
@@ -283,22 +322,21 @@ class _Work:
             await undone[later].wait()
         touched = {Progress.ACTING, Progress.DONE, Progress.UNDOING, Progress.STUCK}
         if self.progress[number] in touched:
-            step = self.planned[number].step
-            inverse = step.inverse()
+            inverse = self.planned[number].step.inverse()
             async with self.limit(inverse):
+                await self._write(Progress.UNDOING, number, inverse.intent, cause)
+                self.tell(Moment.UNDO, number)
                 try:
-                    await self.journal.note(
-                        self.run, Progress.UNDOING, [number], change=inverse.intent
-                    )
-                    self.tell(Moment.UNDO, number)
                     await inverse.make(self.context)
-                    await self.journal.note(
-                        self.run, Progress.UNDONE, [number], change=inverse.outcome
-                    )
-                    self.progress[number] = Progress.UNDONE
-                    self.tell(Moment.UNDONE, number)
                 except MdoError as error:
                     await self._stuck(number, error, cause)
+                except Exception as error:  # noqa: BLE001 - a bug must not keep the others from it
+                    words = f"internal error: {type(error).__name__}: {error}"
+                    await self._stuck(number, MdoError(words), cause)
+                else:
+                    await self._write(Progress.UNDONE, number, inverse.outcome, cause)
+                    self.progress[number] = Progress.UNDONE
+                    self.tell(Moment.UNDONE, number)
         undone[number].set()
 
     async def _stuck(self, number: int, error: MdoError, cause: BaseException) -> None:
@@ -307,10 +345,27 @@ class _Work:
         self.stuck.append(error)
         self.progress[number] = Progress.STUCK
         self.tell(Moment.STUCK, number)
+        await self._write(Progress.STUCK, number, Change(), cause, words)
+
+    async def _write(
+        self, progress: Progress, number: int, change: Change, cause: BaseException, error: str = ""
+    ) -> None:
+        """Write down what an undo comes to; it goes on without the journal."""
         try:
-            await self.journal.note(self.run, Progress.STUCK, [number], error=words)
+            await self.journal.note(self.run, progress, [number], change=change, error=error)
         except MdoError as failure:
+            self._unwritten(failure, cause)
+
+    def _unwritten(self, failure: MdoError, cause: BaseException) -> None:
+        if failure.message in {error.message for error in self.stuck}:
+            return
+        self.stuck.append(failure)
+        if failure.message != getattr(cause, "message", None):
             cause.add_note(failure.message)
+
+
+class _TwiceError(asyncio.CancelledError):
+    """Interrupted once more while what was under way came to its end."""
 
 
 class _Failing:
@@ -337,9 +392,12 @@ class _Failing:
             raise
         except BaseException as error:  # noqa: BLE001 - raised when all have ended
             self.errors.append(error)
-            for task in self.tasks:
-                if task is not asyncio.current_task():
-                    task.cancel()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for task in self.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
 
     async def __aexit__(self, *_: object) -> None:
         if not self.tasks:
@@ -347,9 +405,13 @@ class _Failing:
         try:
             await asyncio.wait(self.tasks)
         except asyncio.CancelledError:
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.wait(self.tasks)
+            self._cancel()
+            try:
+                await asyncio.wait(self.tasks)
+            except asyncio.CancelledError as second:
+                self._cancel()
+                await asyncio.wait(self.tasks, timeout=_GOODBYE_SECONDS)
+                raise _TwiceError from second
             raise
         if self.errors:
             first, *others = self.errors

@@ -48,7 +48,7 @@ from mdev_orchestrator.engine.store import (
     read_rows,
     transaction,
 )
-from mdev_orchestrator.errors import BusyError, MdoError
+from mdev_orchestrator.errors import BusyError, HostError, MdoError
 from mdev_orchestrator.host.process import boot_id, start_time
 from mdev_orchestrator.state import journal_path, private_dir
 
@@ -138,6 +138,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, "journal")
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
+        self._closed = False
 
     # ---- opening --------------------------------------------------------------------------------
 
@@ -171,6 +172,7 @@ class Journal:
 
     def close(self) -> None:
         """Wait for what is being written, and close the file."""
+        self._closed = True
         self._thread.shutdown()
         self._db.close()
 
@@ -237,34 +239,70 @@ class Journal:
                 (kind, title, process.pid, process.start_time, process.boot_id, began),
             )
             run = Run(cursor.lastrowid or 0, kind, title, process, began)
-            self._db.executemany(
-                "INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (run.id, s.number, _json(s.needs), s.data, str(s.progress), s.error)
-                    for s in steps
-                ],
-            )
-            self._db.executemany(
-                "INSERT INTO claim VALUES (?, ?)", [(claim, run.id) for claim in sorted(claims)]
-            )
+            self._insert(run, steps, claims)
+            written.append(run)
             return run
 
+        written: list[Run] = []
+        try:
+            return await self._claiming(write, wait)
+        except asyncio.CancelledError as error:
+            for run in written:  # nobody else knows of it
+                await self.end(run, "undone")
+            error.add_note("nothing was changed")
+            raise
+
+    async def plan(
+        self,
+        run: Run,
+        steps: Sequence[Entry],
+        claims: Collection[str],
+        *,
+        wait: float = CLAIM_SECONDS,
+    ) -> None:
+        """Write down the steps of a run that was begun without any, and claim their objects.
+
+        For who must know that nobody else is at something before it looks what is to be done.
+        """
+
+        def write() -> None:
+            self._refuse_claimed(claims, run)
+            self._insert(run, steps, claims)
+
+        await self._claiming(write, wait)
+
+    def _insert(self, run: Run, steps: Sequence[Entry], claims: Collection[str]) -> None:
+        self._db.executemany(
+            "INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)",
+            [(run.id, s.number, _json(s.needs), s.data, str(s.progress), s.error) for s in steps],
+        )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO claim VALUES (?, ?)",
+            [(claim, run.id) for claim in sorted(claims)],
+        )
+
+    async def _claiming(self, write: Callable[[], T], wait: float) -> T:
+        """Write what claims objects, as soon as nobody else has them."""
         loop = asyncio.get_running_loop()
         end = loop.time() + wait
         while True:
+            writing = asyncio.ensure_future(self._write(write))
             try:
-                return await self._write(write)
+                return await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait((writing,))  # who asked must know whether it was
+                raise
             except BusyError:
                 if loop.time() >= end:
                     raise
             await asyncio.sleep(0.1)  # a lock of another process; nothing tells when it is free
 
-    def _refuse_claimed(self, claims: Collection[str]) -> None:
+    def _refuse_claimed(self, claims: Collection[str], run: Run | None = None) -> None:
         taken = self._db.execute(
             "SELECT claim.object, run.kind, run.title, run.pid FROM claim JOIN run"
             " ON run.id = claim.run WHERE claim.object IN"
-            " (SELECT value FROM json_each(?)) ORDER BY claim.object LIMIT 1",
-            (_json(sorted(claims)),),
+            " (SELECT value FROM json_each(?)) AND run.id IS NOT ? ORDER BY claim.object LIMIT 1",
+            (_json(sorted(claims)), None if run is None else run.id),
         ).fetchone()
         if taken is not None:
             object_, kind, title, pid = taken
@@ -370,6 +408,8 @@ class Journal:
 
     async def _write(self, change: Callable[[], T]) -> T:
         """Run ``change`` in a transaction that it may share with others; durable on return."""
+        if self._closed:  # by who was interrupted, under somebody who still undoes
+            raise HostError(f"the journal {self.path} is closed")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((change, future))
         if self._writing is None or self._writing.done():

@@ -13,9 +13,9 @@ step         undone by  afterwards
 ===========  =========  ==========================================================
 
 Each *makes it so*: where it is so already there is nothing to do, so a step can be done again after
-a crash, by whoever comes next. And each is all or nothing by itself: a step that raises has taken
-back what it did. Where that cannot be known (a driver that does not answer), it raises
-:class:`UnsettledError`.
+a crash, by whoever comes next. And each is all or nothing by itself: a step that raises an error
+has taken back what it did. Where that cannot be known (a driver that does not answer), it raises
+:class:`UnsettledError`; and of one that was cancelled nothing is known either.
 
 Before a step touches an object it looks whether that is still the one it means. An mdev of the same
 UUID under another parent, or a guest of the same name with another UUID, is somebody else's.
@@ -46,8 +46,9 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.events import until
 from mdev_orchestrator.host.groups import join
-from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.holders import Holders, creators, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
@@ -64,6 +65,8 @@ DEADLINE = 30.0
 PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
 _HELD_SECONDS = 0.5
 """How old an answer about who has what open may be."""
+_LOOK_SECONDS = 0.05
+"""Between two looks at a creation that goes on without us; no event tells of its end."""
 
 
 class UnsettledError(DeadlineError):
@@ -156,6 +159,9 @@ class Create(Step, frozen=True, tag="create"):
     async def make(self, context: Context) -> None:  # noqa: D102
         device = self.device
         found = sysfs.read_mdev(device.uuid, context.host)
+        if found is not None and found.type_id is None and context.repairing:
+            await _gone(device.uuid, context)  # our own removal has not come to its end
+            found = None
         if found is not None and not (context.repairing and is_same(found, device)):
             raise sysfs.taken(device.uuid, context.host)
         loop = asyncio.get_running_loop()
@@ -206,6 +212,9 @@ class Remove(Step, frozen=True, tag="remove"):
     async def make(self, context: Context) -> None:  # noqa: D102
         uuid = self.device.uuid
         found = sysfs.read_mdev(uuid, context.host)
+        if found is None and context.repairing:
+            await _settled(self.device, context)
+            found = sysfs.read_mdev(uuid, context.host)
         if found is None or not is_same(found, self.device):
             return
         if who := context.held().of(uuid):
@@ -213,7 +222,10 @@ class Remove(Step, frozen=True, tag="remove"):
                 f"mdev {uuid} is held by {', '.join(map(str, who))}",
                 "stop that guest, or detach the device from it",
             )
-        await _removed(uuid, context)
+        try:
+            await _finish(_removed(uuid, context))
+        except DeadlineError as error:  # the kernel goes on
+            raise UnsettledError(error.message, error.hint) from None
 
     def inverse(self) -> Create:
         """What undoes it."""
@@ -477,8 +489,24 @@ async def _known(
             "mdo recover removes it then",
         )
         raise error from cause
-    if creating.exception() is None:
-        await _take_back(device, context, cause)
+    creating.result()  # or its refusal: the device of this UUID may be somebody else's by now
+    await _take_back(device, context, cause)
+
+
+async def _settled(device: OwnDevice, context: Context) -> None:
+    """Wait until no creation is under way that may be of this device.
+
+    One that was given up, or whose command was killed, goes on in the kernel.
+    """
+    end = time.monotonic() + context.deadline
+    while who := creators(device.parent, device.type, context.host):
+        if time.monotonic() >= end:
+            raise UnsettledError(
+                f"mdev {device.uuid} may still appear: the driver of {device.parent} has not "
+                f"answered {', '.join(map(str, who))}",
+                "mdo recover removes it then",
+            )
+        await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def _set_up(device: OwnDevice, context: Context) -> None:
@@ -551,6 +579,17 @@ async def _finish(work: Awaitable[T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait((task,))
         raise
+
+
+async def _gone(uuid: UUID, context: Context) -> None:
+    try:
+        async with asyncio.timeout(context.deadline):
+            await until(lambda: sysfs.directory(uuid, context.host) is None, context.host)
+    except TimeoutError:
+        raise DeadlineError(
+            f"mdev {uuid} is still being removed after {context.deadline:g} s",
+            "the kernel waits until whoever has it open closes it",
+        ) from None
 
 
 async def _removed(uuid: UUID, context: Context) -> None:

@@ -61,7 +61,7 @@ def holders(mdevs: Iterable[Mdev], root: Path = ROOT) -> Holders:
     mdevs = tuple(mdevs)
     if not mdevs:
         return Holders()
-    by_node, unseen = _open_nodes(os.path.join(root, "proc"))
+    by_node, unseen = _open_files(os.path.join(root, "proc"), _GROUP)
     if not by_node:
         return Holders(unseen=unseen)
     with_cdev = any(node.startswith(_CDEV) for node in by_node)
@@ -75,6 +75,14 @@ def holders(mdevs: Iterable[Mdev], root: Path = ROOT) -> Holders:
         if pids:
             found[mdev.uuid] = tuple(_holder(pid, root) for pid in sorted(pids))
     return Holders(found, unseen)
+
+
+def creators(parent: str, type_id: str, root: Path = ROOT) -> tuple[Holder, ...]:
+    """The processes that are creating an mdev of a type: a driver has not answered them yet."""
+    directory = os.path.realpath(os.path.join(root, "sys/class/mdev_bus", parent))
+    create = os.path.join(directory, "mdev_supported_types", type_id, "create")
+    pids, _ = _open_files(os.path.join(root, "proc"), create)
+    return tuple(_holder(pid, root) for pid in sorted(pids.get(create, ())))
 
 
 def guest_name(arguments: list[str]) -> str | None:
@@ -93,8 +101,8 @@ def guest_name(arguments: list[str]) -> str | None:
     return name or None
 
 
-def _open_nodes(proc: str) -> tuple[dict[str, set[int]], int]:
-    """Pids by node below ``/dev/vfio``, and the number of processes that cannot be looked into."""
+def _open_files(proc: str, prefix: str) -> tuple[dict[str, set[int]], int]:
+    """Pids by file that begins with ``prefix``, and how many processes cannot be looked into."""
     nodes: dict[str, set[int]] = {}
     unseen = 0
     try:
@@ -115,7 +123,7 @@ def _open_nodes(proc: str) -> tuple[dict[str, set[int]], int]:
                 target = os.readlink(f"{directory}/{descriptor}")
             except OSError:
                 continue  # closed meanwhile
-            if target.startswith(_GROUP):
+            if target.startswith(prefix):
                 nodes.setdefault(target, set()).add(int(pid))
     return nodes, unseen
 
