@@ -12,7 +12,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mdev_orchestrator.errors import MdoError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 INTERRUPTED = 130
-TERMINATED = 143
 BROKEN_PIPE = 141
 
 _RICH_ROWS = 200  # more than that nobody reads as a drawn table, and drawing takes seconds
@@ -36,40 +35,37 @@ def host_root() -> Path:
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine to its end.
 
-    Ctrl-C, SIGTERM and SIGHUP cancel it, and what it does then (undo, say goodbye) is waited for;
-    a second ctrl-C is not.
+    Ctrl-C, SIGTERM and SIGHUP cancel it, and what it does then (undo, say goodbye) is waited for.
+    A second one is not: the program ends at that moment, like one that is killed.
     """
     import asyncio
     import signal
 
-    terminated: list[int] = []
+    received: list[int] = []
 
     async def guarded() -> T:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
 
         def stop(number: int) -> None:
-            terminated.append(number)
+            received.append(number)
+            if len(received) > 1:
+                say("interrupted again: stopped at once; mdo recover undoes what was begun")
+                os._exit(128 + number)
             if task is not None:
                 task.cancel()
 
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, stop, number)
         return await coroutine
 
     try:
         return asyncio.run(guarded())
-    except KeyboardInterrupt as error:
-        _interrupted(error.__context__, INTERRUPTED)
     except asyncio.CancelledError as error:
-        if not terminated:
+        if not received:
             raise
-        _interrupted(error, 128 + terminated[0])
-
-
-def _interrupted(error: BaseException | None, code: int) -> NoReturn:
-    say("; ".join(("interrupted", *getattr(error, "__notes__", ()))))
-    raise SystemExit(code)
+        say("; ".join(("interrupted", *getattr(error, "__notes__", ()))))
+        raise SystemExit(128 + received[0]) from None
 
 
 def emit(text: str) -> None:

@@ -5,6 +5,10 @@
 guest lets go; a vendor's ``create`` may take as long as it likes. A thread would not do: a process
 does not end before its last thread does. So every such write is made by a child that shares
 nothing with us but the file it writes.
+
+Such a child outlives a parent that is killed, and who repairs things after that must not be
+overtaken by its write. It is born with a descriptor that names its file (``O_PATH``, which opens
+nothing), so ``/proc`` tells of it from its first moment.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ Writer = Callable[[str, bytes], Awaitable[int]]
 """Takes a path and the data, gives 0 or the kernel's errno."""
 
 _MAX_FD = 1 << 20
+_UNKNOWN = 255  # no errno
 _KILL_SECONDS = 1.0  # for a killed child to end, so that what it did is known; a driver may hold it
 
 
@@ -45,11 +50,18 @@ async def _write(path: str, data: bytes, *, kill: bool) -> int:
 
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[int] = loop.create_future()
-    # fork and not exec: the child makes a handful of system calls and takes no lock, and starting
-    # an interpreter costs a hundred times as much inside an emulated machine.
-    pid = os.fork()
-    if pid == 0:
-        _child(path, data)
+    try:
+        mark = os.open(path, os.O_PATH)
+    except OSError as error:
+        return error.errno or _UNKNOWN
+    try:
+        # fork and not exec: the child makes a handful of system calls and takes no lock, and
+        # starting an interpreter costs a hundred times as much inside an emulated machine.
+        pid = os.fork()
+        if pid == 0:
+            _child(path, data, mark)
+    finally:
+        os.close(mark)
     pidfd = os.pidfd_open(pid)
 
     def reap() -> None:
@@ -68,15 +80,15 @@ async def _write(path: str, data: bytes, *, kill: bool) -> int:
         raise
 
 
-def _child(path: str, data: bytes) -> None:
-    status = 255
+def _child(path: str, data: bytes, mark: int) -> None:
+    status = _UNKNOWN
     try:
         os.setsid()  # the terminal's ctrl-C is for the parent: it decides what to undo
-        os.closerange(0, _MAX_FD)
-        fd = os.open(path, os.O_WRONLY)
-        os.write(fd, data)
+        os.closerange(0, mark)
+        os.closerange(mark + 1, _MAX_FD)
+        os.write(os.open(path, os.O_WRONLY), data)
         status = 0
     except OSError as error:
-        status = error.errno or 255
+        status = error.errno or _UNKNOWN
     finally:
         os._exit(status)

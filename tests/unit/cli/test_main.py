@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,7 +157,19 @@ def test_host_lists_parents_types_and_devices_with_holders(cards: FakeSystem) ->
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["card1", "grid-12", "Name", "of", "grid-12", "8", "1", "vfio-pci"] in lines
-    assert [U1, "card1", "grid-12", "1", "-", "-", "foreign", "guest", "'g1'", "(pid", "41)"] in lines
+    assert [
+        U1,
+        "card1",
+        "grid-12",
+        "1",
+        "-",
+        "-",
+        "foreign",
+        "guest",
+        "'g1'",
+        "(pid",
+        "41)",
+    ] in lines
 
 
 def test_host_as_json(cards: FakeSystem) -> None:
@@ -309,18 +323,51 @@ def test_create_without_mdev(system: FakeSystem) -> None:
     assert line.startswith("this host has no mdev bus \u2014 modprobe mdev")
 
 
-def test_ctrl_c_undoes_a_creation(cards: FakeSystem) -> None:
+@contextlib.contextmanager
+def creating(cards: FakeSystem) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """``mdo create`` whose driver is silent until somebody reads the file that it writes."""
     create = cards.types("card1") / "grid-12" / "create"
     create.unlink()
     os.mkfifo(create)
     argv, environment = command(cards, "create", "grid-12", "--uuid", U1)
     with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE) as process:
-        with create.open("rb") as fifo:  # opens when the writer is there
-            process.send_signal(signal.SIGINT)
-            assert fifo.read() == U1.encode()
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while not children.read_text():  # the one that writes
+                assert process.poll() is None
+                time.sleep(0.02)
+            time.sleep(0.1)
+            yield process, create
+        finally:
+            process.kill()
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "status"), SIGNALS)
+def test_interrupted_a_creation_is_undone(cards: FakeSystem, number: int, status: int) -> None:
+    with creating(cards) as (process, create):
+        process.send_signal(number)
+        assert create.read_bytes() == U1.encode()
         assert process.stderr is not None
-        assert process.stderr.read() == b"mdo: interrupted; nothing was created\n"
-        assert process.wait() == 130
+        assert process.stderr.read() == b"mdo: interrupted; all was undone\n"
+        assert process.wait() == status
+
+
+@pytest.mark.parametrize(("number", "status"), SIGNALS)
+def test_interrupted_twice_it_stops_at_once(cards: FakeSystem, number: int, status: int) -> None:
+    with creating(cards) as (process, create):
+        process.send_signal(number)
+        time.sleep(0.3)  # two of the same at once are one
+        process.send_signal(number)
+        assert process.wait(5) == status
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith(b"mdo: interrupted again: stopped at once; mdo recover"), line
+        assert create.read_bytes() == U1.encode()  # what had begun goes on by itself
+        done = mdo(cards, "recover")
+        assert (done.returncode, done.stderr.count("undone: create grid-12")) == (0, 1), done
 
 
 @pytest.mark.parametrize(
