@@ -12,7 +12,9 @@ Every function here that changes something first recovers what an earlier comman
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,18 +24,28 @@ from mdev_orchestrator.engine import diff as differ
 from mdev_orchestrator.engine import learned, lifecycle
 from mdev_orchestrator.engine.diff import Changes, Running, Seen
 from mdev_orchestrator.engine.executor import Observer, execute, ignore
-from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.journal import Journal, Run
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Context
+from mdev_orchestrator.engine.steps import Context, Create
 from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
-from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
+from mdev_orchestrator.errors import (
+    CapacityError,
+    MdoError,
+    RequestError,
+    UnknownError,
+    UuidError,
+)
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
+from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Guest
 from mdev_orchestrator.spec import Document, to_json
+
+_LISTED = 4  # names in one message
 
 
 async def diff(
@@ -77,38 +89,75 @@ async def apply(
     :raise MdoError: A step failed, and all was undone; what could not be is in its notes.
     """
     context = _context(host, guests, deadline)
+    name = document.name
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
-        seen = await look(book.owned(), host=host, guests=guests)
-        changes = differ.diff(document, seen, policy=policy, capacity=learned.capacities)
-        if changes.restarts and not restart:
-            words = "; ".join(f"guest {name}: {why}" for name, why in changes.restarts.items())
-            raise RequestError(
-                f"{document.source}: needs a restart: {words}", "--restart restarts what must be"
+        async with _alone(book, "apply", name) as run:
+            seen = await look(book.owned(), host=host, guests=guests)
+            changes = differ.diff(document, seen, policy=policy, capacity=learned.capacities)
+            if changes.restarts and not restart:
+                words = "; ".join(
+                    f"guest {guest}: {why}" for guest, why in changes.restarts.items()
+                )
+                raise RequestError(
+                    f"{document.source}: needs a restart: {words}",
+                    "--restart restarts what must be",
+                )
+            own = OwnSpec(
+                name=name,
+                text=to_json(document.spec),
+                source=_absolute(document.source),
+                applied=round(time.time(), 3),
+                policy=policy,
             )
-        own = OwnSpec(
-            name=changes.name,
-            text=to_json(document.spec),
-            source=_absolute(document.source),
-            applied=round(time.time(), 3),
-            policy=policy,
-        )
-        old = seen.owned.specs.get(changes.name)
-        if changes.nothing and old is not None and _same(old, own):
-            return changes
-        await execute(
-            book,
-            "apply",
-            changes.name,
-            changes.steps,
-            context,
-            claims=(f"spec:{changes.name}",),
-            change=changes.change,
-            specs={changes.name: own},
-            observe=observe,
-        )
+            old = seen.owned.specs.get(name)
+            if changes.nothing and old is not None and _same(old, own):
+                return changes
+            with _winners(seen.host, changes, host):
+                await execute(
+                    book,
+                    "apply",
+                    name,
+                    changes.steps,
+                    context,
+                    run=run,
+                    change=changes.change,
+                    specs={name: own},
+                    observe=observe,
+                )
     learned.learn_from(seen.host, host)
     return changes
+
+
+@contextlib.asynccontextmanager
+async def _alone(book: Journal, kind: str, name: str) -> AsyncIterator[Run]:
+    """A run that has its spec to itself, from before the machine is looked at."""
+    run = await book.begin(kind, name, (), [f"spec:{name}"])
+    try:
+        yield run
+    finally:
+        # one that has steps has come to its end, or stays open for recovery
+        if not book.steps(run):
+            await book.end(run, "done")
+
+
+@contextlib.contextmanager
+def _winners(before: Host, changes: Changes, root: Path) -> Iterator[None]:
+    """Say who was quicker, when what fitted does not fit any more."""
+    try:
+        yield
+    except (CapacityError, UuidError) as error:
+        made = {p.step.device.uuid for p in changes.steps if isinstance(p.step, Create)}
+        now = sysfs.scan(root).mdevs
+        held = holders(now, root)
+        known = {mdev.uuid for mdev in before.mdevs}
+        for mdev in [m for m in now if m.uuid not in known and m.uuid not in made][:_LISTED]:
+            who = ", ".join(map(str, held.of(mdev.uuid)))
+            error.add_note(
+                f"meanwhile somebody else created mdev {mdev.uuid} ({mdev.type_id} on "
+                f"{mdev.parent})" + (f", which is held by {who}" if who else "")
+            )
+        raise
 
 
 async def destroy(
@@ -131,24 +180,25 @@ async def destroy(
     context = _context(host, guests, None)
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
-        seen = await look(book.owned(), host=host, guests=guests)
-        if name not in seen.owned.specs:
-            known = ", ".join(seen.owned.specs)
-            raise UnknownError(
-                f"no spec {name} was applied", f"there are: {known}" if known else ""
+        async with _alone(book, "destroy", name) as run:
+            seen = await look(book.owned(), host=host, guests=guests)
+            if name not in seen.owned.specs:
+                known = ", ".join(seen.owned.specs)
+                raise UnknownError(
+                    f"no spec {name} was applied", f"there are: {known}" if known else ""
+                )
+            changes = differ.without(name, seen, force=force, deadline=deadline)
+            await execute(
+                book,
+                "destroy",
+                name,
+                changes.steps,
+                context,
+                run=run,
+                change=changes.change,
+                specs={name: None},
+                observe=observe,
             )
-        changes = differ.without(name, seen, force=force, deadline=deadline)
-        await execute(
-            book,
-            "destroy",
-            name,
-            changes.steps,
-            context,
-            claims=(f"spec:{name}",),
-            change=changes.change,
-            specs={name: None},
-            observe=observe,
-        )
     return changes
 
 
