@@ -37,6 +37,8 @@ def recover(
             output.emit(
                 f"{run.run}: {words} to {run.way}" if dry_run else f"{run.run}: {words} {verb}"
             )
+            if run.why:
+                output.emit(f"  since it could not be finished: {run.why}")
             for step in run.steps:
                 output.emit(f"  {step}")
         if not done:
@@ -78,6 +80,7 @@ def _shape(run: Recovered) -> dict[str, Any]:
         "pid": run.run.process.pid,
         "began": run.run.began,
         "way": run.way,
+        "why": run.why or None,
         "steps": list(run.steps),
         "errors": [error.message for error in run.errors],
     }

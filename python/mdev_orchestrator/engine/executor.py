@@ -35,7 +35,7 @@ class Moment(StrEnum):
     BEGIN = "begin"
     """Its intent is on the disk, and it is about to act."""
     ACTED = "acted"
-    """It has acted; this is not on the disk yet."""
+    """It has acted, or was undone; this is not on the disk yet."""
     DONE = "done"
     FAILED = "failed"
     UNDO = "undo"
@@ -184,18 +184,21 @@ async def finish(
     change: Change | None = None,
     specs: Mapping[str, OwnSpec | None] | None = None,
     observe: Observer = ignore,
-) -> list[MdoError]:
-    """Do the rest of a run that somebody else left open, and close it unless a step fails.
+) -> tuple[MdoError | None, list[MdoError]]:
+    """Do the rest of a run that somebody else left open, or undo all of it when a step fails.
 
-    :return: Why it is not finished; then it stays open.
+    It is closed then, unless something is stuck.
+
+    :return: Why it was not finished, and what could not be undone.
     """
     work = _Work.resumed(journal, run, entries, context, observe)
     try:
         await work.do_all()
     except MdoError as error:
-        return [error]
+        await work.undo_all(error)
+        return error, work.stuck
     await journal.end(run, "done", change=change, specs=specs)
-    return []
+    return None, []
 
 
 @dataclass
@@ -328,6 +331,7 @@ class _Work:
                 self.tell(Moment.UNDO, number)
                 try:
                     await inverse.make(self.context)
+                    self.tell(Moment.ACTED, number)
                 except MdoError as error:
                     await self._stuck(number, error, cause)
                 except Exception as error:  # noqa: BLE001 - a bug must not keep the others from it

@@ -4,7 +4,7 @@
 A run is open when its process has gone before its end. Which way it goes:
 
 * a ``destroy`` or ``detach`` that had not begun to undo itself is *finished*: what was asked to go
-  shall go;
+  shall go. When that cannot be (a guest does not power down), it is undone like the others;
 * every other run is *undone*: all that it did, and all that it may have done;
 * a run of an earlier boot has nothing left to undo: mdevs and guests do not outlive the machine.
   Only what is ours becomes again what it was before, so that it can be brought back.
@@ -46,12 +46,14 @@ class Recovered:
     :ivar way: ``undo``, ``finish``, or ``forget`` for one of an earlier boot.
     :ivar steps: What had been begun, in words.
     :ivar errors: Why it still stands open; empty when it is closed.
+    :ivar why: What kept it from being finished, so that it was undone; empty otherwise.
     """
 
     run: Run
     way: Literal["undo", "finish", "forget"]
     steps: tuple[str, ...] = ()
     errors: tuple[MdoError, ...] = field(default_factory=tuple)
+    why: str = ""
 
 
 def pending(journal: Journal) -> list[Recovered]:
@@ -88,14 +90,17 @@ async def recover(
         if run is None:
             continue
         errors: Sequence[MdoError] = ()
+        why = ""
         if way == "forget":
             await _forget(journal, run, entries)
         elif way == "finish":
-            errors = await _finish(journal, run, entries, context, observe)
+            failure, errors = await _finish(journal, run, entries, context, observe)
+            if failure is not None:
+                way, why = "undo", failure.message
         else:
             errors = await executor.undo(journal, run, entries, context, observe)
         words = tuple(str(step) for step in _begun(entries))
-        done.append(Recovered(found, way, words, tuple(errors)))
+        done.append(Recovered(found, way, words, tuple(errors), why))
     return done
 
 
@@ -103,7 +108,8 @@ def _way(run: Run, entries: Sequence[Entry]) -> Literal["undo", "finish", "forge
     if run.process.boot_id != boot_id():
         return "forget"
     turned = any(entry.progress in _TURNED for entry in entries)
-    return "finish" if run.kind in FORWARD and not turned else "undo"
+    # one without steps was cut short before it knew what to do
+    return "finish" if run.kind in FORWARD and entries and not turned else "undo"
 
 
 def _begun(entries: Sequence[Entry]) -> list[AnyStep]:
@@ -112,7 +118,7 @@ def _begun(entries: Sequence[Entry]) -> list[AnyStep]:
 
 async def _finish(
     journal: Journal, run: Run, entries: Sequence[Entry], context: Context, observe: Observer
-) -> list[MdoError]:
+) -> tuple[MdoError | None, list[MdoError]]:
     if run.kind != "destroy":
         return await executor.finish(journal, run, entries, context, observe=observe)
     rest = _rest(journal.owned(), run.title)

@@ -347,7 +347,7 @@ class Attach(Step, frozen=True, tag="attach"):
             if context.repairing:
                 return  # a guest that has gone has no devices to give back
             raise RequestError(f"guest {self.guest.name} does not run", "mdo apply starts it")
-        if context.repairing and await _has(found, self.uuid):
+        if context.repairing and await _has(found, self.uuid, self.deadline):
             return
         await lifecycle.attach(
             found,
@@ -381,7 +381,7 @@ class Detach(Step, frozen=True, tag="detach"):
         found = _guest(self.guest.name, context)
         if found is None or not found.alive or not _is(found, self.guest):
             return
-        if not await _has(found, self.uuid):
+        if not await _has(found, self.uuid, self.deadline):
             return
         await lifecycle.detach(
             self.guest.name,
@@ -630,5 +630,5 @@ def _is(found: Guest, own: OwnGuest) -> bool:
     return found.record is not None and found.record.uuid == own.uuid
 
 
-async def _has(guest: Guest, uuid: UUID) -> bool:
-    return uuid in {plugged.uuid for plugged in await hotplug.mdevs_of(guest)}
+async def _has(guest: Guest, uuid: UUID, deadline: float) -> bool:
+    return uuid in {plugged.uuid for plugged in await hotplug.mdevs_of(guest, deadline=deadline)}

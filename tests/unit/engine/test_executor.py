@@ -608,17 +608,21 @@ async def test_a_run_that_is_finished_does_only_what_is_left(machine: Machine) -
     await machine.journal.note(run, Progress.DONE, [0])
     machine.system.writes.clear()
     entries = machine.journal.steps(run)
-    assert await executor.finish(machine.journal, run, entries, machine.context) == []
+    finished = await executor.finish(machine.journal, run, entries, machine.context)
+    assert finished == (None, [])
     assert machine.system.writes == [("remove", TEXTS[1])]
     assert machine.journal.open_runs() == []
 
 
-async def test_a_run_that_cannot_be_finished_stays_open(machine: Machine) -> None:
-    await machine.run([create(0)])
-    machine.system.refuse[f"{TEXTS[0]}/remove"] = errno.EPERM
-    entries = [Entry(0, encode(remove(0).step))]
+async def test_a_run_that_cannot_be_finished_is_undone(machine: Machine) -> None:
+    await machine.run([create(0), create(1)])
+    machine.system.refuse[f"{TEXTS[1]}/remove"] = errno.EPERM
+    plan = [remove(0), remove(1, 0)]
+    entries = [Entry(number, encode(one.step), one.needs) for number, one in enumerate(plan)]
     run = await machine.journal.begin("destroy", "lab", entries, [])
-    (error,) = await executor.finish(machine.journal, run, entries, machine.context)
+    error, stuck = await executor.finish(machine.journal, run, entries, machine.context)
+    assert error is not None
     assert "cannot remove mdev" in error.message
-    assert machine.journal.open_runs() == [run]
-    assert sysfs.read_mdev(UUIDS[0], machine.system.root) is not None
+    assert stuck == []
+    assert machine.journal.open_runs() == []
+    assert machine.system.uuids() == machine.owned == set(TEXTS[:2])
