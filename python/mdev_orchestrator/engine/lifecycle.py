@@ -117,7 +117,7 @@ async def launch(
         or what :func:`mdev_orchestrator.qemu.process.start` raises.
     """
     await sweep(root=root, host=host, write=write)
-    found = sysfs.scan(host) if spec.mdevs else Host()
+    found = sysfs.scan(host, types=False) if spec.mdevs else Host()
     wanted = _groups_of(found, (mdev.uuid for mdev in spec.mdevs))
     for group in wanted:
         _check_users(found, group, host)
@@ -165,7 +165,7 @@ async def attach(
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline
     async with process.attaching(guest):
-        found = sysfs.scan(host)
+        found = sysfs.scan(host, types=False)
         async with contextlib.AsyncExitStack() as stack:
             for group in _groups_of(found, [mdev.uuid]):
                 _check_users(found, group, host, guest)
@@ -284,7 +284,7 @@ async def _give_back(
     guest: str, file: Path, started: Started, host: Path, write: Writer, *, alive: bool
 ) -> list[Swept]:
     """Take one group offline unless it is in use, and forget it then."""
-    found = sysfs.scan(host)
+    found = sysfs.scan(host, types=False)
     # a member that was removed meanwhile is offline, one that went elsewhere is not ours any more
     left = [
         mdev

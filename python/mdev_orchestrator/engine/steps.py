@@ -94,7 +94,10 @@ class Context:
     def held(self) -> Holders:
         """Who has which mdev open; looked up for many steps at once."""
         if self._held is None or time.monotonic() - self._held[0] > _HELD_SECONDS:
-            self._held = (time.monotonic(), holders(sysfs.scan(self.host).mdevs, self.host))
+            self._held = (
+                time.monotonic(),
+                holders(sysfs.scan(self.host, types=False).mdevs, self.host),
+            )
         return self._held[1]
 
 

@@ -39,7 +39,7 @@ _GONE = frozenset((errno.ENOENT, errno.ENODEV))
 
 def find(uuid: UUID, root: Path = ROOT) -> tuple[Host, StartGroup] | None:
     """The host, and the start group that an mdev is in now; ``None`` without such an mdev."""
-    host = sysfs.scan(root)
+    host = sysfs.scan(root, types=False)
     mdev = host.find(uuid)
     return None if mdev is None else (host, host.group_of(mdev))
 

@@ -71,11 +71,14 @@ _GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def scan(root: Path = ROOT) -> Host:
+def scan(root: Path = ROOT, *, types: bool = True) -> Host:
     """Read all parents, types and mdevs of the machine.
 
     What vanishes while it is read is left out; what cannot be read carries ``damage``. Does not
     raise for anything that stands in the tree.
+
+    :param types: Without them, which are most of the work, parents have none and mdevs no
+        ``device_api``.
     """
     base = os.fspath(root)
     class_dir = os.path.join(base, "sys/class/mdev_bus")
@@ -86,7 +89,7 @@ def scan(root: Path = ROOT) -> Host:
     parents = tuple(
         parent
         for name in sorted(_fit(parent_names or (), damage), key=natural_key)
-        if (parent := _parent(class_dir, name)) is not None
+        if (parent := _parent(class_dir, name, with_types=types)) is not None
     )
     apis = {(type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types}
     found: list[tuple[str, str, Mdev]] = []
@@ -320,7 +323,7 @@ def _shown(text: str) -> str:
     return ascii(text if len(text) <= limit else text[:limit] + "...")
 
 
-def _parent(class_dir: str, name: str) -> Parent | None:
+def _parent(class_dir: str, name: str, *, with_types: bool) -> Parent | None:
     link = os.path.join(class_dir, name)
     try:
         path = os.path.normpath(os.path.join(class_dir, os.readlink(link)))
@@ -331,13 +334,15 @@ def _parent(class_dir: str, name: str) -> Parent | None:
     damage: list[str] = []
     types: list[MdevType] = []
     types_dir = os.path.join(path, "mdev_supported_types")
+    entries: list[str] = []
     try:
-        entries = _fit((entry.name for entry in os.scandir(types_dir) if entry.is_dir()), damage)
+        if with_types:
+            listed = (entry.name for entry in os.scandir(types_dir) if entry.is_dir())
+            entries = _fit(listed, damage)
     except OSError as error:
         if not os.path.lexists(link):
             return None
         damage.append(f"mdev_supported_types cannot be read: {os.strerror(error.errno or 0)}")
-        entries = []
     for entry in sorted(entries, key=natural_key):
         type_ = _type(os.path.join(types_dir, entry), entry, name)
         if type_ is not None:

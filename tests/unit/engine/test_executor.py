@@ -25,7 +25,6 @@ from mdev_orchestrator.engine.journal import Entry, Journal, Progress
 from mdev_orchestrator.engine.steps import Context, Create, Remove, UnsettledError, encode
 from mdev_orchestrator.engine.store import Change, OwnDevice
 from mdev_orchestrator.errors import BusyError, HostError, MdoError, UuidError
-from mdev_orchestrator.host import sysfs
 from unit.fakesys import FakeSystem
 
 UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa1{n:03}") for n in range(64)]

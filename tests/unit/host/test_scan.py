@@ -62,6 +62,17 @@ def test_parents_types_and_devices(system: FakeSystem) -> None:
     assert mdev.damage == ()
 
 
+def test_without_types_everything_else_is_there(system: FakeSystem) -> None:
+    system.parent("card0")
+    system.type("card0", "t-1", 1)
+    system.mdev("card0", "t-1", U1)
+    whole, rest = scan(system.root), scan(system.root, types=False)
+    assert [parent.types for parent in rest.parents] == [()]
+    assert [(m.uuid, m.type_id, m.iommu_group, m.device_api) for m in rest.mdevs] == [
+        (m.uuid, m.type_id, m.iommu_group, None) for m in whole.mdevs
+    ]
+
+
 def test_order_is_that_of_people(system: FakeSystem) -> None:
     for parent in ("card10", "card9"):
         system.parent(parent)
