@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs ``mdo`` in a forked child that may kill itself at a point of its work.
+
+An interpreter takes seconds to start inside an emulated machine, a fork takes nothing. The child is
+``mdo`` from its first line to its exit status; only its observer is ours. A *point* is
+
+* a moment of a step: about to act, has acted, is written down as done; the same when it is undone;
+* right before and right after a run is begun, taken over or ended in the journal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+# all that a command imports when it runs, so that the children need not
+import mdev_orchestrator.cli.apply
+import mdev_orchestrator.cli.recover
+import mdev_orchestrator.engine.apply
+import mdev_orchestrator.engine.recovery
+import mdev_orchestrator.host.events
+import mdev_orchestrator.qemu.monitor  # noqa: F401
+import typer.main  # noqa: F401
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.main import main
+from mdev_orchestrator.engine.executor import Event
+from mdev_orchestrator.engine.journal import Journal
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    :ivar status: Exit status; negative for a signal.
+    :ivar points: The points that it came to, in order.
+    """
+
+    status: int
+    points: tuple[str, ...]
+    out: str
+    err: str
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was killed, at the last of its points or by the clock."""
+        return self.status == -signal.SIGKILL
+
+    def __str__(self) -> str:
+        where = f" at {self.points[-1]!r}" if self.killed and self.points else ""
+        return f"status {self.status}{where}: {' | '.join(self.err.splitlines()[-3:])}"
+
+
+def mdo(*arguments: str, at: int = 0, after: float | None = None) -> Ended:
+    """Run a command to its end.
+
+    :param at: The number of the point, from 1, at which it kills itself; 0 for none.
+    :param after: Seconds after which it is killed.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, (
+        tempfile.TemporaryFile()
+    ) as points:
+        pid = os.fork()
+        if not pid:
+            _child(arguments, at, (out.fileno(), err.fileno(), points.fileno()))
+        if after is not None:
+            time.sleep(after)
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        texts = [_text(file.fileno()) for file in (out, err, points)]
+    return Ended(status, tuple(texts[2].splitlines()), texts[0], texts[1])
+
+
+def _text(descriptor: int) -> str:
+    return os.pread(descriptor, 1 << 20, 0).decode()
+
+
+def _child(arguments: tuple[str, ...], at: int, files: tuple[int, int, int]) -> NoReturn:
+    status = 99
+    try:
+        out, err, points = files
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, PTH123 - for as long as we live
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115, PTH123
+        _arm(_Points(points, at))
+        status = main(list(arguments))
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 98
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class _Points:
+    def __init__(self, descriptor: int, at: int) -> None:
+        self.descriptor = descriptor
+        self.at = at
+        self.seen = 0
+
+    def reached(self, what: str) -> None:
+        self.seen += 1
+        os.write(self.descriptor, f"{what}\n".encode())
+        if self.seen == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arm(points: _Points) -> None:
+    """Make every point of this process known to ``points``."""
+    tell = output.progress
+
+    def progress(event: Event) -> None:
+        tell(event)
+        points.reached(f"{event.moment} {event.step}")
+
+    def marked(name: str) -> None:
+        method: Callable[..., Awaitable[Any]] = getattr(Journal, name)
+
+        async def wrapped(self: Journal, *args: object, **more: object) -> object:
+            points.reached(f"before {name}")
+            result = await method(self, *args, **more)
+            points.reached(f"after {name}")
+            return result
+
+        setattr(Journal, name, wrapped)
+
+    output.progress = progress
+    for name in ("begin", "take_over", "end"):
+        marked(name)

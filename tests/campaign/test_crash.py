@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo`` is killed before and after every single step; ``mdo recover`` then leaves all or nothing.
+
+For each point the command runs anew, kills itself there (SIGKILL), and ``mdo recover`` runs after
+it. What is then on the machine is compared with what was there before, whole: devices, counts,
+links, guests, files, journal, processes, strangers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+from campaign import specs, world
+from campaign.command import Ended, mdo
+from campaign.conftest import EVERY, Tally
+from campaign.world import Foreign, Look, clear, differences, look
+
+DESTROY = ("destroy", "one", "--force", "--deadline", "0")
+CLOCKED = 12
+"""Times that a command is killed by the clock, in the middle of whatever it does."""
+
+
+def done(*arguments: str) -> Ended:
+    """A command that must succeed."""
+    ended = mdo(*arguments)
+    assert ended.status == 0, f"mdo {' '.join(arguments)}: {ended}"
+    return ended
+
+
+def recovered() -> list[str]:
+    """``mdo recover``, and why it did not succeed."""
+    ended = mdo("recover")
+    return [] if ended.status == 0 else [f"mdo recover: {ended}"]
+
+
+def campaign(
+    what: str,
+    command: tuple[str, ...],
+    prepare: Callable[[], Look],
+    judge: Callable[[Look, Look], list[str]],
+    others: Foreign,
+    tally: Tally,
+) -> list[str]:
+    """Kill a command at every point that it has, and some times in between.
+
+    :param prepare: Makes the machine as the command is to find it, and tells how that is.
+    :param judge: What is wrong, from how it was before and how it is after ``mdo recover``.
+    """
+    failures: list[str] = []
+    longest = 0.0
+    begun = 0.0
+
+    def after(ended: Ended, was: Look, where: str) -> None:
+        left = recovered() + judge(was, look(others))
+        failures.extend(tally.count(what, left, where))
+        if left:
+            clear(others)
+
+    import time
+
+    for number in count(1, EVERY):
+        was = prepare()
+        begun = time.monotonic()
+        ended = mdo(*command, at=number)
+        longest = max(longest, time.monotonic() - begun)
+        if not ended.killed:
+            assert ended.status == 0, ended
+            break
+        after(ended, was, f"killed at point {number}, {ended.points[-1]!r}")
+    # not for cryptography
+    clock = random.Random(2016)  # noqa: S311
+    for _ in range(max(CLOCKED // EVERY, 1)):
+        was = prepare()
+        seconds = clock.uniform(0, longest)
+        ended = mdo(*command, after=seconds)
+        where = f"killed after {seconds:.2f} s, past {ended.points[-1:]}"
+        after(ended, was, where)
+    return failures
+
+
+def nothing(was: Look, now: Look) -> list[str]:
+    return differences(was, now)
+
+
+def test_apply(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """Three guests, seven devices, two groups."""
+    spec = specs.three(place)
+    done("apply", spec)
+    whole = look(others)
+    assert len(whole["devices"]) == 7, whole
+    done(*DESTROY)
+    assert differences(empty, look(others)) == []
+
+    def prepare() -> Look:
+        if mdo(*DESTROY).status == 0:  # the last one was killed when all was done
+            assert differences(empty, look(others)) == []
+        return empty
+
+    def judge(was: Look, now: Look) -> list[str]:
+        left = differences(was, now)
+        return left and (differences(whole, now, shape=True) and left)
+
+    assert campaign("apply", ("apply", spec), prepare, judge, others, tally) == []
+
+
+def test_changed(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """A device is detached, two are attached; a guest, a group and a pool come, a pool goes."""
+    plain, before, changed = specs.plain(place), specs.before(place), specs.changed(place)
+    done("apply", plain)
+    done("apply", before)
+    done("apply", changed)
+    whole = look(others)
+
+    def prepare() -> Look:
+        now = look(others)
+        if now["our specs"] and not differences(whole, now, shape=True):
+            done(*DESTROY)
+            now = look(others)
+        if not now["our specs"]:
+            done("apply", plain)
+            done("apply", before)
+            now = look(others)
+        return now
+
+    def judge(was: Look, now: Look) -> list[str]:
+        left = differences(was, now)
+        return left and (differences(whole, now, shape=True) and left)
+
+    assert campaign("changed apply", ("apply", changed), prepare, judge, others, tally) == []
+
+
+def test_destroy(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """What has begun to go goes."""
+    spec = specs.three(place)
+
+    def prepare() -> Look:
+        done("apply", spec)
+        return look(others)
+
+    def judge(was: Look, now: Look) -> list[str]:
+        left = differences(empty, now)
+        return left and (differences(was, now) and left)
+
+    assert campaign("destroy", DESTROY, prepare, judge, others, tally) == []
+
+
+def test_recover_undoes(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """An apply was killed when all was done but not yet said; then its recovery is killed."""
+    spec = specs.three(place)
+    last = len(done("apply", spec).points) - 1
+    done(*DESTROY)
+
+    def prepare() -> Look:
+        assert mdo("apply", spec, at=last).killed
+        return empty
+
+    assert campaign("recover of an apply", ("recover",), prepare, nothing, others, tally) == []
+
+
+def test_recover_finishes(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """A destroy was killed when it had begun; then its recovery is killed."""
+    spec = specs.three(place)
+
+    def prepare() -> Look:
+        done("apply", spec)
+        assert mdo(*DESTROY, at=3).killed
+        return empty
+
+    assert campaign("recover of a destroy", ("recover",), prepare, nothing, others, tally) == []
