@@ -78,7 +78,6 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "MDO_STATE_DIR": "/run/mdev-orchestrator",
-    "PYTHONDONTWRITEBYTECODE": "1",
     "TMPDIR": "/run/tmp",  # what stands in /tmp is the host's, and may be another user's
 }
 
