@@ -76,6 +76,20 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     assert not missing, f"{page.name} links to {missing}"
 
 
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+
+def test_every_complaint_has_its_test() -> None:
+    page = (ROOT / "docs/complaints.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 15
+    for row in rows:
+        named = NAMED_TEST.findall(row)
+        assert named, row
+        for file, test in named:
+            assert re.search(rf"def {test or 'test_'}", (ROOT / file).read_text("utf-8")), test
+
+
 def test_every_source_file_says_its_licence() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True

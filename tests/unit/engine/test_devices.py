@@ -473,3 +473,9 @@ async def test_a_driver_without_groups_says_so(system: FakeSystem) -> None:
     with pytest.raises(HostError, match="card0 has no start groups"):
         await create_devices("t-0", 2, group="peers", root=system.root, write=system.write)
     assert system.uuids() == set()
+
+
+async def test_ten_left_are_enough_for_nine(cards: FakeSystem) -> None:
+    """Counts are numbers: as text, "10" comes before "9"."""
+    (cards.types("card1") / "grid-12" / "available_instances").write_text("10\n")
+    assert len(await create(cards, "grid-12", 9)) == 9
