@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 from cells import cells
 from guests import refused
 
@@ -10,7 +12,7 @@ from lab import vfio
 from lab.vfio import get, links, put, refusal
 from matrix import checks
 from matrix.cell import GROUPING, QEMUS, Cell
-from matrix.machines import PATCHED, Direct
+from matrix.machines import PATCHED, SECONDS, Direct
 from mdev_orchestrator.errors import MdoError, QemuError
 
 PLUGS = ("cold", "hot")
@@ -98,3 +100,23 @@ class Refusals(Cell):
             put(first, "online", "0")
         assert refusal(first) == (0 if self.driver == "implicit" else 6)
         checks.given_back(uuids, self.links)
+
+    @cells(driver=GROUPING, qemu=PATCHED)
+    def test_a_device_that_is_removed_is_asked_for(self) -> None:
+        """QEMU says so and asks the guest; one that has not booted lets go at once."""
+        first, second = uuids = self.group(2)
+        with Direct(self.version) as qemu:
+            for uuid in uuids:
+                qemu.plug(uuid)
+            with refused(OSError, "Device or resource busy"):
+                put(first, "group_uuid", "")
+            qemu.qmp.events.clear()
+            with subprocess.Popen(["sh", "-c", f"echo 1 > {vfio.MDEVS / first}/remove"]) as remover:
+                told = qemu.qmp.wait("VFIO_MDEV_STATE_CHANGED", lambda data: data["uuid"] == first)
+                qemu.qmp.wait("DEVICE_DELETED", lambda data: data.get("device") == f"mdev-{first}")
+                assert remover.wait(SECONDS) == 0
+            assert told["data"]["reason"] == "the driver asks for the device back"
+            assert not (vfio.MDEVS / first).exists()
+            assert checks.online([second]) == {True}
+            qemu.unplug(second)
+        checks.given_back([second], self.links)
