@@ -172,8 +172,11 @@ async def usable_mdev(text: str, deadline: float) -> GuestMdev:
 
 @app.command()
 def stop(
-    name: NameArgument,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the guest.")] = None,
     *,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Every guest that runs, all at the same time.")
+    ] = False,
     deadline: Annotated[
         float, typer.Option(min=0, help="Seconds for the guest to power down.")
     ] = 60.0,
@@ -183,11 +186,48 @@ def stop(
     json: JsonOption = False,
 ) -> None:
     """Power a guest down and remove its files. One that has ended is only tidied up."""
+    from mdev_orchestrator.errors import RequestError
+
+    if (name is None) != all_:
+        raise RequestError("name one guest, or give --all", "mdo guest list shows what there is")
+    if name is None:
+        _stop_all(deadline, force=force, json=json)
+        return
     ended = output.run(_stop(name, deadline, force=force))
     if json:
         output.emit_json({"name": ended.name, "how": ended.how})
     else:
         output.emit(f"{name} {HOW[ended.how]}")
+
+
+def _stop_all(deadline: float, *, force: bool, json: bool) -> None:
+    from mdev_orchestrator.engine.restore import power_down
+
+    ended = output.run(power_down(deadline=deadline, force=force, host=output.host_root()))
+    if json:
+        output.emit_json(
+            {
+                "guests": [
+                    {
+                        "name": guest.name,
+                        "how": guest.how or None,
+                        "error": guest.error and guest.error.message,
+                    }
+                    for guest in ended
+                ]
+            }
+        )
+    else:
+        for guest in ended:
+            if guest.how:
+                output.emit(f"{guest.name} {HOW[guest.how]}")
+        if not ended:
+            output.emit("no guest runs")
+    for guest in ended:
+        if guest.error is not None:
+            output.say_error(guest.error)
+    if any(guest.error for guest in ended):
+        raise typer.Exit(1)
 
 
 async def _stop(name: str, deadline: float, *, force: bool) -> Ended:

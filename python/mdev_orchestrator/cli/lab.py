@@ -51,11 +51,21 @@ def up(
     series: Series = "6.12",
     memory: Memory = "4G",
     mvgpu: Options = "",
+    systemd: Annotated[
+        bool, typer.Option("--systemd", help="L1 boots systemd, and can be booted again.")
+    ] = False,
 ) -> None:
     """Bring a lab up; it stays until 'mdo lab down'."""
     from mdev_orchestrator.lab import machine
 
-    lab = machine.up(name, series=series, memory=memory, module_options=mvgpu, progress=_progress)
+    lab = machine.up(
+        name,
+        series=series,
+        memory=memory,
+        module_options=mvgpu,
+        with_systemd=systemd,
+        progress=_progress,
+    )
     sys.stdout.write(f"lab {lab.name} is up with kernel {lab.release}\n")
 
 

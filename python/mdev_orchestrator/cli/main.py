@@ -24,6 +24,8 @@ COMMANDS = {
     "apply": ("apply:apply", "Make a spec true, all of it or nothing"),
     "destroy": ("apply:destroy", "Remove all that a spec has brought"),
     "recover": ("recover:recover", "Undo or finish what a command that was killed left open"),
+    "restore": ("restore:restore", "After a reboot, bring back every spec that was applied"),
+    "service": ("service:app", "Have systemd do that, and power guests down before"),
     "adopt": ("recover:adopt", "Make guests and devices ours that the journal does not know"),
     "probe": ("probe:probe", "Learn how parents fill, by creating devices and removing them"),
     "remove": ("remove:remove", "Remove devices, and take them out of their guest first if asked"),

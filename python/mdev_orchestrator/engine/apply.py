@@ -24,7 +24,7 @@ from mdev_orchestrator.engine import diff as differ
 from mdev_orchestrator.engine import learned, lifecycle
 from mdev_orchestrator.engine.diff import Changes, Running, Seen
 from mdev_orchestrator.engine.executor import Observer, execute, ignore
-from mdev_orchestrator.engine.journal import Journal, Run
+from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Journal, Run
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Context, Create
 from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
@@ -76,12 +76,14 @@ async def apply(
     guests: Path | None = None,
     journal: Path | None = None,
     deadline: float | None = None,
+    wait: float = CLAIM_SECONDS,
     observe: Observer = ignore,
 ) -> Changes:
     """Make a spec true, all of it or nothing; where it is true already, do nothing.
 
     :param restart: Whether guests may be restarted.
     :param deadline: Seconds for each device to be made or removed.
+    :param wait: Seconds to wait for another command that changes the same spec.
     :return: What was done.
     :raise RequestError: With file and line: it cannot be had; or a guest must be restarted.
     :raise BusyError: Another command changes something of it.
@@ -92,7 +94,7 @@ async def apply(
     name = document.name
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
-        async with _alone(book, "apply", name) as run:
+        async with _alone(book, "apply", name, wait) as run:
             seen = await look(book.owned(), host=host, guests=guests)
             changes = differ.diff(document, seen, policy=policy, capacity=learned.capacities)
             if changes.restarts and not restart:
@@ -130,9 +132,11 @@ async def apply(
 
 
 @contextlib.asynccontextmanager
-async def _alone(book: Journal, kind: str, name: str) -> AsyncIterator[Run]:
+async def _alone(
+    book: Journal, kind: str, name: str, wait: float = CLAIM_SECONDS
+) -> AsyncIterator[Run]:
     """A run that has its spec to itself, from before the machine is looked at."""
-    run = await book.begin(kind, name, (), [f"spec:{name}"])
+    run = await book.begin(kind, name, (), [f"spec:{name}"], wait=wait)
     try:
         yield run
     finally:

@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -99,7 +99,7 @@ class OwnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     text: str
     source: str
     applied: float
-    policy: str = "pack"
+    policy: Literal["pack", "spread"] = "pack"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ wire.py        what client and agent say to each other
 agent.py       runs inside L1 as its first process
 client.py      runs a command inside L1 from the host
 machine.py     L1: up, find, down
+systemd.py     an L1 that boots systemd, and boots again
 l2.py          the L2 guest: its files, and talking to it
 story.py       the main job, told inside L1
 demo.py        the same from the host's side: a lab, the story, a closing table

@@ -46,13 +46,15 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.host.process import start_time
-from mdev_orchestrator.lab import client, debian, driver, initramfs, l2, samples
+from mdev_orchestrator.lab import client, debian, driver, initramfs, l2, samples, systemd
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, private_dir, state_dir
 
 QEMU = "qemu-system-x86_64"
 EXEC_PORTS = 8
 BOOT_SECONDS = {"tcg": 90.0, "kvm": 20.0}
+SYSTEMD_SECONDS = 120.0
+"""More, for what systemd does before the agent begins."""
 RECORD = "lab.json"
 STARTER = "starter"
 STOP_SECONDS = 5.0
@@ -236,6 +238,7 @@ def up(
     memory: str = "4G",
     module_options: str = "",
     bound: bool = False,
+    with_systemd: bool = False,
     progress: Progress = lambda _: None,
 ) -> Lab:
     """Bring a lab up, or find it up already.
@@ -244,6 +247,7 @@ def up(
     :param memory: Of L1, as QEMU writes it.
     :param module_options: Parameters of mvgpu, as insmod takes them.
     :param bound: L1 ends with this process, even if that is killed.
+    :param with_systemd: L1 boots systemd, and can be booted again, see :mod:`.systemd`.
     :raise MdoError: It cannot be; nothing is left behind.
     """
     directory = labs_dir() / check_name(name)
@@ -273,11 +277,13 @@ def up(
         needed = debian.run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
         initramfs.build(
             directory / "initramfs",
-            init=init_script(kernel, insmod),
+            init=init_script(kernel, insmod, with_systemd=with_systemd),
             kernel=kernel,
-            modules=(*MODULES, *filter(None, needed)),
+            modules=(*MODULES, *filter(None, needed), *(systemd.MODULES if with_systemd else ())),
         )
-        boot = _Boot(directory, kernel, memory, files, bound, progress)
+        if with_systemd:
+            systemd.make_disk(directory)
+        boot = _Boot(directory, kernel, memory, files, bound, with_systemd, progress)
         return _boot_somehow(boot)
     except BaseException:
         sweep(directory)
@@ -358,6 +364,7 @@ class _Boot:
     memory: str
     files: dict[str, str]
     bound: bool
+    with_systemd: bool
     progress: Progress
 
 
@@ -383,6 +390,7 @@ def _boot(boot: _Boot, accel: str) -> Lab:
     boot.progress(f"booting {boot.kernel.release} with {accel}")
     directory = boot.directory
     argv = [QEMU, *machine_arguments(directory.name, boot.kernel, accel, boot.memory)]
+    argv += systemd.arguments() if boot.with_systemd else ["-no-reboot"]
     with (directory / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
             gated(argv, bound=boot.bound),
@@ -455,7 +463,8 @@ def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> None:
         select.select([], [], [], 0.02)  # QEMU has no way to say that it listens
     try:
         with contextlib.closing(client.Session(directory)) as session:
-            session.wait_ready(BOOT_SECONDS[accel], alive)
+            more = SYSTEMD_SECONDS if boot.with_systemd else 0.0
+            session.wait_ready(BOOT_SECONDS[accel] + more, alive)
     except DeadlineError as error:
         raise DeadlineError(
             f"{error.message}; L1's last words: {_tail(directory / 'console.log')}"
@@ -483,10 +492,10 @@ def machine_arguments(name: str, kernel: Kernel, accel: str, memory: str) -> lis
     """
     argv = ["-name", f"guest=mdo-lab-{name}", "-M", "q35", "-accel", accel]
     argv += ["-cpu", "max" if accel == "tcg" else "host", "-smp", "1", "-m", memory]
-    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-chardev", "file,id=console,path=console.log", "-serial", "chardev:console"]
     argv += ["-kernel", str(kernel.image), "-initrd", "initramfs"]
-    argv += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]
+    argv += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off {systemd.COMMAND_LINE}"]
     for tag, path, mode in (
         ("root", Path("/"), "readonly=on"),
         ("checkout", driver.checkout(), "readonly=off"),
@@ -507,19 +516,22 @@ def _comma(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def init_script(kernel: Kernel, insmod: list[str]) -> str:
-    """``/init`` of L1: mounts, then Python as the first process."""
+def init_script(kernel: Kernel, insmod: list[str], *, with_systemd: bool = False) -> str:
+    """``/init`` of L1: mounts, then the first process, which is the agent or systemd."""
     q = shlex.quote
     here = str(driver.checkout())
     venv = str(Path(sys.executable).parent.parent)
-    setup = [
-        ["busybox", "ip", "link", "set", "lo", "up"],
-        ["/lib/systemd/systemd-udevd", "--daemon"],
-        insmod,
-    ]
+    setup = [["busybox", "ip", "link", "set", "lo", "up"]]
+    if not with_systemd:
+        setup += [["/lib/systemd/systemd-udevd", "--daemon"], insmod]
     variables = {**ENVIRONMENT, "PYTHONPATH": f"{here}/python"}
-    words = " ".join(q(f"{key}={value}") for key, value in variables.items())
-    agent = [sys.executable, "-S", "-m", "mdev_orchestrator.lab.agent", json.dumps(setup)]
+    if with_systemd:
+        variables["MDO_STATE_DIR"] = systemd.STATE
+    agent = ["/usr/bin/env", "-i", *(f"{key}={value}" for key, value in variables.items())]
+    agent += [sys.executable, "-S", "-m", "mdev_orchestrator.lab.agent", json.dumps(setup)]
+    memory = "-t ext4 /dev/vda" if with_systemd else "-t tmpfs -o mode=0755 memory"
+    first = [systemd.INIT] if with_systemd else agent
+    prepare = systemd.prepare(agent, insmod) if with_systemd else ""
     return f"""#!/bin/busybox sh
 b() {{ /bin/busybox "$@"; }}
 b mount -t proc proc /proc
@@ -531,8 +543,8 @@ for m in $(b cat /modules/order); do
 done 2>/dev/null
 b mkdir /lower /memory /new
 b mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /lower
-b mount -t tmpfs -o mode=0755 memory /memory
-b mkdir /memory/upper /memory/work
+b mount {memory} /memory
+b mkdir -p /memory/upper /memory/work
 b mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work root /new
 for d in proc sys dev; do b mount --move /$d /new/$d; done
 b mount -t tmpfs -o mode=0755 run /new/run
@@ -542,9 +554,9 @@ b mount -t devpts devpts /new/dev/pts
 b mount -t tmpfs shm /new/dev/shm
 b mount -t debugfs debugfs /new/sys/kernel/debug
 b mkdir -p /new/usr/lib/modules
-b ln -s {q(str(kernel.modules))} /new/usr/lib/modules/
+b ln -sf {q(str(kernel.modules))} /new/usr/lib/modules/
 b mount --bind /new{q(venv)} /new/run/venv
 b mount -t 9p -o rw,trans=virtio,version=9p2000.L,msize=512000 checkout /new{q(here)}
 b mount --bind /new/run/venv /new{q(venv)}
-exec /bin/busybox switch_root /new /usr/bin/env -i {words} {shlex.join(agent)}
+{prepare}exec /bin/busybox switch_root /new {shlex.join(first)}
 """

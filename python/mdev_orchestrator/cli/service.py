@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``mdo service``: systemd brings guests back at boot, and powers them down before a shutdown."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import typer
+
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.host import service
+from mdev_orchestrator.state import cache_dir, state_dir
+
+app = typer.Typer(
+    no_args_is_help=True, help="Have systemd bring guests back at boot, and power them down."
+)
+
+
+@app.command()
+def install() -> None:
+    """Write the units and the udev rule, for this mdo and this state directory; again to renew."""
+    runs = service.install(_files(), output.host_root())
+    output.emit(f"{service.GUESTS} " + ("runs" if runs else "will run when systemd boots"))
+
+
+@app.command()
+def remove() -> None:
+    """Remove them again; guests that run go on running."""
+    done = service.remove(output.host_root())
+    output.emit(f"{service.GUESTS} " + ("is removed" if done else "is not installed"))
+
+
+@app.command()
+def show() -> None:
+    """Print what install would write."""
+    for path, text in _files().items():
+        output.emit(f"# /{path}\n{text}")
+
+
+def _files() -> dict[str, str]:
+    return service.files(
+        _mdo(), {"MDO_STATE_DIR": str(state_dir()), "MDO_CACHE_DIR": str(cache_dir())}
+    )
+
+
+def _mdo() -> list[str]:
+    """How to run this very program again."""
+    called = shutil.which(sys.argv[0])
+    if called is not None and Path(called).name == "mdo":
+        return [str(Path(called).absolute())]
+    return [sys.executable, "-m", "mdev_orchestrator.cli.main"]

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""After a reboot: every spec that was applied is made true again, as soon as its parents are there.
+
+mdevs and guests do not outlive the machine; the journal and the specs in it do. So there is nothing
+to write down before a shutdown, and bringing a spec back is :func:`.apply.apply` of what was
+applied: devices that are ours and not there are made again as they were, with their UUIDs, and
+guests that do not run are started.
+
+What is different at boot is that drivers load when they like. A spec waits for what *its* devices
+need and for nothing else: for the parents, with the types, that ours were on, and for the devices
+that mdevctl starts by itself. The kernel's events tell when to look; the scan is what counts.
+
+Whoever is started beside another one (udev tells of a parent several times, and of several parents
+at once) finds the spec claimed, waits, and then finds that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine.apply import apply, stored
+from mdev_orchestrator.engine.diff import Changes
+from mdev_orchestrator.engine.executor import Observer, ignore
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.recovery import recover
+from mdev_orchestrator.engine.steps import Context
+from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
+from mdev_orchestrator.errors import DeadlineError, HostError, MdoError, UnknownError
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host.events import (
+    Event,
+    MdevEvent,
+    Monitor,
+    ParentEvent,
+    Rescan,
+    events,
+    udev_monitor,
+)
+from mdev_orchestrator.host.readiness import wait_ready
+from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.interop import mdevctl
+from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.model import Host
+from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.state import journal_path
+
+WAIT_SECONDS = 60.0
+"""For parents to appear. A graphics card whose firmware is loaded takes half of it."""
+CLAIM_SECONDS = 300.0
+"""For another command that brings the same spec back: it may have many guests to start."""
+_AT_ONCE = 4
+"""A spec is itself brought back concurrently; more at once only make every one of them late."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Need:
+    """What must be there before a spec can be brought back.
+
+    :ivar parent: Name of a parent device.
+    :ivar type: Id of a type that it must have.
+    :ivar uuid: Of a device that mdevctl starts there; ``None`` for the type alone.
+    """
+
+    parent: str
+    type: str
+    uuid: UUID | None = None
+
+    def lacks(self, host: Host) -> str:
+        """What is missing, as a sentence; empty when it is there."""
+        found = next((parent for parent in host.parents if parent.name == self.parent), None)
+        if found is None:
+            return f"parent {self.parent} has not appeared"
+        if self.uuid is not None:
+            if host.find(self.uuid) is None:
+                return f"mdevctl has not started mdev {self.uuid} on {self.parent}"
+        elif all(type_.id != self.type for type_ in found.types):
+            return f"parent {self.parent} has appeared without type {self.type}"
+        return ""
+
+    def may_come_with(self, event: Event) -> bool:
+        """Whether an event is a reason to look again."""
+        match event:
+            case Rescan():
+                return True
+            case ParentEvent(parent, registered):
+                return registered and parent == self.parent
+            case MdevEvent(uuid=uuid):
+                return uuid == self.uuid
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of one spec.
+
+    :ivar changes: What was done; ``None`` if it could not be brought back.
+    """
+
+    name: str
+    changes: Changes | None = None
+    error: MdoError | None = None
+
+
+async def restore(
+    names: Sequence[str] = (),
+    *,
+    wait: float = WAIT_SECONDS,
+    host: Path = ROOT,
+    guests: Path | None = None,
+    journal: Path | None = None,
+    observe: Observer = ignore,
+    make_monitor: Callable[[], Monitor] | None = None,
+) -> tuple[Restored, ...]:
+    """Bring back what was applied: each spec whole or not at all, whatever becomes of the others.
+
+    :param names: The specs; all of them without any.
+    :param wait: Seconds to wait for what is not there yet.
+    :param host: Directory in which ``sys``, ``dev`` and ``proc`` stand.
+    :param guests: Where guests live; the state directory's without it.
+    :param journal: The journal's file; the state directory's without it.
+    :param make_monitor: Gives a monitor of events; udev's without it.
+    :return: In the order of their names. Errors of single specs are in there and not raised.
+    :raise UnknownError: No spec of this name was applied.
+    :raise HostError: The journal cannot be used.
+    """
+    journal = journal or journal_path()
+    owned = await _recovered(journal, Context(host=host, guests=guests), observe)
+    specs = {name: _known(owned, name) for name in sorted(names or owned.specs)}
+    defined = mdevctl.defined(host)
+
+    async def bring_back(own: OwnSpec, needed: frozenset[Need]) -> Changes:
+        for need in needed:
+            if need.uuid is not None:  # it is on the bus before it can be used
+                await wait_ready(need.uuid, wait, host)
+        return await apply(
+            stored(own),
+            policy=own.policy,
+            host=host,
+            guests=guests,
+            journal=journal,
+            observe=observe,
+            wait=CLAIM_SECONDS,
+        )
+
+    waiting = {name: needs(own, owned, defined) for name, own in specs.items()}
+    work = _Work(specs, waiting, bring_back)
+    async with asyncio.TaskGroup() as tasks:
+        try:
+            async with asyncio.timeout(wait), _looks(waiting, host, make_monitor) as looks:
+                async for found in looks:
+                    work.begin(tasks, found)
+                    if not waiting:
+                        break
+        except TimeoutError:
+            work.give_up(tasks, sysfs.scan(host), wait)
+        except HostError as error:  # no events: what is there comes back nevertheless
+            work.done |= {name: Restored(name, error=error) for name in waiting}
+    return tuple(work.done[name] for name in specs)
+
+
+async def _recovered(journal: Path, context: Context, observe: Observer) -> Owned:
+    """What is ours, when nothing stands open any more."""
+    if not read_owned(journal).specs:
+        return Owned()  # whatever else stands open is for a command that changes something
+    with Journal.open(journal) as book:
+        await recover(book, context=context, observe=observe)
+        return book.owned()
+
+
+@dataclass
+class _Work:
+    """Specs that come back, each as soon as it can.
+
+    :ivar waiting: What each spec needs that has not begun yet.
+    """
+
+    specs: Mapping[str, OwnSpec]
+    waiting: dict[str, frozenset[Need]]
+    bring_back: Callable[[OwnSpec, frozenset[Need]], Awaitable[Changes]]
+    done: dict[str, Restored] = field(default_factory=dict)
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
+
+    def begin(self, tasks: asyncio.TaskGroup, found: Host) -> None:
+        """Begin with every spec that lacks nothing any more."""
+        ready = [name for name, needed in self.waiting.items() if not _lacking(needed, found)]
+        for name in ready:
+            tasks.create_task(self._one(name, self.waiting.pop(name)))
+
+    def give_up(self, tasks: asyncio.TaskGroup, found: Host, wait: float) -> None:
+        """Look for the last time."""
+        self.begin(tasks, found)
+        for name, needed in self.waiting.items():
+            error = DeadlineError(
+                f"spec {name} is not back after {wait:g} s: {'; '.join(_lacking(needed, found))}",
+                f"see the kernel log for its driver; then mdo restore {name}",
+            )
+            self.done[name] = Restored(name, error=error)
+
+    async def _one(self, name: str, needed: frozenset[Need]) -> None:
+        try:
+            async with self.places:
+                self.done[name] = Restored(name, await self.bring_back(self.specs[name], needed))
+        except MdoError as error:
+            self.done[name] = Restored(name, error=error)
+
+
+def needs(
+    own: OwnSpec, owned: Owned, defined: Mapping[UUID, Sequence[Definition]]
+) -> frozenset[Need]:
+    """What a spec must wait for: where its devices were, and what mdevctl makes for it."""
+    rows = [device for device in owned.devices.values() if device.spec == own.name]
+    ours = {device.uuid for device in rows}
+    by_mdevctl = (
+        definition
+        for _, _, asked in stored(own).spec.devices()
+        if asked.uuid is not None and asked.uuid not in ours
+        for definition in defined.get(asked.uuid, ())[:1]
+        if definition.start == "auto"
+    )
+    return frozenset(Need(device.parent, device.type) for device in rows).union(
+        Need(definition.parent, definition.type, definition.uuid) for definition in by_mdevctl
+    )
+
+
+def _known(owned: Owned, name: str) -> OwnSpec:
+    if name not in owned.specs:
+        known = ", ".join(owned.specs)
+        raise UnknownError(f"no spec {name} was applied", f"there are: {known}" if known else "")
+    return owned.specs[name]
+
+
+def _lacking(needed: Collection[Need], host: Host) -> list[str]:
+    words = (need.lacks(host) for need in sorted(needed, key=str))
+    return list(dict.fromkeys(filter(None, words)))
+
+
+@asynccontextmanager
+async def _looks(
+    waiting: Mapping[str, Collection[Need]],
+    host: Path,
+    make_monitor: Callable[[], Monitor] | None,
+) -> AsyncIterator[AsyncIterator[Host]]:
+    """Scans of the machine: one at once, then one whenever something came that is waited for.
+
+    :param waiting: What is still waited for at each moment.
+    """
+
+    async def scans(stream: AsyncIterator[Event]) -> AsyncGenerator[Host, None]:
+        yield sysfs.scan(host)
+        async for event in stream:  # begins with a Rescan: nothing is missed in between
+            if any(need.may_come_with(event) for needed in waiting.values() for need in needed):
+                yield sysfs.scan(host)
+
+    stream = events(make_monitor or (lambda: udev_monitor(host)))
+    async with aclosing(stream), aclosing(scans(stream)) as looks:
+        yield looks
+
+
+# ---------------------------------------------------------------- and before it
+
+
+@dataclass(frozen=True, slots=True)
+class PoweredDown:
+    """What became of one guest.
+
+    :ivar how: As :class:`mdev_orchestrator.qemu.process.Ended` has it; empty if it still runs.
+    """
+
+    name: str
+    how: str = ""
+    error: MdoError | None = None
+
+
+async def power_down(
+    *,
+    deadline: float = process.STOP_SECONDS,
+    force: bool = False,
+    host: Path = ROOT,
+    guests: Path | None = None,
+) -> tuple[PoweredDown, ...]:
+    """Power down every guest of the state directory that runs, all at the same time.
+
+    They and their devices stay ours, so :func:`restore` starts them again. Nothing is written to
+    the journal: a shutdown must not wait for a disk that is full.
+
+    :param deadline: Seconds for all of them.
+    :param force: End those that do not power down in time.
+    """
+
+    async def one(guest: Guest) -> PoweredDown:
+        try:
+            ended = await lifecycle.end(guest, deadline=deadline, force=force, host=host)
+        except MdoError as error:
+            return PoweredDown(guest.name, error=error)
+        return PoweredDown(guest.name, ended.how)
+
+    alive = [guest for guest in process.list_guests(guests) if guest.alive]
+    return tuple(await asyncio.gather(*map(one, alive)))

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An L1 whose first process is the host's systemd, on a disk that survives a reboot.
+
+The usual L1 forgets everything when it ends, and its first process is the agent. What a host does
+when it *boots* is tried here: ``systemctl reboot`` resets the machine, and all that was written
+anywhere in it is there again, since the upper layer of its root is a disk.
+
+Of the host's services none runs: only systemd, its journal and udev, the driver and the agent. So
+the machine is the same on every host, and it is up in seconds. ``mvgpu.service`` loads the driver
+and ``lab.service`` is the agent; a test that wants them otherwise writes a drop-in.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdev_orchestrator.host.service import words
+from mdev_orchestrator.lab.debian import run
+
+DISK = "disk.img"
+DISK_SIZE = "2G"
+"""Sparse: what is not written takes no room."""
+MODULES = ("virtio_blk", "ext4")
+INIT = "/usr/lib/systemd/systemd"
+STATE = "/var/lib/mdev-orchestrator"
+"""The state directory of commands: it survives too."""
+
+#: What systemd shall know of the machine without asking: there are no other disks, no terminals.
+COMMAND_LINE = "systemd.unit=multi-user.target systemd.show_status=0 systemd.firstboot=0"
+
+_SYSINIT = ("systemd-journald.service", "systemd-udevd.service")
+_SOCKETS = (
+    "systemd-journald-dev-log.socket",
+    "systemd-journald.socket",
+    "systemd-udevd-control.socket",
+    "systemd-udevd-kernel.socket",
+)
+_AGENT = """\
+[Unit]
+Description=Commands from the host
+
+[Service]
+ExecStart=/bin/sh /run/lab-agent
+"""
+_DRIVER = """\
+[Unit]
+Description=The driver of the mediated devices
+DefaultDependencies=no
+After=systemd-udevd.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart={}
+"""
+
+
+def make_disk(directory: Path) -> None:
+    """Write an empty file system for the upper layer of L1's root."""
+    run(["/sbin/mke2fs", "-q", "-t", "ext4", directory / DISK, DISK_SIZE])
+
+
+def arguments() -> list[str]:
+    """QEMU's arguments for the disk."""
+    drive = f"if=none,id=disk,format=raw,file={DISK},cache=unsafe"
+    return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+
+
+def prepare(agent: Sequence[str], insmod: Sequence[str]) -> str:
+    """The part of ``/init`` that makes the root in ``/new`` one that systemd boots.
+
+    :param agent: The command that is the agent.
+    :param insmod: The command that loads the driver.
+    """
+    units, wants = "/new/run/systemd/system", "multi-user.target.wants"
+    lib = "/new/usr/lib/systemd"
+    links = [(name, "sysinit.target.wants") for name in _SYSINIT]
+    links += [(name, "sockets.target.wants") for name in _SOCKETS]
+    first = [
+        f"b rm -rf /new/etc/systemd/system {lib}/system/*.wants {lib}/system-generators",
+        f"b mkdir -p /new/etc/systemd/system {lib}/system/sysinit.target.wants",
+        f"b mkdir {lib}/system/sockets.target.wants",
+        *(f"b ln -s ../{name} {lib}/system/{place}/" for name, place in links),
+        "b tr -d - </new/proc/sys/kernel/random/uuid >/new/etc/machine-id",
+        "b rm -f /new/.dockerenv",  # systemd would take the machine for a container
+        "b touch /memory/made",
+    ]
+    lines = [
+        "if ! [ -e /memory/made ]; then",
+        *(f"    {line}" for line in first),
+        "fi",
+        f"b mkdir -p {units}/{wants}",
+        _write("/new/run/lab-agent", f"exec {shlex.join(agent)}\n"),
+        _write(f"{units}/lab.service", _AGENT),
+        _write(f"{units}/mvgpu.service", _DRIVER.format(words(insmod))),
+        *(f"b ln -s ../{name}.service {units}/{wants}/" for name in ("lab", "mvgpu")),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: str, text: str) -> str:
+    return f"b cat >{path} <<'END'\n{text}END"

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is waited for after a reboot, and for how long; that it really comes back is tests/reboot's.
+
+Here a device "comes back" with its parent, so a spec that has all that it needs has nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.restore import Need, Restored, needs, power_down, restore
+from mdev_orchestrator.engine.store import Change, OwnDevice, OwnSpec, read_owned
+from mdev_orchestrator.errors import DeadlineError, HostError, UnknownError
+from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.state import journal_path
+from unit.fakesys import FakeSystem
+from unit.host.test_events import FakeMonitor
+
+U1 = UUID("11111111-1111-4111-8111-111111111111")
+U2 = UUID("22222222-2222-4222-8222-222222222222")
+REGISTERED = {"ACTION": "change", "SUBSYSTEM": "fake", "MDEV_STATE": "registered"}
+
+
+@pytest.fixture
+def monitor() -> Iterator[FakeMonitor]:
+    it = FakeMonitor()
+    yield it
+    it.close()
+
+
+def registered(parent: str) -> dict[str, str]:
+    return REGISTERED | {"DEVPATH": f"/devices/virtual/fake/{parent}"}
+
+
+def pool(uuid: UUID, parent: str, name: str) -> tuple[OwnDevice, OwnSpec]:
+    """A spec of one pool of one device, as the journal has it."""
+    asked = {"name": "p", "type": "fake-1", "uuid": str(uuid)}
+    text = json.dumps({"name": name, "pool": [asked]})
+    device = OwnDevice(
+        uuid=uuid,
+        parent=parent,
+        type="fake-1",
+        spec=name,
+        owner="pool:p",
+        want=json.dumps(asked),
+    )
+    return device, OwnSpec(name=name, text=text, source=f"{name}.toml", applied=1.0)
+
+
+async def applied(*rows: tuple[OwnDevice, OwnSpec]) -> None:
+    """What an earlier boot has left in the journal."""
+    with Journal.open() as book:
+        run = await book.begin("apply", "test", (), ())
+        await book.end(
+            run,
+            "done",
+            change=Change(devices={device.uuid: device for device, _ in rows}),
+            specs={spec.name: spec for _, spec in rows},
+        )
+
+
+def appear(system: FakeSystem, parent: str, uuid: UUID, type_: str = "fake-1") -> None:
+    system.parent(parent)
+    system.type(parent, type_)
+    if type_ == "fake-1":
+        system.mdev(parent, type_, str(uuid))
+
+
+async def back(system: FakeSystem, monitor: FakeMonitor, **options: object) -> tuple[Restored, ...]:
+    return await restore(host=system.root, make_monitor=lambda: monitor, **options)  # type: ignore[arg-type]
+
+
+async def test_nothing_was_applied(system: FakeSystem, monitor: FakeMonitor) -> None:
+    assert await back(system, monitor) == ()
+    assert not journal_path().exists()
+
+
+async def test_a_spec_that_nobody_knows(system: FakeSystem, monitor: FakeMonitor) -> None:
+    await applied(pool(U1, "card0", "one"))
+    with pytest.raises(UnknownError, match=r"no spec two was applied \(there are: one\)"):
+        await back(system, monitor, names=["two"])
+
+
+async def test_what_is_there_needs_no_events(system: FakeSystem) -> None:
+    await applied(pool(U1, "card0", "one"))
+    appear(system, "card0", U1)
+
+    def none() -> FakeMonitor:
+        raise HostError("cannot listen")
+
+    (done,) = await restore(host=system.root, make_monitor=none)
+    assert done.error is None
+    assert done.changes is not None
+    assert done.changes.steps == ()
+
+
+async def test_each_spec_waits_for_its_own_parent(system: FakeSystem, monitor: FakeMonitor) -> None:
+    """In whatever order parents come; the error names the one that does not."""
+    await applied(*(pool(UUID(int=n + 1), f"card{n}", f"spec{n}") for n in range(3)))
+    appear(system, "card0", UUID(int=1))
+    work = asyncio.create_task(back(system, monitor, wait=1.0))
+    await asyncio.sleep(0.2)
+    appear(system, "card2", UUID(int=3))
+    monitor.send(registered("card2"))
+    done = await work
+    assert [one.name for one in done] == ["spec0", "spec1", "spec2"]
+    assert [type(one.error) for one in done] == [type(None), DeadlineError, type(None)]
+    assert str(done[1].error) == (
+        "spec spec1 is not back after 1 s: parent card1 has not appeared "
+        "(see the kernel log for its driver; then mdo restore spec1)"
+    )
+    assert set(read_owned().devices) == {UUID(int=n + 1) for n in range(3)}
+
+
+async def test_as_soon_as_the_last_one_is_there(system: FakeSystem, monitor: FakeMonitor) -> None:
+    await applied(pool(U1, "card0", "one"))
+    work = asyncio.create_task(back(system, monitor, wait=60.0))
+    await asyncio.sleep(0.2)
+    appear(system, "card0", U1)
+    monitor.send(registered("card0"))
+    async with asyncio.timeout(5):
+        (done,) = await work
+    assert done.error is None
+
+
+async def test_events_that_were_lost(system: FakeSystem, monitor: FakeMonitor) -> None:
+    await applied(pool(U1, "card0", "one"))
+    work = asyncio.create_task(back(system, monitor, wait=60.0))
+    await asyncio.sleep(0.2)
+    appear(system, "card0", U1)
+    monitor.send(OSError(errno.ENOBUFS, "full"))
+    async with asyncio.timeout(5):
+        (done,) = await work
+    assert done.error is None
+
+
+async def test_without_events_the_others_come_back(system: FakeSystem) -> None:
+    await applied(pool(U1, "card0", "one"), pool(U2, "card1", "two"))
+    appear(system, "card0", U1)
+
+    def none() -> FakeMonitor:
+        raise HostError("cannot listen")
+
+    done = await restore(host=system.root, make_monitor=none)
+    assert [one.error and one.error.message for one in done] == [None, "cannot listen"]
+
+
+async def test_a_parent_without_its_type(system: FakeSystem, monitor: FakeMonitor) -> None:
+    """It is not made elsewhere or of another type: that would be for a plan, not for a reboot."""
+    await applied(pool(U1, "card0", "one"))
+    appear(system, "card0", U1, type_="fake-2")
+    (done,) = await back(system, monitor, wait=0)
+    assert "parent card0 has appeared without type fake-1" in str(done.error)
+
+
+async def test_ten_at_once(system: FakeSystem) -> None:
+    await applied(pool(U1, "card0", "one"))
+    appear(system, "card0", U1)
+    done = await asyncio.gather(*(restore(host=system.root) for _ in range(10)))
+    assert [one.error for (one,) in done] == [None] * 10
+    with Journal.open() as book:
+        assert book.open_runs() == []
+
+
+def test_what_mdevctl_starts_is_waited_for() -> None:
+    """One that is ours, or that mdevctl does not start, is made by us."""
+    device, spec = pool(U1, "card0", "one")
+    owned = read_owned()
+
+    def defined(start: str) -> dict[UUID, list[Definition]]:
+        return {U1: [Definition(uuid=U1, parent="card0", type="fake-1", start=start)]}  # type: ignore[arg-type]
+
+    assert needs(spec, owned, defined("auto")) == {Need("card0", "fake-1", U1)}
+    assert needs(spec, owned, defined("manual")) == frozenset()
+    ours = type(owned)({U1: device})
+    assert needs(spec, ours, defined("auto")) == {Need("card0", "fake-1")}
+
+
+async def test_no_guest_to_power_down(tmp_path: Path) -> None:
+    assert await power_down(guests=tmp_path / "guests") == ()
