@@ -252,6 +252,7 @@ class _Diff:
             )
             for _ in range(asked.count)
         ]
+        self.named = {want.asked.uuid for want in self.wants}
         owners = {want.owner for want in self.wants}
         self.rows = {
             d.uuid: d
@@ -262,13 +263,14 @@ class _Diff:
         self.devices: dict[UUID, OwnDevice | None] = {}
         self.guests: dict[str, OwnGuest | None] = {}
         self.made: set[UUID] = set()
+        self.leaving: frozenset[UUID] = frozenset()
         self.asked: dict[str, list[_Want]] = {}
 
     def changes(self) -> Changes:
         self._check_guests()
         self._match()
         going = self._going()
-        leaving = frozenset(d.uuid for d in going)
+        self.leaving = leaving = frozenset(d.uuid for d in going)
         missing = [want for want in self.wants if want.device is None and want.borrowed is None]
         plan, in_place = self._place(missing, leaving)
         self._make(missing, plan)
@@ -314,7 +316,7 @@ class _Diff:
         found = self.seen.host.find(row.uuid)
         return (
             type_ is not None
-            and asked.uuid in {None, row.uuid}
+            and (asked.uuid == row.uuid or (asked.uuid is None and row.uuid not in self.named))
             and asked.type in {None, row.type}
             and asked.parent in {None, row.parent}
             and self._is_set_up(want, row)
@@ -499,13 +501,15 @@ class _Diff:
             for name, wants in self.asked.items()
             for want, where in zip(wants, placed[name], strict=True)
         }
-        groups = {(want.owner, want.label): want.device.group for want in self.wants if want.device}
+        groups = {
+            (want.owner, want.label): known.group
+            for want in self.wants
+            if (known := want.device or want.row) is not None
+        }
         for want in missing:
             asked, where = want.asked, where_of[want]
             if want.row is not None:
-                want.device = self._ours(want, want.row)
-                self.devices.pop(want.device.uuid, None)  # its step says it
-                self.made.add(want.device.uuid)
+                self._is_made(self._ours(want, want.row), want)
                 continue
             group = None
             if want.label is not None:
@@ -513,7 +517,7 @@ class _Diff:
                 if group is None:
                     group = UUID(want.label) if is_uuid(want.label) else self.new_uuid()
                     groups[want.owner, want.label] = group
-            want.device = OwnDevice(
+            device = OwnDevice(
                 uuid=asked.uuid or self.new_uuid(),
                 parent=where.parent,
                 type=where.type_id,
@@ -525,7 +529,12 @@ class _Diff:
                 attributes=asked.attributes,
                 want=want.text,
             )
-            self.made.add(want.device.uuid)
+            self._is_made(device, want)
+
+    def _is_made(self, device: OwnDevice, want: _Want) -> None:
+        want.device = device
+        self.made.add(device.uuid)
+        self.devices.pop(device.uuid, None)  # its step says it
 
     def _existing(self) -> Iterator[Existing]:
         for want in self.wants:
@@ -570,7 +579,8 @@ class _Diff:
             )
             turn = _Turn(own, devices, row, self.seen.running.get(guest.name))
             if row is not None and turn.running is not None:
-                turn.new = [uuid for uuid in devices if uuid not in turn.running.mdevs]
+                has = set(turn.running.mdevs) - self.leaving
+                turn.new = [uuid for uuid in devices if uuid not in has]
                 turn.old = self._given_up(turn.running, owner, devices)
                 turn.reason = _restart_reason(row, turn, guest)
                 if turn.reason:
@@ -587,7 +597,7 @@ class _Diff:
         return [
             uuid
             for uuid in running.mdevs
-            if uuid not in devices
+            if (uuid not in devices or uuid in self.leaving)
             and (uuid in named or (uuid in self.rows and self.rows[uuid].owner == owner))
         ]
 
