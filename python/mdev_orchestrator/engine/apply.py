@@ -139,6 +139,10 @@ async def _alone(
     run = await book.begin(kind, name, (), [f"spec:{name}"], wait=wait)
     try:
         yield run
+    except asyncio.CancelledError as error:
+        if not book.steps(run):
+            error.add_note("nothing was changed")
+        raise
     finally:
         # one that has steps has come to its end, or stays open for recovery
         if not book.steps(run):

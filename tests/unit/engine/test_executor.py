@@ -625,3 +625,13 @@ async def test_a_run_that_cannot_be_finished_is_undone(machine: Machine) -> None
     assert stuck == []
     assert machine.journal.open_runs() == []
     assert machine.system.uuids() == machine.owned == set(TEXTS[:2])
+
+
+async def test_a_destroy_that_was_cut_short_before_it_had_steps_has_done_nothing(
+    machine: Machine,
+) -> None:
+    await machine.run([create(0)])
+    await machine.journal.begin("destroy", "lab", (), ["spec:lab"])
+    await machine.recover()
+    assert machine.journal.open_runs() == []
+    assert machine.system.uuids() == machine.owned == {TEXTS[0]}
