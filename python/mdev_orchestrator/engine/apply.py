@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -77,6 +78,7 @@ async def apply(
     journal: Path | None = None,
     deadline: float | None = None,
     wait: float = CLAIM_SECONDS,
+    booting: bool = False,
     observe: Observer = ignore,
 ) -> Changes:
     """Make a spec true, all of it or nothing; where it is true already, do nothing.
@@ -84,6 +86,7 @@ async def apply(
     :param restart: Whether guests may be restarted.
     :param deadline: Seconds for each device to be made or removed.
     :param wait: Seconds to wait for another command that changes the same spec.
+    :param booting: Leave pools alone that do not come back after a reboot by themselves.
     :return: What was done.
     :raise RequestError: With file and line: it cannot be had; or a guest must be restarted.
     :raise BusyError: Another command changes something of it.
@@ -96,7 +99,8 @@ async def apply(
         await recover(book, context=context, observe=observe)
         async with _alone(book, "apply", name, wait) as run:
             seen = await look(book.owned(), host=host, guests=guests)
-            changes = differ.diff(document, seen, policy=policy, capacity=learned.capacities)
+            asked, seen = _at_boot(document, seen) if booting else (document, seen)
+            changes = differ.diff(asked, seen, policy=policy, capacity=learned.capacities)
             if changes.restarts and not restart:
                 words = "; ".join(
                     f"guest {guest}: {why}" for guest, why in changes.restarts.items()
@@ -129,6 +133,25 @@ async def apply(
                 )
     learned.learn_from(seen.host, host)
     return changes
+
+
+def _at_boot(document: Document, seen: Seen) -> tuple[Document, Seen]:
+    """A spec without the pools that are made by hand, and what is seen without their devices."""
+    manual = manual_pools(document)
+    pools = tuple(p for p in document.spec.pools if f"pool:{p.name}" not in manual)
+    devices = {
+        uuid: device
+        for uuid, device in seen.owned.devices.items()
+        if device.spec != document.name or device.owner not in manual
+    }
+    spec = msgspec.structs.replace(document.spec, pools=pools)
+    owned = dataclasses.replace(seen.owned, devices=devices)
+    return Document(spec, document.source), dataclasses.replace(seen, owned=owned)
+
+
+def manual_pools(document: Document) -> frozenset[str]:
+    """The owners whose devices do not come back after a reboot by themselves."""
+    return frozenset(f"pool:{p.name}" for p in document.spec.pools if p.start == "manual")
 
 
 @contextlib.asynccontextmanager

@@ -32,7 +32,7 @@ from pathlib import Path
 from uuid import UUID
 
 from mdev_orchestrator.engine import lifecycle
-from mdev_orchestrator.engine.apply import apply, stored
+from mdev_orchestrator.engine.apply import apply, manual_pools, stored
 from mdev_orchestrator.engine.diff import Changes
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Journal
@@ -155,6 +155,7 @@ async def restore(
             journal=journal,
             observe=observe,
             wait=CLAIM_SECONDS,
+            booting=True,
         )
 
     waiting = {name: needs(own, owned, defined) for name, own in specs.items()}
@@ -223,16 +224,19 @@ def needs(
     own: OwnSpec, owned: Owned, defined: Mapping[UUID, Sequence[Definition]]
 ) -> frozenset[Need]:
     """What a spec must wait for: where its devices were, and what mdevctl makes for it."""
+    document = stored(own)
+    manual = manual_pools(document)
     rows = [device for device in owned.devices.values() if device.spec == own.name]
     ours = {device.uuid for device in rows}
     by_mdevctl = (
         definition
-        for _, _, asked in stored(own).spec.devices()
+        for _, _, asked in document.spec.devices()
         if asked.uuid is not None and asked.uuid not in ours
         for definition in defined.get(asked.uuid, ())[:1]
         if definition.start == "auto"
     )
-    return frozenset(Need(device.parent, device.type) for device in rows).union(
+    where = (Need(device.parent, device.type) for device in rows if device.owner not in manual)
+    return frozenset(where).union(
         Need(definition.parent, definition.type, definition.uuid) for definition in by_mdevctl
     )
 

@@ -40,9 +40,9 @@ def registered(parent: str) -> dict[str, str]:
     return REGISTERED | {"DEVPATH": f"/devices/virtual/fake/{parent}"}
 
 
-def pool(uuid: UUID, parent: str, name: str) -> tuple[OwnDevice, OwnSpec]:
+def pool(uuid: UUID, parent: str, name: str, **more: str) -> tuple[OwnDevice, OwnSpec]:
     """A spec of one pool of one device, as the journal has it."""
-    asked = {"name": "p", "type": "fake-1", "uuid": str(uuid)}
+    asked = {"name": "p", "type": "fake-1", "uuid": str(uuid), **more}
     text = json.dumps({"name": name, "pool": [asked]})
     device = OwnDevice(
         uuid=uuid,
@@ -159,6 +159,18 @@ async def test_a_parent_without_its_type(system: FakeSystem, monitor: FakeMonito
     appear(system, "card0", U1, type_="fake-2")
     (done,) = await back(system, monitor, wait=0)
     assert "parent card0 has appeared without type fake-1" in str(done.error)
+
+
+async def test_a_pool_that_is_made_by_hand(system: FakeSystem, monitor: FakeMonitor) -> None:
+    """It is not waited for and not made; it stays ours, for the next apply."""
+    await applied(pool(U1, "card0", "one", start="manual"))
+    before = read_owned()
+    (done,) = await back(system, monitor, wait=0)
+    assert done.error is None
+    assert done.changes is not None
+    assert done.changes.steps == ()
+    assert read_owned().devices == before.devices
+    assert '"manual"' in read_owned().specs["one"].text
 
 
 async def test_ten_at_once(system: FakeSystem) -> None:
