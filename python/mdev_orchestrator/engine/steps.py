@@ -215,7 +215,8 @@ class Remove(Step, frozen=True, tag="remove"):
     async def make(self, context: Context) -> None:  # noqa: D102
         uuid = self.device.uuid
         found = sysfs.read_mdev(uuid, context.host)
-        if found is None and context.repairing:
+        if context.repairing and (found is None or found.type_id is None):
+            # one that is being created has no type either, and nothing to remove it by
             await _settled(self.device, context)
             found = sysfs.read_mdev(uuid, context.host)
         if found is None or not is_same(found, self.device):
