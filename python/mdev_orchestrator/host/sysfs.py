@@ -585,6 +585,10 @@ async def remove(
     The kernel waits without end for whoever has the device open, so see
     :func:`mdev_orchestrator.host.holders.holders` first.
 
+    A device that is still being created is waited for: it has ``remove`` already and its type not
+    yet, and a write would be refused (EAGAIN) *and* take the file away for good
+    (``remove_store`` and ``mdev_device_remove`` in drivers/vfio/mdev).
+
     :param deadline: Seconds.
     :raise DeadlineError: It is still there; the kernel goes on and ends the removal when the device
         is released.
@@ -601,9 +605,15 @@ async def remove(
     def gone() -> bool:
         return not os.path.exists(path)
 
+    def created() -> bool:
+        return os.path.lexists(f"{path}/mdev_type") or not os.path.exists(f"{path}/remove")
+
     number = 0
+    complete = created()
     try:
         async with asyncio.timeout(deadline):
+            await until(created, root)
+            complete = True
             number = await write(os.path.join(path, "remove"), b"1")
             # A removal takes the file away first and the device later, and a second writer is told
             # success, ENOENT or ENODEV: all three mean "on its way".
@@ -611,6 +621,11 @@ async def remove(
                 await until(gone, root)
                 return
     except TimeoutError:
+        if not complete:
+            raise DeadlineError(
+                f"mdev {uuid} was not removed within {deadline:g} s: it is still being created",
+                "its driver has not answered yet; try again when it has",
+            ) from None
         raise DeadlineError(
             f"mdev {uuid} was not removed within {deadline:g} s: somebody has it open",
             "the kernel ends the removal by itself when the device is released",

@@ -108,6 +108,25 @@ async def test_a_removal_begun_by_somebody_else_is_waited_for(
     assert not device.exists()
 
 
+async def test_what_is_being_created_is_not_removed_before_it_is_there(card: FakeSystem) -> None:
+    device = card.mdev("card0", "t-1", str(U1))
+    link = (device / "mdev_type").readlink()
+    (device / "mdev_type").unlink()
+    removing = asyncio.ensure_future(sysfs.remove(U1, 5, card.root, write=card.write))
+    await asyncio.sleep(0.1)
+    assert card.writes == []
+    (device / "mdev_type").symlink_to(link)
+    await removing
+    assert [name for name, _ in card.writes] == ["remove"]
+
+
+async def test_what_is_being_created_and_never_there_is_said(card: FakeSystem) -> None:
+    (card.mdev("card0", "t-1", str(U1)) / "mdev_type").unlink()
+    with pytest.raises(DeadlineError, match="it is still being created"):
+        await sysfs.remove(U1, 0.1, card.root, write=card.write)
+    assert card.writes == []
+
+
 async def test_optional_files_of_a_device(card: FakeSystem) -> None:
     path = card.mdev("card0", "t-1", str(U1))
     assert sysfs.read_file(U1, "online", card.root) is None
