@@ -3,6 +3,8 @@
 # make demo           the main job, in the lab, from nothing
 # make test           every check and every test
 # make test-qemu      the patched QEMUs, built and run with every driver
+# make test-crash     mdo killed before and after every step, in the lab
+# make test-faults    every step failing, for every reason, in the lab
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make check          linters only
 # make bench          speeds, as ratios
@@ -11,7 +13,7 @@
 
 MDO = .venv/bin/mdo
 
-.PHONY: setup demo test test-qemu test-qemu-own check bench lab-shell clean
+.PHONY: setup demo test test-qemu test-crash test-faults test-qemu-own check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -24,6 +26,12 @@ test: setup
 
 test-qemu: setup
 	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1
+
+test-crash: setup
+	@.venv/bin/python tools/run-tests crash-6.12
+
+test-faults: setup
+	@.venv/bin/python tools/run-tests faults-6.12
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own

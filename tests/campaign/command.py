@@ -5,7 +5,7 @@ An interpreter takes seconds to start inside an emulated machine, a fork takes n
 ``mdo`` from its first line to its exit status; only its observer is ours. A *point* is
 
 * a moment of a step: about to act, has acted, is written down as done; the same when it is undone;
-* right before and right after a run is begun, taken over or ended in the journal.
+* right before and right after a run is begun, planned, taken over or ended in the journal.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-# all that a command imports when it runs, so that the children need not
+import typer.main  # noqa: F401
+
+# much of this is only what a command imports when it runs: so that the children need not
 import mdev_orchestrator.cli.apply
 import mdev_orchestrator.cli.recover
 import mdev_orchestrator.engine.apply
 import mdev_orchestrator.engine.recovery
 import mdev_orchestrator.host.events
 import mdev_orchestrator.qemu.monitor  # noqa: F401
-import typer.main  # noqa: F401
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.executor import Event
@@ -56,18 +57,33 @@ class Ended:
         return f"status {self.status}{where}: {' | '.join(self.err.splitlines()[-3:])}"
 
 
-def mdo(*arguments: str, at: int = 0, after: float | None = None) -> Ended:
+Hook = Callable[[str, int], None]
+"""Told of each point in the command's own process: what it is, and its number from 1."""
+
+
+def kill_at(number: int) -> Hook:
+    """SIGKILL at a point."""
+
+    def hook(_what: str, seen: int) -> None:
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def mdo(*arguments: str, hook: Hook | None = None, after: float | None = None) -> Ended:
     """Run a command to its end.
 
-    :param at: The number of the point, from 1, at which it kills itself; 0 for none.
     :param after: Seconds after which it is killed.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, (
-        tempfile.TemporaryFile()
-    ) as points:
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        tempfile.TemporaryFile() as points,
+    ):
         pid = os.fork()
         if not pid:
-            _child(arguments, at, (out.fileno(), err.fileno(), points.fileno()))
+            _child(arguments, hook, (out.fileno(), err.fileno(), points.fileno()))
         if after is not None:
             time.sleep(after)
             os.kill(pid, signal.SIGKILL)
@@ -80,7 +96,7 @@ def _text(descriptor: int) -> str:
     return os.pread(descriptor, 1 << 20, 0).decode()
 
 
-def _child(arguments: tuple[str, ...], at: int, files: tuple[int, int, int]) -> NoReturn:
+def _child(arguments: tuple[str, ...], hook: Hook | None, files: tuple[int, int, int]) -> NoReturn:
     status = 99
     try:
         out, err, points = files
@@ -89,9 +105,9 @@ def _child(arguments: tuple[str, ...], at: int, files: tuple[int, int, int]) -> 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, PTH123 - for as long as we live
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115, PTH123
-        _arm(_Points(points, at))
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for as long as we live
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        _arm(_Points(points, hook))
         status = main(list(arguments))
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 98
@@ -102,16 +118,16 @@ def _child(arguments: tuple[str, ...], at: int, files: tuple[int, int, int]) -> 
 
 
 class _Points:
-    def __init__(self, descriptor: int, at: int) -> None:
+    def __init__(self, descriptor: int, hook: Hook | None) -> None:
         self.descriptor = descriptor
-        self.at = at
+        self.hook = hook
         self.seen = 0
 
     def reached(self, what: str) -> None:
         self.seen += 1
         os.write(self.descriptor, f"{what}\n".encode())
-        if self.seen == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.hook is not None:
+            self.hook(what, self.seen)
 
 
 def _arm(points: _Points) -> None:
@@ -134,5 +150,5 @@ def _arm(points: _Points) -> None:
         setattr(Journal, name, wrapped)
 
     output.progress = progress
-    for name in ("begin", "take_over", "end"):
+    for name in ("begin", "plan", "take_over", "end"):
         marked(name)

@@ -38,6 +38,33 @@ def three(place: Path) -> str:
     )
 
 
+PEERS = "aaaaaaaa-0000-4000-8000-000000000001"
+PAIR = "aaaaaaaa-0000-4000-8000-000000000002"
+KNOWN = {
+    name: [f"bbbbbbbb-0000-4000-8000-{number:06}{index:06}" for index in range(count)]
+    for number, (name, count) in enumerate({"one": 3, "two": 2, "three": 2}.items(), 1)
+}
+"""Devices of :func:`known`, by their guest."""
+
+
+def known(place: Path, **changes: Spec) -> str:
+    """Like :func:`three`, under UUIDs that a fault can be told of.
+
+    :param changes: Further keys of a guest, by its name.
+    """
+    one, two, three = KNOWN["one"], KNOWN["two"], KNOWN["three"]
+    kinds = (
+        ("one", [{"type": "mvgpu-128M", "uuid": uuid, "group": PEERS} for uuid in one]),
+        ("two", [{"type": "mvgpu-12", "uuid": uuid, "group": PAIR} for uuid in two]),
+        (
+            "three",
+            [{"type": "mvgpu-12", "uuid": three[0]}, {"type": "mvgpu-256M", "uuid": three[1]}],
+        ),
+    )
+    guests = [guest(name, *mdevs, **changes.get(name, {})) for name, mdevs in kinds]
+    return write(place / "known.json", *guests)
+
+
 def plain(place: Path) -> str:
     """Before the first change: a device less than :func:`before`."""
     return write(

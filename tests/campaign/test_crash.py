@@ -8,18 +8,26 @@ links, guests, files, journal, processes, strangers.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from campaign import specs, world
-from campaign.command import Ended, mdo
+import pytest
+
+from campaign import specs
+from campaign.command import Ended, kill_at, mdo
 from campaign.conftest import EVERY, Tally
 from campaign.world import Foreign, Look, clear, differences, look
+from lab import vfio
+from mdev_orchestrator.engine.store import read_owned
 
 DESTROY = ("destroy", "one", "--force", "--deadline", "0")
-CLOCKED = 12
+CLOCKED = 6
 """Times that a command is killed by the clock, in the middle of whatever it does."""
 
 
@@ -51,7 +59,6 @@ def campaign(
     """
     failures: list[str] = []
     longest = 0.0
-    begun = 0.0
 
     def after(ended: Ended, was: Look, where: str) -> None:
         left = recovered() + judge(was, look(others))
@@ -59,12 +66,10 @@ def campaign(
         if left:
             clear(others)
 
-    import time
-
     for number in count(1, EVERY):
         was = prepare()
         begun = time.monotonic()
-        ended = mdo(*command, at=number)
+        ended = mdo(*command, hook=kill_at(number))
         longest = max(longest, time.monotonic() - begun)
         if not ended.killed:
             assert ended.status == 0, ended
@@ -95,7 +100,8 @@ def test_apply(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
     assert differences(empty, look(others)) == []
 
     def prepare() -> Look:
-        if mdo(*DESTROY).status == 0:  # the last one was killed when all was done
+        if read_owned().specs:  # the last one was killed when all was done
+            done(*DESTROY)
             assert differences(empty, look(others)) == []
         return empty
 
@@ -154,7 +160,7 @@ def test_recover_undoes(place: Path, others: Foreign, empty: Look, tally: Tally)
     done(*DESTROY)
 
     def prepare() -> Look:
-        assert mdo("apply", spec, at=last).killed
+        assert mdo("apply", spec, hook=kill_at(last)).killed
         return empty
 
     assert campaign("recover of an apply", ("recover",), prepare, nothing, others, tally) == []
@@ -166,7 +172,40 @@ def test_recover_finishes(place: Path, others: Foreign, empty: Look, tally: Tall
 
     def prepare() -> Look:
         done("apply", spec)
-        assert mdo(*DESTROY, at=3).killed
+        assert mdo(*DESTROY, hook=kill_at(3)).killed
         return empty
 
     assert campaign("recover of a destroy", ("recover",), prepare, nothing, others, tally) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "moment", "object_"),
+    [
+        ("create", "begin create mvgpu-128M", specs.KNOWN["one"][0]),
+        ("create", "begin create mvgpu-256M", specs.KNOWN["three"][1]),
+        ("start", "begin start guest one", specs.PEERS),
+        ("start", "begin start guest three", specs.KNOWN["three"][0]),
+        ("open", "begin start guest two", specs.KNOWN["two"][1]),
+    ],
+)
+def test_slow_driver(
+    place: Path,
+    others: Foreign,
+    empty: Look,
+    tally: Tally,
+    fault: str,
+    moment: str,
+    object_: str,
+) -> None:
+    """Killed while a driver takes its time: what it was asked goes on, and recover waits for it."""
+    spec = specs.known(place)
+
+    def hook(what: str, _number: int) -> None:
+        if what.startswith(moment):
+            threading.Timer(2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    with vfio.fault(fault, f"delay_ms=10000 uuid={object_}") as struck:
+        assert mdo("apply", spec, hook=hook).killed
+        left = recovered() + differences(empty, look(others))
+        assert "hits=0" not in struck()
+    assert tally.count("slow driver", left, f"{fault} of {object_} takes 10 s") == []

@@ -61,10 +61,8 @@ class Foreign:
                 continue
             held = sorted(one.pid for one in holders((mdev,)).of(mdev.uuid))
             inode = path.resolve().stat().st_ino
-            found.append(
-                [uuid, inode, mdev.iommu_group, str(mdev.group_uuid), mdev.online, mdev.params]
-                + [held]
-            )
+            group = str(mdev.group_uuid)
+            found.append([uuid, inode, mdev.iommu_group, group, mdev.online, mdev.params, held])
         found += [str(event) for event in vfio.events(self.since) if event.uuid in self.uuids]
         return found
 
@@ -76,8 +74,10 @@ def foreign() -> Iterator[Foreign]:
     idle = vfio.create("grid0", "12")
     vfio.put(idle, "group_uuid", "5ca1ab1e-0000-4000-8000-000000000001")
     qemu = subprocess.Popen(
-        ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-m", "16M"]
-        + ["-name", "foreign", "-device", f"vfio-pci,sysfsdev=/sys/bus/mdev/devices/{opened}"],
+        [
+            *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-m", "16M"),
+            *("-name", "foreign", "-device", f"vfio-pci,sysfsdev={vfio.MDEVS / opened}"),
+        ],
         stdin=subprocess.DEVNULL,
     )
     found = Foreign((opened, idle), qemu.pid)
@@ -169,15 +169,16 @@ def processes() -> list[tuple[int, str]]:
     """QEMUs, their gates, and processes that were forked from this one."""
     own = Path("/proc/self/cmdline").read_bytes()
     found = []
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdecimal():
             continue
         try:
-            line = Path(f"/proc/{name}/cmdline").read_bytes()
+            line = (directory / "cmdline").read_bytes()
         except OSError:
             continue
         if line == own or b"qemu-system" in line.partition(b"\0")[0] or b"mdo-guest" in line:
-            found.append((int(name), line.replace(b"\0", b" ").decode(errors="replace")[:100]))
+            words = line.replace(b"\0", b" ").decode(errors="replace")[:100]
+            found.append((int(directory.name), words))
     return found
 
 
