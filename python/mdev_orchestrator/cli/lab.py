@@ -52,8 +52,9 @@ def up(
     memory: Memory = "4G",
     mvgpu: Options = "",
     systemd: Annotated[
-        bool, typer.Option("--systemd", help="L1 boots systemd, and can be booted again.")
-    ] = False,
+        Path | None,
+        typer.Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
+    ] = None,
 ) -> None:
     """Bring a lab up; it stays until 'mdo lab down'."""
     from mdev_orchestrator.lab import machine
@@ -63,7 +64,7 @@ def up(
         series=series,
         memory=memory,
         module_options=mvgpu,
-        with_systemd=systemd,
+        disk=systemd,
         progress=_progress,
     )
     sys.stdout.write(f"lab {lab.name} is up with kernel {lab.release}\n")

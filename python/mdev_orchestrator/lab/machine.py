@@ -238,7 +238,7 @@ def up(
     memory: str = "4G",
     module_options: str = "",
     bound: bool = False,
-    with_systemd: bool = False,
+    disk: Path | None = None,
     progress: Progress = lambda _: None,
 ) -> Lab:
     """Bring a lab up, or find it up already.
@@ -247,7 +247,7 @@ def up(
     :param memory: Of L1, as QEMU writes it.
     :param module_options: Parameters of mvgpu, as insmod takes them.
     :param bound: L1 ends with this process, even if that is killed.
-    :param with_systemd: L1 boots systemd, and can be booted again, see :mod:`.systemd`.
+    :param disk: L1 boots systemd and writes to this file, see :mod:`.systemd`.
     :raise MdoError: It cannot be; nothing is left behind.
     """
     directory = labs_dir() / check_name(name)
@@ -277,13 +277,13 @@ def up(
         needed = debian.run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
         initramfs.build(
             directory / "initramfs",
-            init=init_script(kernel, insmod, with_systemd=with_systemd),
+            init=init_script(kernel, insmod, with_systemd=disk is not None),
             kernel=kernel,
-            modules=(*MODULES, *filter(None, needed), *(systemd.MODULES if with_systemd else ())),
+            modules=(*MODULES, *filter(None, needed), *(systemd.MODULES if disk else ())),
         )
-        if with_systemd:
-            systemd.make_disk(directory)
-        boot = _Boot(directory, kernel, memory, files, bound, with_systemd, progress)
+        if disk is not None:
+            disk = systemd.make_disk(disk)
+        boot = _Boot(directory, kernel, memory, files, bound, disk, progress)
         return _boot_somehow(boot)
     except BaseException:
         sweep(directory)
@@ -364,7 +364,7 @@ class _Boot:
     memory: str
     files: dict[str, str]
     bound: bool
-    with_systemd: bool
+    disk: Path | None
     progress: Progress
 
 
@@ -390,7 +390,7 @@ def _boot(boot: _Boot, accel: str) -> Lab:
     boot.progress(f"booting {boot.kernel.release} with {accel}")
     directory = boot.directory
     argv = [QEMU, *machine_arguments(directory.name, boot.kernel, accel, boot.memory)]
-    argv += systemd.arguments() if boot.with_systemd else ["-no-reboot"]
+    argv += systemd.arguments(boot.disk) if boot.disk else []
     with (directory / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
             gated(argv, bound=boot.bound),
@@ -463,7 +463,7 @@ def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> None:
         select.select([], [], [], 0.02)  # QEMU has no way to say that it listens
     try:
         with contextlib.closing(client.Session(directory)) as session:
-            more = SYSTEMD_SECONDS if boot.with_systemd else 0.0
+            more = SYSTEMD_SECONDS if boot.disk else 0.0
             session.wait_ready(BOOT_SECONDS[accel] + more, alive)
     except DeadlineError as error:
         raise DeadlineError(
@@ -492,7 +492,7 @@ def machine_arguments(name: str, kernel: Kernel, accel: str, memory: str) -> lis
     """
     argv = ["-name", f"guest=mdo-lab-{name}", "-M", "q35", "-accel", accel]
     argv += ["-cpu", "max" if accel == "tcg" else "host", "-smp", "1", "-m", memory]
-    argv += ["-nodefaults", "-no-user-config", "-display", "none"]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-chardev", "file,id=console,path=console.log", "-serial", "chardev:console"]
     argv += ["-kernel", str(kernel.image), "-initrd", "initramfs"]
     argv += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off {systemd.COMMAND_LINE}"]
@@ -539,6 +539,10 @@ b mount -t sysfs sys /sys
 b mount -t devtmpfs dev /dev
 exec </dev/console >/dev/console 2>&1
 for m in $(b cat /modules/order); do
+    case $m in  # to be refused takes a second
+    kvm-amd.ko) b grep -qw svm /proc/cpuinfo || continue ;;
+    kvm-intel.ko) b grep -qw vmx /proc/cpuinfo || continue ;;
+    esac
     b insmod "/modules/$m" || echo "$m is not for this machine"
 done 2>/dev/null
 b mkdir /lower /memory /new

@@ -2,8 +2,10 @@
 """An L1 whose first process is the host's systemd, on a disk that survives a reboot.
 
 The usual L1 forgets everything when it ends, and its first process is the agent. What a host does
-when it *boots* is tried here: ``systemctl reboot`` resets the machine, and all that was written
-anywhere in it is there again, since the upper layer of its root is a disk.
+when it shuts down and *boots* is tried here: all that is written anywhere in L1 is there again when
+it is brought up with the same disk, which is the upper layer of its root. ``systemctl reboot`` ends
+the lab; whoever asked for it brings it up again. QEMU could reset the machine itself, but its
+translator keeps what it made of the boot before, and the next one takes minutes.
 
 Of the host's services none runs: only systemd, its journal and udev, the driver and the agent. So
 the machine is the same on every host, and it is up in seconds. ``mvgpu.service`` loads the driver
@@ -19,7 +21,6 @@ from pathlib import Path
 from mdev_orchestrator.host.service import words
 from mdev_orchestrator.lab.debian import run
 
-DISK = "disk.img"
 DISK_SIZE = "2G"
 """Sparse: what is not written takes no room."""
 MODULES = ("virtio_blk", "ext4")
@@ -57,14 +58,20 @@ ExecStart={}
 """
 
 
-def make_disk(directory: Path) -> None:
-    """Write an empty file system for the upper layer of L1's root."""
-    run(["/sbin/mke2fs", "-q", "-t", "ext4", directory / DISK, DISK_SIZE])
+def make_disk(path: Path) -> Path:
+    """Write an empty file system for the upper layer of L1's root, unless there is one.
+
+    :return: Where it is, from everywhere.
+    """
+    if not path.exists():
+        run(["/sbin/mke2fs", "-q", "-t", "ext4", path, DISK_SIZE])
+    return path.absolute()
 
 
-def arguments() -> list[str]:
+def arguments(disk: Path) -> list[str]:
     """QEMU's arguments for the disk."""
-    drive = f"if=none,id=disk,format=raw,file={DISK},cache=unsafe"
+    name = str(disk).replace(",", ",,")
+    drive = f"if=none,id=disk,format=raw,file={name},cache=unsafe"
     return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
 
 

@@ -30,8 +30,9 @@ def test_an_odd_path_of_the_driver() -> None:
     assert 'ExecStart=insmod "/odd $$place/50%%/m.ko"\n' in script
 
 
-def test_the_disk_is_sparse(tmp_path: Path) -> None:
-    systemd.make_disk(tmp_path)
-    status = (tmp_path / systemd.DISK).stat()
+def test_the_disk_is_sparse_and_made_once(tmp_path: Path) -> None:
+    disk = systemd.make_disk(tmp_path / "disk")
+    status = disk.stat()
     assert status.st_size == 2 << 30
     assert status.st_blocks * 512 < 100 << 20
+    assert systemd.make_disk(disk).stat().st_mtime_ns == status.st_mtime_ns
