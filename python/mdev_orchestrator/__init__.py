@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mdev_orchestrator.engine.devices import create_devices, remove_devices
     from mdev_orchestrator.engine.plug import attach, detach
     from mdev_orchestrator.engine.recovery import adopt
+    from mdev_orchestrator.engine.restore import power_down, restore
     from mdev_orchestrator.errors import MdoError
     from mdev_orchestrator.host.events import events
     from mdev_orchestrator.host.sysfs import scan
@@ -38,7 +39,9 @@ _PLACES = {
     "events": "host.events",
     "load": "spec",
     "parse": "spec",
+    "power_down": "engine.restore",
     "remove_devices": "engine.devices",
+    "restore": "engine.restore",
     "scan": "host.sysfs",
 }
 
@@ -54,7 +57,9 @@ __all__ = [
     "events",
     "load",
     "parse",
+    "power_down",
     "remove_devices",
+    "restore",
     "scan",
 ]
 

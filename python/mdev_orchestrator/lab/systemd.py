@@ -4,8 +4,8 @@
 The usual L1 forgets everything when it ends, and its first process is the agent. What a host does
 when it shuts down and *boots* is tried here: all that is written anywhere in L1 is there again when
 it is brought up with the same disk, which is the upper layer of its root. ``systemctl reboot`` ends
-the lab; whoever asked for it brings it up again. QEMU could reset the machine itself, but its
-translator keeps what it made of the boot before, and the next one takes minutes.
+the lab; whoever asked for it brings it up again. QEMU could reset the machine itself, but under
+its translator the boot after a reset was seen to stand still for minutes.
 
 Of the host's services none runs: only systemd, its journal and udev, the driver and the agent. So
 the machine is the same on every host, and it is up in seconds. ``mvgpu.service`` loads the driver
