@@ -100,10 +100,8 @@ def test_all_parents_by_one_command() -> None:
     for parent in shown.values():
         assert (parent["learned"], parent["before"]["confidence"]) == (True, "known"), parent
         assert parent["model"] == parent["before"]["model"]
-    assert json.loads(mdo("probe", "--yes", "--json", "igd0").stdout)["parents"][0]["before"] == {
-        "model": "shared pool",
-        "confidence": "observed",
-    }
+    believed = models.survey(sysfs.scan(), learned=learned.load())
+    assert {capacity.confidence for capacity in believed} == {models.Confidence.OBSERVED}
 
 
 def test_a_parent_in_use_and_nobody_to_ask() -> None:
@@ -148,7 +146,7 @@ def test_an_interruption_leaves_nothing(number: signal.Signals) -> None:
     process.stderr.close()
 
 
-def test_what_a_killed_one_leaves_the_next_removes() -> None:
+def test_what_a_killed_one_leaves_is_removed_and_nothing_else() -> None:
     foreign = vfio.create("igd0", "128M")
     try:
         process = cut_short(signal.SIGKILL)
@@ -156,9 +154,9 @@ def test_what_a_killed_one_leaves_the_next_removes() -> None:
         process.stderr.close()
         left = {path.name for path in vfio.MDEVS.iterdir()} - {foreign}
         assert left, "it was killed too late to tell anything"
-        done = mdo("probe", "--yes", "--json", "grid0")
+        done = mdo("recover", "--json")
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["parents"][0]["learned"]
+        assert [run["command"] for run in json.loads(done.stdout)["runs"]] == ["probe"]
         assert {path.name for path in vfio.MDEVS.iterdir()} == {foreign}
     finally:
         vfio.remove(foreign)
