@@ -62,6 +62,7 @@ START_SECONDS = 30.0
 """For one group to come online."""
 STOP_SECONDS = 5.0
 """For one group to go offline."""
+_LOOK_SECONDS = 0.2
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -254,21 +255,32 @@ async def sweep(
         if process.has_started(guest):
             # one that is being started or changed at this moment can wait for the next sweep
             with contextlib.suppress(BusyError):
-                done += await _tidy(guest, host, write, wait=0)
+                done += await _tidy(guest, host, write, wait=0, starting=0)
     return tuple(done)
 
 
 async def _tidy(
-    guest: Guest, host: Path, write: Writer, wait: float = process.LOCK_SECONDS
+    guest: Guest,
+    host: Path,
+    write: Writer,
+    *,
+    wait: float = process.LOCK_SECONDS,
+    starting: float = START_SECONDS,
 ) -> list[Swept]:
-    """Take offline what a guest had and nobody has open; what was done, and what could not be."""
+    """Take offline what a guest had and nobody has open; what was done, and what could not be.
+
+    :param wait: Seconds for somebody else who is at it.
+    :param starting: Seconds for a group that is just starting.
+    """
     done: list[Swept] = []
     try:
         async with process.tidying(guest, wait) as alive:
             for file in sorted(guest.started.glob("*.json")):
                 try:
                     started = _read(file)
-                    done += await _give_back(guest.name, file, started, host, write, alive=alive)
+                    done += await _give_back(
+                        guest.name, file, started, host, write, alive=alive, starting=starting
+                    )
                 except MdoError as error:
                     done.append(Swept(guest.name, f"start group {file.stem}", error.message))
             cut_short = not alive and guest.record is None and not process.has_started(guest)
@@ -281,7 +293,14 @@ async def _tidy(
 
 
 async def _give_back(
-    guest: str, file: Path, started: Started, host: Path, write: Writer, *, alive: bool
+    guest: str,
+    file: Path,
+    started: Started,
+    host: Path,
+    write: Writer,
+    *,
+    alive: bool,
+    starting: float = 0,
 ) -> list[Swept]:
     """Take one group offline unless it is in use, and forget it then."""
     found = sysfs.scan(host, types=False)
@@ -298,12 +317,27 @@ async def _give_back(
         group = found.group_of(left[0])
         held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
         users = {str(holder) for uuid in group.members for holder in held.of(uuid)}
-        if users or not await groups.stop(left[0].uuid, STOP_SECONDS, host, write=write):
+        if users or not await _stopped(left[0].uuid, starting, host, write):
             who = "held by " + ", ".join(sorted(users)) if users else "the driver says it is in use"
             return [] if alive else [Swept(guest, group.who, who)]
         was_online = left[0].online is True
     _forget(file)
     return [Swept(guest, _named(started))] if was_online else []
+
+
+async def _stopped(uuid: UUID, seconds: float, host: Path, write: Writer) -> bool:
+    """Stop a group that nobody has open.
+
+    When the driver says that it is in use nevertheless, it is just starting: who asked for that has
+    been killed, and the driver goes on.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while not await groups.stop(uuid, STOP_SECONDS, host, write=write):
+        if loop.time() >= end:
+            return False
+        await asyncio.sleep(_LOOK_SECONDS)
+    return True
 
 
 # ---------------------------------------------------------------- what is ours
