@@ -42,6 +42,7 @@ check: setup
 bench: setup
 	@.venv/bin/python benches/host_scan.py
 	@.venv/bin/python benches/planner.py
+	@.venv/bin/python benches/devices.py
 	@.venv/bin/python benches/qemu_startup.py
 
 lab-shell: setup

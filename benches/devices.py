@@ -61,7 +61,7 @@ def inside(rounds: int) -> int:
     (place / "many.toml").write_text(SPEC)
     ways: dict[str, Callable[[], float]] = {
         "C": bare,
-        "library": lambda: library(place),
+        "library": library,
         "mdo": lambda: command(place),
     }
     if shutil.which("mdevctl"):
@@ -71,7 +71,8 @@ def inside(rounds: int) -> int:
     for number in range(-1, rounds):
         for name in random.sample(sorted(ways), len(ways)):
             taken = ways[name]()
-            assert len(list(MDEVS.iterdir())) == COUNT, name
+            if len(list(MDEVS.iterdir())) != COUNT:
+                raise RuntimeError(f"{name} did not make {COUNT} devices")
             removed = remove_all()
             shutil.rmtree(place / "state", ignore_errors=True)
             if number >= 0:  # the first round fills the caches
@@ -97,6 +98,7 @@ def write_all(lines: list[str]) -> float:
 
 
 def bare() -> float:
+    """By C; seconds."""
     return write_all(
         [
             f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{TYPE}/create {uuid}"
@@ -106,10 +108,12 @@ def bare() -> float:
 
 
 def remove_all() -> float:
+    """All that there are, by C; seconds."""
     return write_all([f"{path}/remove 1" for path in MDEVS.iterdir()])
 
 
-def library(place: Path) -> float:
+def library() -> float:
+    """In this process; seconds."""
     import mdev_orchestrator as mdo
 
     spec = mdo.parse(SPEC)
@@ -119,6 +123,7 @@ def library(place: Path) -> float:
 
 
 def command(place: Path) -> float:
+    """By a process of its own; seconds."""
     begun = time.perf_counter()
     words = [sys.executable, "-c", CODE, "apply", str(place / "many.toml")]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -126,6 +131,7 @@ def command(place: Path) -> float:
 
 
 def mdevctl() -> float:
+    """By a process for each device; seconds."""
     begun = time.perf_counter()
     for parent, uuid in slots():
         words = ["mdevctl", "start", "--uuid", uuid, "--parent", parent, "--type", TYPE]
@@ -134,6 +140,7 @@ def mdevctl() -> float:
 
 
 def report(times: dict[str, list[float]], removals: list[float], rounds: int) -> None:
+    """Print the table and, for programs, one line of JSON."""
     middle = {name: statistics.median(taken) for name, taken in times.items()}
     print(f"{COUNT} devices created, {rounds} rounds, medians; L1 is emulated, one processor")
     for name, seconds in middle.items():

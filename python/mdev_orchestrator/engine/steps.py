@@ -161,11 +161,12 @@ class Create(Step, frozen=True, tag="create"):
 
     async def make(self, context: Context) -> None:  # noqa: D102
         device = self.device
-        found = sysfs.read_mdev(device.uuid, context.host)
-        if found is not None and found.type_id is None and context.repairing:
+        # who does not repair need not look: the kernel makes a UUID once
+        found = sysfs.read_mdev(device.uuid, context.host) if context.repairing else None
+        if found is not None and found.type_id is None:
             await _gone(device.uuid, context)  # our own removal has not come to its end
             found = None
-        if found is not None and not (context.repairing and is_same(found, device)):
+        if found is not None and not is_same(found, device):
             raise sysfs.taken(device.uuid, context.host)
         loop = asyncio.get_running_loop()
         end = loop.time() + context.deadline

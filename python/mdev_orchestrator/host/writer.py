@@ -36,7 +36,7 @@ Writer = Callable[[str, bytes], Awaitable[int]]
 
 CHILDREN = 16
 """Writes at the same time; a driver's own lock makes more of them pointless."""
-PATIENCE = 0.02
+PATIENCE = 0.05
 """Seconds until a write that waits for another one gets a child of its own."""
 
 _MAX_FD = 1 << 20
