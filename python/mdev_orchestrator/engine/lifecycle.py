@@ -419,6 +419,7 @@ def _note(place: Path, started: Started) -> Path:
             os.fsync(stream.fileno())
         scratch.rename(file)
     except OSError as error:
+        scratch.unlink(missing_ok=True)
         raise HostError(f"cannot write {file}: {error.strerror}") from error
     return file
 

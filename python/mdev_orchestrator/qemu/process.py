@@ -482,10 +482,8 @@ def remove(guest: Guest) -> None:
 
 def has_started(guest: Guest) -> bool:
     """Whether there are start groups that came online for this guest and were not stopped."""
-    try:
-        return any(guest.started.iterdir())
-    except OSError:
-        return False
+    # one that is only being written down has not begun to come online
+    return any(guest.started.glob("*.json"))
 
 
 @contextlib.asynccontextmanager
