@@ -158,8 +158,13 @@ async def restore(
             booting=True,
         )
 
-    waiting = {name: needs(own, owned, defined) for name, own in specs.items()}
+    waiting: dict[str, frozenset[Need]] = {}
     work = _Work(specs, waiting, bring_back)
+    for name, own in specs.items():
+        try:
+            waiting[name] = needs(own, owned, defined)
+        except MdoError as error:
+            work.done[name] = Restored(name, error=error)
     async with asyncio.TaskGroup() as tasks:
         try:
             async with asyncio.timeout(wait), _looks(waiting, host, make_monitor) as looks:
@@ -223,7 +228,10 @@ class _Work:
 def needs(
     own: OwnSpec, owned: Owned, defined: Mapping[UUID, Sequence[Definition]]
 ) -> frozenset[Need]:
-    """What a spec must wait for: where its devices were, and what mdevctl makes for it."""
+    """What a spec must wait for: where its devices were, and what mdevctl makes for it.
+
+    :raise RequestError: The spec cannot be read: the journal is damaged, or of another version.
+    """
     document = stored(own)
     manual = manual_pools(document)
     rows = [device for device in owned.devices.values() if device.spec == own.name]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import pytest
 
 from mdev_orchestrator.engine.journal import Journal
@@ -171,6 +172,16 @@ async def test_a_pool_that_is_made_by_hand(system: FakeSystem, monitor: FakeMoni
     assert done.changes.steps == ()
     assert read_owned().devices == before.devices
     assert '"manual"' in read_owned().specs["one"].text
+
+
+async def test_a_spec_that_cannot_be_read(system: FakeSystem, monitor: FakeMonitor) -> None:
+    device, own = pool(U1, "card0", "one")
+    await applied((device, msgspec.structs.replace(own, text="{}")), pool(U2, "card0", "two"))
+    appear(system, "card0", U2)
+    one, two = await back(system, monitor)
+    assert one.error is not None
+    assert one.error.exit_code == 2
+    assert two.error is None
 
 
 async def test_ten_at_once(system: FakeSystem) -> None:
