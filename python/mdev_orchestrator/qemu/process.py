@@ -471,13 +471,20 @@ def remove(guest: Guest) -> None:
                     f"{guest.who} has ended, and a start group of it may still be online",
                     f"mdo guest stop {guest.name} stops it",
                 )
-            shutil.rmtree(guest.directory)
+            _remove_tree(guest.directory)
     except BlockingIOError:
         raise BusyError(f"{guest.who} is being started or removed by somebody else") from None
     except FileNotFoundError:
         return
     except OSError as error:
         raise HostError(f"cannot remove {guest.directory}: {error.strerror}") from error
+
+
+def _remove_tree(directory: Path) -> None:
+    """Remove a directory; a QEMU that is just ending removes its sockets there meanwhile."""
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory)
 
 
 def has_started(guest: Guest) -> bool:
