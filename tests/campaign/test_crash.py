@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from campaign import specs
+from campaign import booted, specs
 from campaign.command import Ended, kill_at, mdo
 from campaign.conftest import EVERY, Tally
 from campaign.world import Foreign, Look, clear, differences, look
@@ -176,6 +176,48 @@ def test_recover_finishes(place: Path, others: Foreign, empty: Look, tally: Tall
         return empty
 
     assert campaign("recover of a destroy", ("recover",), prepare, nothing, others, tally) == []
+
+
+def test_booted_guest(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """A guest that runs gives up one device and is given another; it survives every crash."""
+    before = booted.spec(place, "before.json", "mvgpu-128M", "mvgpu-256M")
+    changed = booted.spec(place, "changed.json", "mvgpu-128M", "mvgpu-12")
+    done("apply", before)
+    pid = booted.answers()
+    done("apply", changed)
+    whole = look(others)
+
+    def prepare() -> Look:
+        done("apply", before)  # the last one was killed when all was done
+        assert booted.answers() == pid
+        return look(others)
+
+    def judge(was: Look, now: Look) -> list[str]:
+        if booted.answers() != pid:
+            return ["it is another QEMU"]
+        left = differences(was, now)
+        return left and (differences(whole, now, shape=True) and left)
+
+    failures = campaign("booted guest", ("apply", changed), prepare, judge, others, tally)
+    assert failures == []
+
+
+def test_restarted_guest(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
+    """A guest is powered down and started again with more memory; or it is as it was."""
+    before = booted.spec(place, "before.json", "mvgpu-128M")
+    larger = booted.spec(place, "larger.json", "mvgpu-128M", memory="320M")
+
+    def prepare() -> Look:
+        done("apply", before, "--restart")
+        booted.answers()
+        return look(others)
+
+    def judge(was: Look, now: Look) -> list[str]:
+        booted.answers()
+        return differences(was, now)
+
+    command = ("apply", larger, "--restart")
+    assert campaign("restarted guest", command, prepare, judge, others, tally) == []
 
 
 @pytest.mark.parametrize(
