@@ -48,7 +48,7 @@ from mdev_orchestrator.errors import (
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
 from mdev_orchestrator.host.groups import join
-from mdev_orchestrator.host.holders import Holders, creators, holders
+from mdev_orchestrator.host.holders import Holder, Holders, creators, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
@@ -91,14 +91,16 @@ class Context:
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
 
-    def held(self) -> Holders:
-        """Who has which mdev open; looked up for many steps at once."""
-        if self._held is None or time.monotonic() - self._held[0] > _HELD_SECONDS:
-            self._held = (
-                time.monotonic(),
-                holders(sysfs.scan(self.host, types=False).mdevs, self.host),
-            )
-        return self._held[1]
+    def held(self, uuid: UUID) -> tuple[Holder, ...]:
+        """Who has an mdev open.
+
+        It is looked up for many steps at once. That nobody has it is believed for a moment; that
+        somebody has it is not: he may have let go of it since.
+        """
+        now = time.monotonic()
+        if self._held is None or now - self._held[0] > _HELD_SECONDS or self._held[1].of(uuid):
+            self._held = now, holders(sysfs.scan(self.host, types=False).mdevs, self.host)
+        return self._held[1].of(uuid)
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"):
@@ -222,7 +224,7 @@ class Remove(Step, frozen=True, tag="remove"):
             found = sysfs.read_mdev(uuid, context.host)
         if found is None or not is_same(found, self.device):
             return
-        if who := context.held().of(uuid):
+        if who := context.held(uuid):
             raise BusyError(
                 f"mdev {uuid} is held by {', '.join(map(str, who))}",
                 "stop that guest, or detach the device from it",

@@ -635,3 +635,12 @@ async def test_a_destroy_that_was_cut_short_before_it_had_steps_has_done_nothing
     await machine.recover()
     assert machine.journal.open_runs() == []
     assert machine.system.uuids() == machine.owned == {TEXTS[0]}
+
+
+async def test_who_has_let_go_of_a_device_does_not_hold_it(machine: Machine) -> None:
+    await machine.run([create(0)])
+    machine.system.process(41, "qemu-system-x86", ["qemu", "-name", "g"], ["/dev/vfio/1"])
+    assert len(machine.context.held(UUIDS[0])) == 1
+    shutil.rmtree(machine.system.root / "proc" / "41")
+    await machine.run([remove(0)], "destroy")
+    machine.untouched()
