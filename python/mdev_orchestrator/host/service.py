@@ -11,10 +11,10 @@
     starts it when a parent appears, however late. While it is at work, or waits, a start is no
     start, so a hundred parents that appear at once are one process; it looks at all of them.
 
-A parent is whatever has ``mdev_supported_types``: that is so for a driver that was loaded before
-udev, for kernels that send no event at registration, and for a trigger that tells of it again. The
-last starts nothing: to systemd the device is there already. When the parent unregisters, it is not,
-and may come back. Whoever has stopped ``mdo-guests.service`` gets no guest by loading a driver.
+What counts is that a parent registers with the mdev core, or is there with its types when udev adds
+it: a driver may be loaded before udev is. A ``change`` that somebody triggers is neither: systemd
+would take each for a reason to start, and bring back what an administrator has stopped. Whoever has
+stopped ``mdo-guests.service`` gets no guest by loading a driver.
 
 A guest does not end with the session or the service that started it: it has a :func:`scope` of its
 own, which a shutdown ends after ``mdo-guests.service``.
@@ -76,10 +76,15 @@ TimeoutStopSec={timeout}
 {environment}ExecStart={mdo} restore
 """
 _RULES = """\
-# A parent of mediated devices has appeared; told again, it is no news to systemd.
-ACTION!="remove", TEST=="mdev_supported_types", TAG+="systemd", ENV{{SYSTEMD_WANTS}}+="{restore}"
-# Its driver has let go of it: if it takes it again, that is news.
+# A parent of mediated devices has registered; or had before udev began, which tells of it then.
+ACTION=="change", ENV{{MDEV_STATE}}=="registered", GOTO="mdo_parent"
+ACTION=="add", TEST=="mdev_supported_types", GOTO="mdo_parent"
+# Its driver has let go of it: if it takes it again, that is news to systemd.
 ACTION=="change", ENV{{MDEV_STATE}}=="unregistered", TAG+="systemd", ENV{{SYSTEMD_READY}}="0"
+GOTO="mdo_end"
+LABEL="mdo_parent"
+TAG+="systemd", ENV{{SYSTEMD_WANTS}}+="{restore}"
+LABEL="mdo_end"
 """
 
 
