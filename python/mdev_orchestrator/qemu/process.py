@@ -54,7 +54,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import boot_id, start_time
+from mdev_orchestrator.host.process import boot_id, has_ended, start_time
 from mdev_orchestrator.host.service import scope
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
@@ -324,6 +324,8 @@ def _is_guest(record: Record) -> bool:
         arguments = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return False
+    if arguments == [b""]:  # its memory has gone, which is the first thing to go when it ends
+        return not has_ended(record.pid)
     pairs = itertools.pairwise(arguments)
     return (b"-uuid", str(record.uuid).encode()) in pairs
 

@@ -423,6 +423,43 @@ async def test_another_process_with_the_same_pid(qemu: str, place: Path, sleeper
     assert (await stop(again, deadline=0, force=True)).how == "gone"
 
 
+# Its first thread ends at once, and another one when its standard input does. Seen from outside it
+# is as a process that is being killed: a zombie without a command line that still has its files.
+DYING = """
+import ctypes, os, sys, threading
+threading.Thread(target=lambda: os._exit(len(sys.stdin.read()))).start()
+print(flush=True)
+ctypes.CDLL(None).syscall(60, 0)  # SYS_exit of x86-64: of one thread
+"""
+
+
+async def test_a_process_that_is_ending_has_not_ended(qemu: str, place: Path) -> None:
+    guest = await start(spec(qemu), root=place)
+    copy = shutil.copytree(guest.directory, place / "copy", ignore=shutil.ignore_patterns("*.sock"))
+    await stop(guest, deadline=0, force=True)
+    shutil.move(copy, guest.directory)
+    dying = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", DYING, "-uuid", str(UUID1)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert dying.stdin
+    assert dying.stdout
+    began = start_time(dying.pid)
+    await dying.stdout.readline()
+    cmdline = Path(f"/proc/{dying.pid}/cmdline")
+    while cmdline.read_bytes():
+        await asyncio.sleep(0.01)
+    found = rewrite(guest, pid=dying.pid, start_time=began, uuid=str(UUID1))
+    assert found.alive
+    assert not await process.wait_ended(found, 0.1)
+    dying.stdin.close()
+    assert await process.wait_ended(found, 10)
+    assert find("g", place).state is State.GONE
+    assert (await stop(find("g", place))).how == "gone"
+    await dying.wait()
+
+
 @pytest.mark.parametrize(
     "changes", [{"start_time": 1}, {"boot_id": "other"}, {"uuid": str(UUID1)}, {"pid": 1 << 22}]
 )
