@@ -151,15 +151,18 @@ def preload() -> None:
     del guests, hotplug, monitor
 
 
-def find_tests(references: list[str]) -> list[Any]:
-    """The tests that are asked for, each cell of a table by itself."""
+def find_tests(references: list[str], config: dict[str, Any]) -> list[Any]:
+    """The tests that are asked for, each cell of a table by itself.
+
+    :param config: avocado's, of which a test takes along what it needs.
+    """
     import cells
     from avocado.core.suite import TestSuite
 
     found = []
     for reference in references:
         place, _, cell = reference.partition(";")
-        for runnable in TestSuite.from_config({"resolver.references": [place]}).tests:
+        for runnable in TestSuite.from_config(config | {"resolver.references": [place]}).tests:
             tests = cells.expand(runnable, method(runnable.uri))
             found += [test for test in tests if cells.name(test).startswith(cell)]
     return found
@@ -176,7 +179,7 @@ def method(uri: str) -> Any:  # noqa: ANN401
     return operator.attrgetter(name)(module)
 
 
-def run_job(xml: Path, tests: list[Any], directory: str) -> tuple[int, int]:
+def run_job(xml: Path, references: list[str], directory: str) -> tuple[int, int]:
     """Run the tests; how many passed and how many did not."""
     from avocado.core.job import Job
     from avocado.core.suite import TestSuite
@@ -190,6 +193,7 @@ def run_job(xml: Path, tests: list[Any], directory: str) -> tuple[int, int]:
         "job.run.result.xunit.output": str(xml),
         "human_ui.omit.statuses": ["STARTED"],
     }
+    tests = find_tests(references, config)
     with Job(config, [TestSuite("", config, tests)]) as job:
         status = job.run()
         result = job.result
@@ -261,7 +265,7 @@ def main() -> int:
         preload()
         adapt_avocado()
         try:
-            passed, failed = run_job(xml, find_tests(references), directory)
+            passed, failed = run_job(xml, references, directory)
         finally:
             for fork in forks:
                 with contextlib.suppress(ProcessLookupError):
