@@ -247,9 +247,11 @@ def interrupted(command: list[str], moment: str, number: signal.Signals) -> tupl
     """Signal a command when it says a word; its exit status and process id."""
     with subprocess.Popen([*MDO, *command], cwd=ROOT, stderr=subprocess.PIPE) as client:
         assert client.stderr is not None
-        for line in client.stderr:
-            if moment.encode() in line:
-                break
+        said = b""
+        while moment.encode() not in said:
+            line = client.stderr.readline()
+            assert line, said.decode()  # it ended by itself: what did it say?
+            said += line
         client.send_signal(number)
         client.stderr.read()
         return client.wait(60), client.pid
