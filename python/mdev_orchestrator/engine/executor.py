@@ -126,7 +126,11 @@ async def execute(
     except (Exception, asyncio.CancelledError) as error:
         await _take_back(work, error)
         raise
-    await _close(journal.end(run, "done", change=change, specs=specs))
+    try:
+        await _close(journal.end(run, "done", change=change, specs=specs))
+    except MdoError as error:  # nobody would know of what was done
+        await _take_back(work, error)
+        raise
 
 
 async def _take_back(work: _Work, error: BaseException) -> None:
@@ -153,9 +157,6 @@ async def _close(end: Awaitable[None]) -> None:
     except asyncio.CancelledError as error:
         await closing
         error.add_note("all was done already")
-        raise
-    except MdoError as error:
-        error.add_note(_OPEN)
         raise
 
 

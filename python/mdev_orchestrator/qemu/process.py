@@ -676,7 +676,13 @@ async def start(
     spec = _absolute(spec)
     with _claim(spec.name, root or guests_dir()) as directory:
         async with around(directory) if around else contextlib.nullcontext():
-            return await _start(spec, directory, deadline)
+            try:
+                return await _start(spec, directory, deadline)
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise HostError(
+                    f"guest {spec.name} was not started: {why}", f"its files go to {directory}"
+                ) from error
 
 
 async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:

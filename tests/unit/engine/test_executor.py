@@ -436,13 +436,14 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
     machine.untouched()
 
 
-async def test_a_journal_that_fails_in_the_end_says_what_becomes_of_it(
+async def test_a_journal_that_fails_in_the_end_undoes_all(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = breaks(machine, monkeypatch, after=0)
     with pytest.raises(HostError) as caught:
         await execute(machine.journal, "apply", "lab", [create(0)], machine.context, observe=full)
-    assert caught.value.__notes__ == ["mdo recover undoes what was done"]
+    assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
+    assert machine.system.uuids() == set()
     await machine.recover()
     machine.untouched()
 
