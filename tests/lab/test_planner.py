@@ -12,7 +12,7 @@ import os
 import platform
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -64,7 +64,7 @@ def decide(rng: random.Random, everywhere: list[Parent]) -> bool:
     return answer.fits
 
 
-def test_plans_are_as_the_kernel_decides(record_property: Callable[[str, object], None]) -> None:
+def test_plans_are_as_the_kernel_decides() -> None:
     parents = [Parent(parent.name) for parent in sysfs.scan().parents]
     decided: Counter[bool] = Counter()
 
@@ -86,7 +86,6 @@ def test_plans_are_as_the_kernel_decides(record_property: Callable[[str, object]
         decided[fits] += 1
 
     compare()
-    record_property("cases that fit", decided[True])
-    record_property("cases that do not", decided[False])
+    print(f"cases: {decided[True]} fit, {decided[False]} do not")
     assert decided.total() >= CASES
     assert min(decided[True], decided[False]) > CASES // 5, "too easy or too hard to tell anything"
