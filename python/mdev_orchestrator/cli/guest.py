@@ -12,7 +12,7 @@ from mdev_orchestrator.cli import output
 
 if TYPE_CHECKING:
     from mdev_orchestrator.model import Host
-    from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+    from mdev_orchestrator.qemu.command import GuestSpec
     from mdev_orchestrator.qemu.hotplug import Plugged
     from mdev_orchestrator.qemu.process import Ended, Guest
     from mdev_orchestrator.qemu.status import Report
@@ -133,41 +133,16 @@ def start(
 async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
     from dataclasses import replace
 
-    from mdev_orchestrator.engine.lifecycle import launch
+    from mdev_orchestrator.engine.lifecycle import launch, usable_mdev
+    from mdev_orchestrator.model import parse_uuid
     from mdev_orchestrator.qemu.status import look
 
     await sweep()
-    mdevs = [await usable_mdev(uuid, deadline) for uuid in uuids]
-    spec = replace(spec, mdevs=tuple(mdevs))
-    guest = await launch(spec, deadline=deadline, host=output.host_root())
-    return await look(guest)
-
-
-async def usable_mdev(text: str, deadline: float) -> GuestMdev:
-    """Find an mdev of the host that a guest can have now.
-
-    :raise UuidError: ``text`` is no UUID.
-    :raise UnknownError: There is no such mdev.
-    :raise BusyError: Somebody has it.
-    :raise DeadlineError: It cannot be opened; says why.
-    """
-    from mdev_orchestrator.errors import BusyError, UnknownError
-    from mdev_orchestrator.host.holders import holders
-    from mdev_orchestrator.host.readiness import wait_ready
-    from mdev_orchestrator.host.sysfs import read_mdev
-    from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu.command import GuestMdev
-
     root = output.host_root()
-    uuid = parse_uuid(text)
-    mdev = read_mdev(uuid, root)
-    if mdev is None:
-        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them; mdo create makes one")
-    if found := holders((mdev,), root).of(uuid):
-        names = ", ".join(map(str, found))
-        raise BusyError(f"mdev {uuid} is held by {names}", "detach it there, or take another")
-    await wait_ready(uuid, min(deadline, 10), root)
-    return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
+    mdevs = [await usable_mdev(parse_uuid(uuid), deadline, root) for uuid in uuids]
+    spec = replace(spec, mdevs=tuple(mdevs))
+    guest = await launch(spec, deadline=deadline, host=root)
+    return await look(guest)
 
 
 @app.command()

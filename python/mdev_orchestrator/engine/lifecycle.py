@@ -46,9 +46,11 @@ from mdev_orchestrator.errors import (
     MdoError,
     QemuError,
     RequestError,
+    UnknownError,
 )
 from mdev_orchestrator.host import groups, sysfs
 from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_or_kill
 from mdev_orchestrator.model import Host, StartGroup
@@ -60,6 +62,8 @@ from mdev_orchestrator.state import private_dir
 
 START_SECONDS = 30.0
 """For one group to come online."""
+READY_SECONDS = 10.0
+"""For an mdev that exists to be openable."""
 STOP_SECONDS = 5.0
 """For one group to go offline."""
 _LOOK_SECONDS = 0.2
@@ -96,6 +100,24 @@ class Swept:
 
 
 # ---------------------------------------------------------------- launch and attach
+
+
+async def usable_mdev(uuid: UUID, deadline: float, host: Path = ROOT) -> GuestMdev:
+    """Find an mdev of the host that a guest can have now.
+
+    :param deadline: Seconds; at most :data:`READY_SECONDS` of them.
+    :raise UnknownError: There is no such mdev.
+    :raise BusyError: Somebody has it.
+    :raise DeadlineError: It cannot be opened; says why.
+    """
+    mdev = sysfs.read_mdev(uuid, host)
+    if mdev is None:
+        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them; mdo create makes one")
+    if who := holders((mdev,), host).of(uuid):
+        names = ", ".join(map(str, who))
+        raise BusyError(f"mdev {uuid} is held by {names}", "detach it there, or take another")
+    await wait_ready(uuid, min(deadline, READY_SECONDS), host)
+    return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
 
 
 async def launch(

@@ -14,19 +14,16 @@ from uuid import UUID
 from mdev_orchestrator.engine.devices import find_place
 from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.lifecycle import usable_mdev
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Attach, Context, Create, Detach, Remove
 from mdev_orchestrator.engine.store import OwnDevice, OwnGuest
-from mdev_orchestrator.errors import BusyError, RequestError, UnknownError
+from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import device_id
-
-_READY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ async def attach(
             plan = [Planned(Create(device=device))]
         else:
             uuid, plan = parse_uuid(what), []
-            await _check_free(uuid, deadline, host)
+            await usable_mdev(uuid, deadline, host)
         step = Attach(guest=_own(found), uuid=uuid, deadline=deadline)
         plan.append(Planned(step, tuple(range(len(plan)))))
         await execute(book, "attach", f"{guest} {what}", plan, context, observe=observe)
@@ -134,13 +131,3 @@ def _known(book: Journal, uuid: UUID, host: Path) -> OwnDevice:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
     as_is = OwnDevice(uuid=uuid, parent=mdev.parent, type=mdev.type_id, group=mdev.group_uuid)
     return book.owned().devices.get(uuid, as_is)
-
-
-async def _check_free(uuid: UUID, deadline: float, host: Path) -> None:
-    mdev = sysfs.read_mdev(uuid, host)
-    if mdev is None:
-        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them; mdo create makes one")
-    if who := holders((mdev,), host).of(uuid):
-        names = ", ".join(map(str, who))
-        raise BusyError(f"mdev {uuid} is held by {names}", "detach it there, or take another")
-    await wait_ready(uuid, min(deadline, _READY_SECONDS), host)

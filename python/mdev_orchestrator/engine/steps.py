@@ -62,7 +62,6 @@ T = TypeVar("T")
 
 DEADLINE = 30.0
 """Seconds for one device to be made or removed."""
-PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
 _HELD_SECONDS = 0.5
 """How old an answer about who has what open may be."""
 _LOOK_SECONDS = 0.05
@@ -349,8 +348,8 @@ class Attach(Step, frozen=True, tag="attach"):
         return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
 
     async def make(self, context: Context) -> None:  # noqa: D102
-        found = _guest(self.guest.name, context)
-        if found is None or not found.alive or not _is(found, self.guest):
+        found = _alive(self.guest, context)
+        if found is None:
             if context.repairing:
                 return  # a guest that has gone has no devices to give back
             raise RequestError(f"guest {self.guest.name} does not run", "mdo apply starts it")
@@ -385,10 +384,8 @@ class Detach(Step, frozen=True, tag="detach"):
         return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
 
     async def make(self, context: Context) -> None:  # noqa: D102
-        found = _guest(self.guest.name, context)
-        if found is None or not found.alive or not _is(found, self.guest):
-            return
-        if not await _has(found, self.uuid, self.deadline):
+        found = _alive(self.guest, context)
+        if found is None or not await _has(found, self.uuid, self.deadline):
             return
         await lifecycle.detach(
             self.guest.name,
@@ -531,14 +528,14 @@ async def _set_up(device: OwnDevice, context: Context) -> None:
 
 
 async def _set_params(device: OwnDevice, context: Context) -> None:
-    for name in PARAMS_FILES:
+    for name in sysfs.PARAMS_FILES:
         if await sysfs.write_file(
             device.uuid, name, device.params, context.host, write=context.write
         ):
             return
     raise HostError(
         f"the driver of mdev {device.uuid} on {device.parent} takes no parameters: it has neither "
-        + " nor ".join(PARAMS_FILES),
+        + " nor ".join(sysfs.PARAMS_FILES),
         "leave params away",
     )
 
@@ -633,8 +630,12 @@ def _guest(name: str, context: Context) -> Guest | None:
         return None
 
 
-def _is(found: Guest, own: OwnGuest) -> bool:
-    return found.record is not None and found.record.uuid == own.uuid
+def _alive(own: OwnGuest, context: Context) -> Guest | None:
+    """The guest that is meant, if it runs; another one of its name is somebody else's."""
+    found = _guest(own.name, context)
+    if found is None or not found.alive or found.record is None:
+        return None
+    return found if found.record.uuid == own.uuid else None
 
 
 async def _has(guest: Guest, uuid: UUID, deadline: float) -> bool:

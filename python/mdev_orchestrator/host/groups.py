@@ -25,10 +25,9 @@ from mdev_orchestrator.errors import (
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
-from mdev_orchestrator.model import Host, StartGroup
+from mdev_orchestrator.model import GROUP_FILE, Host, StartGroup
 
 ONLINE = "online"
-GROUP = "group_uuid"
 ERROR = "group_error"
 """Optional: why the driver refused the last start."""
 OWNER = "group_owner"
@@ -111,14 +110,14 @@ async def join(
     :raise BusyError: The group is online, and the driver lets nobody join it then.
     :raise MdoError: The driver refused for another reason.
     """
-    number = await write(sysfs.file(uuid, GROUP, root), str(group).encode())
+    number = await write(sysfs.file(uuid, GROUP_FILE, root), str(group).encode())
     what = f"mdev {uuid} cannot join start group {group}"
     match number:
         case 0:
             return
         case errno.ENOENT:
             raise HostError(
-                f"the driver of {parent} has no start groups: its mdevs have no file {GROUP}",
+                f"the driver of {parent} has no start groups: its mdevs have no file {GROUP_FILE}",
                 "create them without a group",
             )
         case errno.EBUSY:

@@ -59,9 +59,9 @@ _CORE_FILES = frozenset(
 )
 _ONLINE_FILE = "online"
 _CORE_MDEV_FILES = frozenset(("remove", "uevent", "power", GROUP_FILE, _ONLINE_FILE))
-_PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
+PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
 _LIFECYCLE_FILES = frozenset(
-    name.partition("/")[0] for name in (GROUP_FILE, _ONLINE_FILE, *_PARAMS_FILES)
+    name.partition("/")[0] for name in (GROUP_FILE, _ONLINE_FILE, *PARAMS_FILES)
 )
 _LINKS_FILES = ("p2p_links", "p2p_links_free")
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
@@ -505,7 +505,7 @@ def _lifecycle(
             online = text == "1"
         elif text is not None:
             damage.append(f"{_ONLINE_FILE} is neither 0 nor 1: {_shown(text)}")
-    for name in _PARAMS_FILES:
+    for name in PARAMS_FILES:
         if params is None and name.partition("/")[0] in names:
             params = _text(f"{path}/{name}", damage, optional=True, empty=True)
     return group, online, params
