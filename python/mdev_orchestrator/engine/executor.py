@@ -24,7 +24,7 @@ from typing import Self
 
 from mdev_orchestrator.engine import steps as step_module
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.steps import AnyStep, Context, Launch, UnsettledError
+from mdev_orchestrator.engine.steps import AnyStep, Context, Create, Launch, UnsettledError
 from mdev_orchestrator.engine.store import Change, OwnSpec
 from mdev_orchestrator.errors import MdoError
 
@@ -72,6 +72,8 @@ _AT_ONCE: dict[type, int] = {Launch: 4}
 """A QEMU that starts wants a processor; more at once only make every one of them late."""
 _DEVICES_AT_ONCE = 16
 """A driver's own lock makes more of them pointless."""
+_NOTE_SECONDS = 0.2
+"""Between two notes of how many of the devices that come together are there."""
 _GOODBYE_SECONDS = 1.0
 """For what is under way to take notice of a second interruption."""
 _OPEN = "mdo recover undoes what was done"
@@ -257,31 +259,106 @@ class _Work:
             for number, done in enumerate(self.progress):
                 if done is Progress.DONE:
                     ready[number].set()
-                else:
-                    tasks.start(self._do(number, ready))
+            for numbers in self._bundles():
+                tasks.start(self._do(numbers, ready))
 
-    async def _do(self, number: int, ready: Sequence[asyncio.Event]) -> None:
-        step, needs = self.planned[number].step, self.planned[number].needs
-        for need in needs:
+    def _bundles(self) -> list[list[int]]:
+        """The steps that are not done; devices that come at the same time stand together."""
+        bundles: list[list[int]] = []
+        plain: dict[tuple[int, ...], list[int]] = {}
+        for number, (planned, done) in enumerate(zip(self.planned, self.progress, strict=True)):
+            if done is Progress.DONE:
+                continue
+            step = planned.step
+            if type(step) is Create and step.is_plain and not self.context.repairing:
+                if planned.needs not in plain:
+                    plain[planned.needs] = []
+                    bundles.append(plain[planned.needs])
+                plain[planned.needs].append(number)
+            else:
+                bundles.append([number])
+        return bundles
+
+    async def _do(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
+        """Do one step, or several that have the same needs."""
+        steps = [self.planned[number].step for number in numbers]
+        for need in self.planned[numbers[0]].needs:
             await ready[need].wait()
-        async with self.limit(step):
-            self.progress[number] = Progress.FAILED  # unless its intent gets written
+        async with self.limit(steps[0]):
+            self._are(numbers, Progress.FAILED)  # unless their intent gets written
             try:
-                await self.journal.note(self.run, Progress.ACTING, [number], change=step.intent)
-                self.progress[number] = Progress.ACTING
-                self.tell(Moment.BEGIN, number)
-                await step.make(self.context)
-            except BaseException as error:
-                # only who refuses has done nothing; anything else may have, or may show it later
-                if isinstance(error, MdoError) and not isinstance(error, UnsettledError):
-                    self.progress[number] = Progress.FAILED
-                self.tell(Moment.FAILED, number)
+                intent = _all_of([step.intent for step in steps])
+                await self.journal.note(self.run, Progress.ACTING, numbers, change=intent)
+                self._are(numbers, Progress.ACTING)
+                for number in numbers:
+                    self.tell(Moment.BEGIN, number)
+                await self._make(numbers, ready)
+            except BaseException:
+                for number in numbers:
+                    if not ready[number].is_set():
+                        self.tell(Moment.FAILED, number)
                 raise
-            self.progress[number] = Progress.DONE
-            self.tell(Moment.ACTED, number)
-            await self.journal.note(self.run, Progress.DONE, [number], change=step.outcome)
+
+    async def _make(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
+        creates = [s for n in numbers if isinstance(s := self.planned[n].step, Create)]
+        if len(creates) > 1:
+            await self._make_all(creates, numbers, ready)
+            return
+        (number,) = numbers
+        try:
+            await self.planned[number].step.make(self.context)
+        except MdoError as error:
+            # only who refuses has done nothing; anything else may have, or may show it later
+            if not isinstance(error, UnsettledError):
+                self.progress[number] = Progress.FAILED
+            raise
+        self._has_acted(number)
+        await self._done(numbers, ready)
+
+    async def _make_all(
+        self, creates: Sequence[Create], numbers: Sequence[int], ready: Sequence[asyncio.Event]
+    ) -> None:
+        """Make devices together; those that take their time are done as they come."""
+        made: list[int] = []
+
+        def told(index: int, is_made: bool) -> None:
+            if is_made:
+                self._has_acted(numbers[index])
+                made.append(numbers[index])
+            else:
+                self.progress[numbers[index]] = Progress.FAILED
+
+        making = asyncio.ensure_future(Create.make_all(creates, self.context, told))
+        try:
+            while not making.done():
+                await asyncio.wait((making,), timeout=_NOTE_SECONDS)
+                done, made[:] = [*made], []
+                await self._done(done, ready)
+        except BaseException:
+            making.cancel()
+            await asyncio.wait((making,))
+            raise
+        finally:
+            if making.done() and not making.cancelled():
+                making.result()  # its error tells more than that of who waited
+
+    def _has_acted(self, number: int) -> None:
+        self.progress[number] = Progress.DONE
+        self.tell(Moment.ACTED, number)
+
+    async def _done(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
+        """Write down what was done, and let those go on who wait for it."""
+        if not numbers:
+            return
+        outcome = _all_of([self.planned[number].step.outcome for number in numbers])
+        await self.journal.note(self.run, Progress.DONE, numbers, change=outcome)
+        for number in numbers:
             self.tell(Moment.DONE, number)
             ready[number].set()
+
+    def _are(self, numbers: Sequence[int], progress: Progress) -> None:
+        for number in numbers:
+            self.progress[number] = progress
 
     # ---- backward -------------------------------------------------------------------------------
 
@@ -367,6 +444,16 @@ class _Work:
         self.stuck.append(failure)
         if failure.message != getattr(cause, "message", None):
             cause.add_note(failure.message)
+
+
+def _all_of(changes: Sequence[Change]) -> Change:
+    """What several steps change."""
+    if len(changes) == 1:
+        return changes[0]
+    return Change(
+        devices={uuid: device for change in changes for uuid, device in change.devices.items()},
+        guests={name: guest for change in changes for name, guest in change.guests.items()},
+    )
 
 
 class _TwiceError(asyncio.CancelledError):

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -49,9 +50,16 @@ from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
 from mdev_orchestrator.host.groups import join
 from mdev_orchestrator.host.holders import Holder, Holders, creators, holders
-from mdev_orchestrator.host.readiness import wait_ready
+from mdev_orchestrator.host.readiness import missing, wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
+from mdev_orchestrator.host.writer import (
+    AnyBatch,
+    Batch,
+    Separately,
+    Writer,
+    write_apart,
+    write_or_kill,
+)
 from mdev_orchestrator.model import GROUP_FILE, Mdev, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -89,6 +97,14 @@ class Context:
     start: Writer = write_or_kill
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
+
+    def batch(
+        self, lines: Sequence[tuple[str, bytes]], told: Callable[[int, int], None]
+    ) -> AnyBatch:
+        """Several writes, by ``write`` or as it would make them."""
+        return (Batch if self.write is write_apart else partial(Separately, self.write))(
+            lines, told
+        )
 
     def held(self, uuid: UUID) -> tuple[Holder, ...]:
         """Who has an mdev open.
@@ -134,6 +150,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         raise NotImplementedError
 
 
+Told = Callable[[int, bool], None]
+"""Takes the number of a step, and whether it is made or has done nothing."""
+
+
 class Create(Step, frozen=True, tag="create"):
     """Make an mdev.
 
@@ -147,6 +167,12 @@ class Create(Step, frozen=True, tag="create"):
         """What it does."""
         d = self.device
         return f"create {d.type} on {d.parent}: mdev {d.uuid}"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is to be set up once it is there."""
+        device = self.device
+        return not (device.params or device.attributes or device.group)
 
     @property
     def claims(self) -> tuple[str, ...]:  # noqa: D102
@@ -187,6 +213,24 @@ class Create(Step, frozen=True, tag="create"):
                     "see the kernel log (dmesg)",
                 ) from None
             raise
+
+    @staticmethod
+    async def make_all(steps: Sequence[Create], context: Context, told: Told) -> None:
+        """Make several that do not need each other: what one costs is mostly the way to it.
+
+        Unlike :meth:`make` it takes back nothing.
+
+        :param told: Called for each that is made, and for each that has done nothing; of the others
+            nothing is known when this raises.
+        :raise MdoError: The first that failed; no other was begun after it.
+        """
+        unready = await _create_all([step.device for step in steps], context, told)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + context.deadline
+        for index in unready:
+            left = max(end - loop.time(), 0)
+            await wait_ready(steps[index].device.uuid, left, context.host)
+            told(index, True)
 
     def inverse(self) -> Remove:
         """What undoes it."""
@@ -474,10 +518,7 @@ async def _create(device: OwnDevice, context: Context) -> None:
         await _known(creating, device, context, error)
         if isinstance(error, asyncio.CancelledError):
             raise
-        raise DeadlineError(
-            f"{device.type} on {device.parent} was not created within {context.deadline:g} s",
-            "give it a longer --deadline, and see the kernel log",
-        ) from None
+        raise _late(device, context) from None
 
 
 async def _known(
@@ -487,14 +528,88 @@ async def _known(
     await asyncio.wait((creating,), timeout=context.deadline)
     if not creating.done():
         creating.cancel()
-        error = UnsettledError(
-            f"the driver of {device.parent} has not answered for mdev {device.uuid}: it may still "
-            "appear",
-            "mdo recover removes it then",
-        )
-        raise error from cause
+        raise _unanswered(device) from cause
     creating.result()  # or its refusal: the device of this UUID may be somebody else's by now
     await _take_back(device, context, cause)
+
+
+async def _create_all(devices: Sequence[OwnDevice], context: Context, told: Told) -> list[int]:
+    """Write to ``create`` for several, and learn the outcome of each, whatever happens to us.
+
+    :return: Those that are there and cannot be opened yet; the others have been told of.
+    """
+    root = context.host
+    lines = [sysfs.creation(d.parent, d.type, d.uuid, root) for d in devices]
+    unready: list[int] = []
+    refused: list[int] = []
+
+    def written(index: int, number: int) -> None:
+        if number:
+            told(index, False)
+            refused.append(index)
+        elif missing(devices[index].uuid, root) is None:
+            told(index, True)
+        else:
+            unready.append(index)
+
+    batch = context.batch(lines, written)
+    batch.begin()
+    try:
+        await _answered(batch, context.deadline)
+    except (TimeoutError, asyncio.CancelledError) as error:
+        batch.stop()
+        await asyncio.wait((batch.ended,), timeout=context.deadline)
+        _tell_of_the_rest(batch, told)
+        if batch.unknown:
+            raise _unanswered(devices[min(batch.unknown)]) from error
+        if isinstance(error, asyncio.CancelledError):
+            raise
+        raise _late(devices[0], context) from None
+    _tell_of_the_rest(batch, told)
+    if refused:
+        first, *others = (_refusal(devices[i], batch.results[i] or 0, root) for i in refused)
+        for other in others:
+            first.add_note(f"also: {other}")
+        raise first
+    return unready
+
+
+def _refusal(device: OwnDevice, number: int, root: Path) -> MdoError:
+    return sysfs.refusal(device.parent, device.type, device.uuid, number, root)
+
+
+def _tell_of_the_rest(batch: AnyBatch, told: Told) -> None:
+    """Tell of those that were not begun."""
+    for index, number in enumerate(batch.results):
+        if number is None and index not in batch.unknown:
+            told(index, False)
+
+
+async def _answered(batch: AnyBatch, deadline: float) -> None:
+    """Wait for the end of a batch.
+
+    :raise TimeoutError: For ``deadline`` seconds there was no answer to any of it.
+    """
+    while not batch.ended.done():
+        before = len(batch.unknown), batch.results.count(None)
+        await asyncio.wait((batch.ended,), timeout=deadline)
+        if not batch.ended.done() and before == (len(batch.unknown), batch.results.count(None)):
+            raise TimeoutError
+
+
+def _unanswered(device: OwnDevice) -> UnsettledError:
+    return UnsettledError(
+        f"the driver of {device.parent} has not answered for mdev {device.uuid}: it may still "
+        "appear",
+        "mdo recover removes it then",
+    )
+
+
+def _late(device: OwnDevice, context: Context) -> DeadlineError:
+    return DeadlineError(
+        f"{device.type} on {device.parent} was not created within {context.deadline:g} s",
+        "give it a longer --deadline, and see the kernel log",
+    )
 
 
 async def _settled(device: OwnDevice, context: Context) -> None:

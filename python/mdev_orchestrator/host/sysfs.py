@@ -552,29 +552,46 @@ async def create(
     :raise HostError: No permission.
     :raise MdoError: The driver refused for another reason.
     """
-    for name in (parent, type_id):
-        if "/" in name or "\0" in name or name in ("", ".", ".."):
-            raise UnknownError(f"{_shown(name)} is not a name in sysfs")
-    directory = os.path.join(root, "sys/class/mdev_bus", parent, "mdev_supported_types", type_id)
-    number = await write(os.path.join(directory, "create"), str(uuid).encode())
-    if not number:
-        return
+    path, data = creation(parent, type_id, uuid, root)
+    number = await write(path, data)
+    if number:
+        raise refusal(parent, type_id, uuid, number, root)
+
+
+def creation(parent: str, type_id: str, uuid: UUID, root: Path = ROOT) -> tuple[str, bytes]:
+    """What is to be written where to create one mdev.
+
+    :raise UnknownError: Parent or type can be no name in sysfs.
+    """
+    return f"{_type_directory(parent, type_id, root)}/create", str(uuid).encode()
+
+
+def refusal(parent: str, type_id: str, uuid: UUID, number: int, root: Path = ROOT) -> MdoError:
+    """What it means that writing to ``create`` gave an errno; see :func:`create`."""
     what = f"cannot create {type_id} on {parent}"
     match number:
         case errno.EEXIST:
-            raise taken(uuid, root)
+            return taken(uuid, root)
         case errno.EUSERS | errno.ENOSPC:
             damage: list[str] = []
-            left = _text(os.path.join(directory, "available_instances"), damage)
-            raise CapacityError(
+            directory = _type_directory(parent, type_id, root)
+            left = _text(f"{directory}/available_instances", damage)
+            return CapacityError(
                 f"{what}: the driver has no instance left",
                 f"available_instances reads {left if left is not None else damage[0]}",
             )
         case errno.ENOENT:
-            raise UnknownError(f"{what}: no such type or parent", "mdo host lists them")
+            return UnknownError(f"{what}: no such type or parent", "mdo host lists them")
         case errno.ENODEV:
-            raise UnknownError(f"{what}: the parent is going away", "mdo host lists what remains")
-    raise _refused(what, number)
+            return UnknownError(f"{what}: the parent is going away", "mdo host lists what remains")
+    return _refused(what, number)
+
+
+def _type_directory(parent: str, type_id: str, root: Path) -> str:
+    for name in (parent, type_id):
+        if "/" in name or "\0" in name or name in ("", ".", ".."):
+            raise UnknownError(f"{_shown(name)} is not a name in sysfs")
+    return os.path.join(root, "sys/class/mdev_bus", parent, "mdev_supported_types", type_id)
 
 
 async def remove(

@@ -6,10 +6,11 @@ guest lets go; a vendor's ``create`` may take as long as it likes. A thread woul
 does not end before its last thread does. So such writes are made by children that share nothing
 with us but the file they write.
 
-A child writes one thing after the other, as it is told. Only when it is not done within
+A child writes one thing after the other, as it is told. Only when it has no answer within
 :data:`PATIENCE` is the next write given to another one: a driver that answers at once costs one
 fork, which in an emulated machine takes as long as making some devices, and one that takes seconds
-is asked by up to :data:`CHILDREN` at a time.
+is asked by up to :data:`CHILDREN` at a time. For the same reason a child is told several writes at
+once as long as they go fast, and gives back what it has not begun when one was slow.
 
 A child outlives a parent that is killed, and who repairs things after that must not be overtaken by
 its write. It first opens a descriptor that names the file (``O_PATH``, which opens nothing), then
@@ -23,8 +24,9 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, finalize
 
@@ -39,6 +41,8 @@ CHILDREN = 16
 PATIENCE = 0.05
 """Seconds until a write that waits for another one gets a child of its own."""
 
+_AT_ONCE = 16  # writes that a child is told in one message
+_AT_ONCE_BYTES = 1 << 15
 _MAX_FD = 1 << 20
 _MAX_MESSAGE = 1 << 16
 _UNKNOWN = 255  # no errno
@@ -69,29 +73,166 @@ async def write_or_kill(path: str, data: bytes) -> int:
 async def _write(path: str, data: bytes, *, kill: bool) -> int:
     import asyncio  # here, because who only reads the host does without it
 
-    loop = asyncio.get_running_loop()
-    pool = _pools.get(loop)
-    if pool is None:
-        pool = _pools[loop] = _Pool(loop)
-    job = _Job(os.fsencode(path) + b"\0" + data, loop.create_future())
-    pool.give(job)
+    batch = Batch([(path, data)])
+    batch.begin()
     try:
-        return await asyncio.shield(job.outcome)
+        await asyncio.shield(batch.ended)
     except asyncio.CancelledError:
-        if pool.take_back(job):
-            raise
-        if kill and not job.outcome.done():
-            pool.kill(job)
-            await asyncio.wait((job.outcome,), timeout=_KILL_SECONDS)
+        if not batch.stop() and kill and not batch.ended.done():
+            batch.kill()
+            await asyncio.wait((batch.ended,), timeout=_KILL_SECONDS)
         raise
+    number = batch.results[0]
+    return _UNKNOWN if number is None else number
 
 
-class _Job:
-    """One write."""
+class Batch:
+    """Several writes that do not need each other; the first that is refused is the last.
 
-    def __init__(self, message: bytes, outcome: asyncio.Future[int]) -> None:
-        self.message = message
-        self.outcome = outcome
+    Those that other children have begun by then come to their end too.
+
+    :ivar results: 0 or an errno for each that has ended; ``None`` for one that has not, or never
+        begun.
+    :ivar ended: Done when nothing of it is under way, and nothing more will begin.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[tuple[str, bytes]],
+        told: Callable[[int, int], None] = lambda _index, _number: None,
+    ) -> None:
+        """Prepare writes.
+
+        :param lines: Path and data of each; no data has a null byte.
+        :param told: Called on the event loop with a write's index and result, as it becomes known.
+        """
+        import asyncio
+
+        if any(b"\0" in data for _, data in lines):
+            raise ValueError("data with a null byte")
+        loop = asyncio.get_running_loop()
+        self.lines = [os.fsencode(path) + b"\0" + data for path, data in lines]
+        self.results: list[int | None] = [None] * len(lines)
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self._told = told
+        self._waiting = deque(range(len(lines)))
+        self._under_way: set[int] = set()
+        self._stopped = False
+        self._size = 1
+        self._pool = _pools.get(loop) or _pools.setdefault(loop, _Pool(loop))
+
+    def begin(self) -> None:
+        """Have it done: at once if a child is free, soon by a new one otherwise."""
+        self._pool.give(self)
+
+    def stop(self) -> bool:
+        """Let nothing more begin; whether nothing of it is under way."""
+        self._let_no_more_begin()
+        self._end()
+        return not self._under_way
+
+    def kill(self) -> None:
+        """Kill the children that are at it."""
+        self._pool.kill(self)
+
+    @property
+    def unknown(self) -> frozenset[int]:
+        """Those that a child was told to write, and has not answered for."""
+        return frozenset(self._under_way)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something is left for a child to do."""
+        return bool(self._waiting)
+
+    def take(self) -> tuple[int, ...]:
+        """What a child is to do next; few at first, more when that goes fast."""
+        taken: list[int] = []
+        size = 0
+        while self._waiting and len(taken) < self._size:
+            size += len(self.lines[self._waiting[0]])
+            if taken and size > _AT_ONCE_BYTES:
+                break
+            taken.append(self._waiting.popleft())
+        self._under_way.update(taken)
+        return tuple(taken)
+
+    def give_back(self, taken: Sequence[int]) -> None:
+        """What a child has not begun."""
+        self._under_way.difference_update(taken)
+        if not self._stopped:
+            self._waiting.extendleft(reversed(taken))
+
+    def answered(self, taken: Sequence[int], answer: bytes) -> None:
+        """Note what a child says: a byte for each that it has written; nothing when it died."""
+        results = answer or bytes([_UNKNOWN]) * len(taken)
+        done, rest = taken[: len(results)], taken[len(results) :]
+        self._size = max(len(done), 1) if rest else min(2 * self._size, _AT_ONCE)
+        self._under_way.difference_update(done)
+        if any(results):
+            self._let_no_more_begin()
+        self.give_back(rest)
+        for index, number in zip(done, results, strict=False):
+            self.results[index] = number
+            self._told(index, number)
+        self._end()
+
+    def _let_no_more_begin(self) -> None:
+        self._stopped = True
+        self._waiting.clear()
+
+    def _end(self) -> None:
+        if not self._waiting and not self._under_way and not self.ended.done():
+            self.ended.set_result(None)
+
+
+class Separately:
+    """What a :class:`Batch` is, by a writer that makes one write at a time."""
+
+    def __init__(
+        self,
+        write: Writer,
+        lines: Sequence[tuple[str, bytes]],
+        told: Callable[[int, int], None],
+    ) -> None:
+        """Prepare writes, as for a batch."""
+        self.lines = lines
+        self.results: list[int | None] = [None] * len(lines)
+        self.ended: asyncio.Future[list[None]]
+        self._write = write
+        self._told = told
+        self._waiting = deque(range(len(lines)))
+        self._under_way: set[int] = set()
+
+    def begin(self) -> None:
+        """Have it done."""
+        import asyncio
+
+        self.ended = asyncio.gather(*(self._work() for _ in range(CHILDREN)))
+
+    def stop(self) -> bool:
+        """Let nothing more begin; whether nothing of it is under way."""
+        self._waiting.clear()
+        return not self._under_way
+
+    @property
+    def unknown(self) -> frozenset[int]:
+        """Those that are being written."""
+        return frozenset(self._under_way)
+
+    async def _work(self) -> None:
+        while self._waiting:
+            index = self._waiting.popleft()
+            self._under_way.add(index)
+            number = await self._write(*self.lines[index])
+            self._under_way.discard(index)
+            self.results[index] = number
+            if number:
+                self._waiting.clear()
+            self._told(index, number)
+
+
+AnyBatch = Batch | Separately
 
 
 class _Pool:
@@ -101,44 +242,42 @@ class _Pool:
         self.call_later = loop.call_later
         self.add_reader = loop.add_reader
         self.remove_reader = loop.remove_reader
-        self.waiting: deque[_Job] = deque()
+        self.waiting: deque[Batch] = deque()
         self.idle: list[int] = []
-        self.working: dict[int, _Job] = {}
+        self.working: dict[int, _Task] = {}
         self.pids: dict[int, int] = {}
         self.growing: asyncio.TimerHandle | None = None
         self.resting: asyncio.TimerHandle | None = None
         finalize(self, _close_all, self.pids)
 
-    def give(self, job: _Job) -> None:
-        """Have a job done: at once if a child is free, soon by a new one otherwise."""
-        self.waiting.append(job)
+    def give(self, batch: Batch) -> None:
+        """Have a batch done."""
+        self.waiting.append(batch)
         if not self.pids:
             self._fork()
         self._next()
 
-    def take_back(self, job: _Job) -> bool:
-        """Forget a job that no child has begun; whether that was possible."""
-        try:
-            self.waiting.remove(job)
-        except ValueError:
-            return False
-        return True
-
-    def kill(self, job: _Job) -> None:
-        """Kill the child that does a job."""
-        for child, done in self.working.items():
-            if done is job:
+    def kill(self, batch: Batch) -> None:
+        """Kill the children that are at a batch."""
+        for child, task in self.working.items():
+            if task.batch is batch:
                 os.kill(self.pids[child], signal.SIGKILL)  # it is not reaped before its end of file
 
     def _next(self) -> None:
         while self.waiting and self.idle:
-            child, job = self.idle.pop(), self.waiting.popleft()
-            try:
-                os.write(child, job.message)
-            except OSError:  # it was killed from outside; its end of file says so too
-                self.waiting.appendleft(job)
+            batch = self.waiting[0]
+            if not batch.has_more:
+                self.waiting.popleft()
                 continue
-            self.working[child] = job
+            child, taken = self.idle.pop(), batch.take()
+            try:
+                os.write(child, b"\0".join([batch.lines[index] for index in taken]))
+            except OSError:  # it was killed from outside; its end of file says so too
+                batch.give_back(taken)
+                continue
+            self.working[child] = _Task(batch, taken)
+        while self.waiting and not self.waiting[0].has_more:
+            self.waiting.popleft()
         if self.waiting and self.growing is None and len(self.pids) < CHILDREN:
             self.growing = self.call_later(PATIENCE, self._grow)
         if not self.waiting and not self.working and self.resting is None:
@@ -146,9 +285,11 @@ class _Pool:
 
     def _grow(self) -> None:
         self.growing = None
-        if self.waiting:
+        if not self.waiting:
+            return
+        if all(task.is_late for task in self.working.values()):
             self._fork()
-            self._next()
+        self._next()
 
     def _rest(self) -> None:
         self.resting = None
@@ -180,7 +321,7 @@ class _Pool:
     def _told(self, child: int) -> None:
         """A child has an answer, or has ended."""
         answer = os.read(child, _MAX_MESSAGE)
-        job = self.working.pop(child, None)
+        task = self.working.pop(child, None)
         if answer:
             self.idle.append(child)
         else:
@@ -190,8 +331,10 @@ class _Pool:
             self._close(child)
             os.waitpid(pid, 0)  # it has closed its files: nothing can keep it any more
             _children.discard(pid)
-        if job is not None and not job.outcome.done():
-            job.outcome.set_result(answer[0] if answer else _UNKNOWN)
+        if task is not None:
+            task.batch.answered(task.taken, answer)
+            if task.batch.has_more and task.batch not in self.waiting:
+                self.waiting.appendleft(task.batch)
         if self.waiting and not self.pids:
             self._fork()
         self._next()
@@ -200,6 +343,19 @@ class _Pool:
         self.remove_reader(child)
         os.close(child)
         del self.pids[child]
+
+
+class _Task:
+    """What a child is at."""
+
+    def __init__(self, batch: Batch, taken: tuple[int, ...]) -> None:
+        self.batch = batch
+        self.taken = taken
+        self.since = time.monotonic()
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() - self.since >= PATIENCE
 
 
 _pools: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = WeakKeyDictionary()
@@ -233,13 +389,24 @@ def _child(channel: int, parent: int) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         while message := os.read(channel, _MAX_MESSAGE):
-            os.write(channel, bytes([_perform(message, parent)]))
+            os.write(channel, _perform(message, parent))
     finally:
         os._exit(0)
 
 
-def _perform(message: bytes, parent: int) -> int:
-    path, _, data = message.partition(b"\0")
+def _perform(message: bytes, parent: int) -> bytes:
+    """Write one thing after the other, up to the first that is refused, or was slow."""
+    results = bytearray()
+    end = time.monotonic() + PATIENCE / 2
+    words = message.split(b"\0")
+    for path, data in zip(words[::2], words[1::2], strict=True):
+        results.append(_perform_one(path, data, parent))
+        if results[-1] or time.monotonic() > end:
+            break
+    return bytes(results)
+
+
+def _perform_one(path: bytes, data: bytes, parent: int) -> int:
     opened = []
     try:
         opened.append(os.open(path, os.O_PATH))

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import shutil
-import threading
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -22,7 +19,6 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.writer import write_apart
 from unit.fakesys import FakeSystem
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -137,28 +133,3 @@ async def test_optional_files_of_a_device(card: FakeSystem) -> None:
     card.refuse[f"{U1}/online"] = errno.ENOSPC
     with pytest.raises(MdoError, match="refused '1' for online"):
         await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
-
-
-# ---- the real writer ----
-
-
-async def test_the_writer_writes_and_reports_the_errno(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    assert await write_apart(str(file), b"x") == errno.ENOENT
-    file.touch()
-    assert await write_apart(str(file), b"x") == 0
-    assert file.read_bytes() == b"x"
-    assert await write_apart("/dev/full", b"x") == errno.ENOSPC
-
-
-async def test_a_blocked_write_can_be_left_behind(tmp_path: Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)  # opening it for writing blocks until somebody reads
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.1):
-            await write_apart(str(fifo), b"late")
-    received: list[bytes] = []
-    reader = threading.Thread(target=lambda: received.append(fifo.read_bytes()))
-    reader.start()
-    await asyncio.to_thread(reader.join, 5)
-    assert received == [b"late"]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Writes by children: one, many, refused ones, and those that never come back."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from mdev_orchestrator.host.writer import CHILDREN, Batch, Separately, write_apart
+
+Make = Callable[[Sequence[tuple[str, bytes]], Callable[[int, int], None]], Batch | Separately]
+
+
+def separately(lines: Sequence[tuple[str, bytes]], told: Callable[[int, int], None]) -> Separately:
+    return Separately(write_apart, lines, told)
+
+
+both = pytest.mark.parametrize("make", [Batch, separately])
+
+
+def files(place: Path, count: int) -> list[tuple[str, bytes]]:
+    """Empty files, and what is to be written to each."""
+    lines = []
+    for number in range(count):
+        (place / f"{number}").touch()
+        lines.append((str(place / f"{number}"), f"data {number}".encode()))
+    return lines
+
+
+async def written(batch: Batch | Separately) -> None:
+    batch.begin()
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+
+
+# ---- one ----
+
+
+async def test_the_writer_writes_and_reports_the_errno(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert await write_apart(str(file), b"x") == errno.ENOENT
+    file.touch()
+    assert await write_apart(str(file), b"x") == 0
+    assert file.read_bytes() == b"x"
+    assert await write_apart("/dev/full", b"x") == errno.ENOSPC
+
+
+async def test_a_blocked_write_can_be_left_behind(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)  # opening it for writing blocks until somebody reads
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await write_apart(str(fifo), b"late")
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(fifo.read_bytes()))
+    reader.start()
+    await asyncio.to_thread(reader.join, 5)
+    assert received == [b"late"]
+
+
+# ---- many ----
+
+
+@both
+async def test_all_are_written_and_told_of_once(tmp_path: Path, make: Make) -> None:
+    lines = files(tmp_path, 100)
+    told: list[int] = []
+    batch = make(lines, lambda index, _: told.append(index))
+    await written(batch)
+    assert sorted(told) == list(range(100))
+    assert batch.results == [0] * 100
+    assert [Path(path).read_bytes() for path, _ in lines] == [data for _, data in lines]
+
+
+@both
+async def test_what_is_refused_is_the_last_that_begins(tmp_path: Path, make: Make) -> None:
+    lines = files(tmp_path, 100)
+    lines[20] = (str(tmp_path / "missing"), b"x")
+    batch = make(lines, lambda *_: None)
+    await written(batch)
+    assert batch.results[20] == errno.ENOENT
+    assert batch.results[:20] == [0] * 20
+    begun = [index for index, number in enumerate(batch.results) if number is not None]
+    assert len(begun) <= 20 + CHILDREN
+    assert all(not Path(lines[index][0]).read_bytes() for index in {*range(100)} - {*begun, 20})
+
+
+async def test_a_slow_driver_is_asked_by_many(tmp_path: Path) -> None:
+    """Eight writes that each wait for a reader: all of them wait at the same time."""
+    fifos = [tmp_path / f"{number}" for number in range(8)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    batch = Batch([(str(fifo), b"x") for fifo in fifos])
+    batch.begin()
+    while len(batch.unknown) < 8:
+        await asyncio.sleep(0.01)
+    assert batch.results == [None] * 8
+    for fifo in fifos:
+        threading.Thread(target=fifo.read_bytes, daemon=True).start()
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+    assert batch.results == [0] * 8
+
+
+async def test_what_stands_behind_a_slow_write_is_done_by_others(tmp_path: Path) -> None:
+    """A child that is told several and stays at one gives the rest back, when it can."""
+    lines = files(tmp_path, 60)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    lines[30] = (str(fifo), b"x")
+    batch = Batch(lines)
+    batch.begin()
+    while batch.results[59] != 0:
+        await asyncio.sleep(0.01)
+    assert 30 in batch.unknown
+    threading.Thread(target=fifo.read_bytes, daemon=True).start()
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+    assert batch.results == [0] * 60
+
+
+async def test_a_batch_that_is_stopped_begins_nothing_more(tmp_path: Path) -> None:
+    lines = files(tmp_path, 60)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    lines[0] = (str(fifo), b"x")
+    batch = Batch(lines)
+    batch.begin()
+    assert batch.stop() is False
+    threading.Thread(target=fifo.read_bytes, daemon=True).start()
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+    assert batch.results == [0] + [None] * 59
+    assert not any(Path(path).read_bytes() for path, _ in lines[1:])
+
+
+async def test_two_batches_go_on_beside_each_other(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    waiting = Batch([(str(fifo), b"x")])
+    waiting.begin()
+    await written(Batch(files(tmp_path, 40)))
+    assert waiting.unknown == {0}
+    threading.Thread(target=fifo.read_bytes, daemon=True).start()
+    await asyncio.wait_for(asyncio.shield(waiting.ended), 20)
+
+
+async def test_data_that_no_child_could_tell_apart_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        Batch([(str(tmp_path), b"a\0b")])
