@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from mdev_orchestrator.model import MdevType
@@ -75,25 +76,34 @@ _ALIASES = {"resolution": "max_resolution", "max_instances": "max_instance"}
 
 def facts_of(type_: MdevType) -> TypeFacts:
     """Read the attributes of a type. Does not raise for anything a vendor writes."""
-    description = type_.description or ""
+    return _facts(
+        (type_.name or "").strip().lower(),
+        type_.description or "",
+        tuple(type_.attributes.items()),
+    )
+
+
+@lru_cache(1024)
+def _facts(name: str, description: str, attributes: tuple[tuple[str, str], ...]) -> TypeFacts:
+    """The same for the types of all parents that are alike."""
     texts: dict[str, str] = dict(reversed(_PAIR.findall(description)))
     if memory := _VIDEO_MEMORY.search(description):
         texts.setdefault("framebuffer", memory[1])
     if display := _DISPLAY.search(description):
         texts.setdefault("max_resolution", display[1])
-    texts |= type_.attributes
+    texts |= attributes
     found: dict[str, Any] = {}
-    for name, text in texts.items():
-        ours = _ALIASES.get(name, name)
+    for word, text in texts.items():
+        ours = _ALIASES.get(word, word)
         # a vendor's own word comes before an alias
-        if ours in _NAMES and (ours == name or ours not in texts):
+        if ours in _NAMES and (ours == word or ours not in texts):
             try:
                 value = _read(ours, text.strip())
             except ValueError:
                 continue
             if isinstance(value, tuple) or value < _LIMIT:
                 found[ours] = value
-    if (ports := _PORTS.get((type_.name or "").strip().lower())) is not None:
+    if (ports := _PORTS.get(name)) is not None:
         found.setdefault("ports", ports)
     return TypeFacts(**found)
 

@@ -131,7 +131,7 @@ async def apply(
                     specs={name: own},
                     observe=observe,
                 )
-    learned.learn_from(seen.host, host)
+    learned.learn_from(seen.host, host, plan=changes.plan)
     return changes
 
 

@@ -19,6 +19,7 @@ from uuid import UUID
 import msgspec
 
 from mdev_orchestrator.capacity.models import (
+    Confidence,
     Homogeneous,
     Independent,
     Model,
@@ -29,6 +30,7 @@ from mdev_orchestrator.capacity.models import (
     learn,
     survey,
 )
+from mdev_orchestrator.capacity.planner import Plan
 from mdev_orchestrator.errors import HostError, MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
@@ -102,15 +104,36 @@ def keep(found: Mapping[str, Model], place: Path | None = None) -> None:
         raise HostError(f"cannot write {file}: {error.strerror}") from error
 
 
-def learn_from(before: Host, root: Path = ROOT, place: Path | None = None) -> None:
+def learn_from(
+    before: Host, root: Path = ROOT, place: Path | None = None, *, plan: Plan | None = None
+) -> None:
     """Learn from what came or went since a scan: how the counts changed by it.
 
     To be called after devices were created; never fails, and mostly there is nothing to learn.
+
+    :param plan: What was to come, where that was planned: who sees it come true need not look
+        further.
     """
+    if plan is not None and _is_true(plan, root):
+        return
     known = load(place)
     if found := learn(before, sysfs.scan(root), known):
         with suppress(MdoError):
             keep(found, place)
+
+
+def _is_true(plan: Plan, root: Path) -> bool:
+    """Whether the counts are what a plan said, and that was no guess."""
+    touched = {placement.parent for placement in plan.placements}
+    return all(
+        parent.capacity.confidence is not Confidence.GUESSED
+        and all(
+            sysfs.available_instances(parent.capacity.name, type_, root) == count
+            for type_, count in parent.available_after.items()
+        )
+        for parent in plan.parents
+        if parent.capacity.name in touched
+    )
 
 
 def _read(path: Path) -> bytes:

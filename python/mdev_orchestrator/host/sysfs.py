@@ -587,6 +587,15 @@ def refusal(parent: str, type_id: str, uuid: UUID, number: int, root: Path = ROO
     return _refused(what, number)
 
 
+def available_instances(parent: str, type_id: str, root: Path = ROOT) -> int | None:
+    """How many more of a type can be created now, as the kernel says; ``None`` if it does not."""
+    text = _text(f"{_type_directory(parent, type_id, root)}/available_instances", [])
+    try:
+        return None if text is None else parse_count(text)
+    except ValueError:
+        return None
+
+
 def _type_directory(parent: str, type_id: str, root: Path) -> str:
     for name in (parent, type_id):
         if "/" in name or "\0" in name or name in ("", ".", ".."):
