@@ -24,7 +24,7 @@ from typing import Self
 
 from mdev_orchestrator.engine import steps as step_module
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.steps import AnyStep, Context, Create, Launch, UnsettledError
+from mdev_orchestrator.engine.steps import AnyStep, Context, Launch, UnsettledError, make_all
 from mdev_orchestrator.engine.store import Change, OwnSpec
 from mdev_orchestrator.errors import MdoError
 
@@ -263,18 +263,19 @@ class _Work:
                 tasks.start(self._do(numbers, ready))
 
     def _bundles(self) -> list[list[int]]:
-        """The steps that are not done; devices that come at the same time stand together."""
+        """The steps that are not done; devices that come or go at the same time stand together."""
         bundles: list[list[int]] = []
-        plain: dict[tuple[int, ...], list[int]] = {}
+        joined: dict[tuple[type, tuple[int, ...]], list[int]] = {}
         for number, (planned, done) in enumerate(zip(self.planned, self.progress, strict=True)):
             if done is Progress.DONE:
                 continue
             step = planned.step
-            if type(step) is Create and step.is_plain and not self.context.repairing:
-                if planned.needs not in plain:
-                    plain[planned.needs] = []
-                    bundles.append(plain[planned.needs])
-                plain[planned.needs].append(number)
+            if step.joins_others and not self.context.repairing:
+                key = type(step), planned.needs
+                if key not in joined:
+                    joined[key] = []
+                    bundles.append(joined[key])
+                joined[key].append(number)
             else:
                 bundles.append([number])
         return bundles
@@ -300,9 +301,8 @@ class _Work:
                 raise
 
     async def _make(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
-        creates = [s for n in numbers if isinstance(s := self.planned[n].step, Create)]
-        if len(creates) > 1:
-            await self._make_all(creates, numbers, ready)
+        if len(numbers) > 1:
+            await self._make_all(numbers, ready)
             return
         (number,) = numbers
         try:
@@ -315,9 +315,7 @@ class _Work:
         self._has_acted(number)
         await self._done(numbers, ready)
 
-    async def _make_all(
-        self, creates: Sequence[Create], numbers: Sequence[int], ready: Sequence[asyncio.Event]
-    ) -> None:
+    async def _make_all(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
         """Make devices together; those that take their time are done as they come."""
         made: list[int] = []
 
@@ -328,7 +326,8 @@ class _Work:
             else:
                 self.progress[numbers[index]] = Progress.FAILED
 
-        making = asyncio.ensure_future(Create.make_all(creates, self.context, told))
+        steps = [self.planned[number].step for number in numbers]
+        making = asyncio.ensure_future(make_all(steps, self.context, told))
         try:
             while not making.done():
                 await asyncio.wait((making,), timeout=_NOTE_SECONDS)

@@ -53,6 +53,7 @@ from mdev_orchestrator.host.holders import Holder, Holders, creators, holders
 from mdev_orchestrator.host.readiness import missing, wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import (
+    FINE,
     AnyBatch,
     Batch,
     Separately,
@@ -99,12 +100,14 @@ class Context:
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
 
     def batch(
-        self, lines: Sequence[tuple[str, bytes]], told: Callable[[int, int], None]
+        self,
+        lines: Sequence[tuple[str, bytes]],
+        told: Callable[[int, int], None],
+        fine: frozenset[int] = FINE,
     ) -> AnyBatch:
         """Several writes, by ``write`` or as it would make them."""
-        return (Batch if self.write is write_apart else partial(Separately, self.write))(
-            lines, told
-        )
+        make = Batch if self.write is write_apart else partial(Separately, self.write)
+        return make(lines, told, fine)
 
     def held(self, uuid: UUID) -> tuple[Holder, ...]:
         """Who has an mdev open.
@@ -116,6 +119,10 @@ class Context:
         if self._held is None or now - self._held[0] > _HELD_SECONDS or self._held[1].of(uuid):
             self._held = now, holders(sysfs.scan(self.host, types=False).mdevs, self.host)
         return self._held[1].of(uuid)
+
+
+Told = Callable[[int, bool], None]
+"""Takes the number of a step, and whether it is made or has done nothing."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"):
@@ -141,6 +148,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """What is ours, or not any more, when it has done nothing."""
         return Change()
 
+    @property
+    def joins_others(self) -> bool:
+        """Whether it is better made together with others of its kind, by ``make_all``."""
+        return False
+
     async def make(self, context: Context) -> None:
         """Make it so.
 
@@ -148,10 +160,6 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         :raise UnsettledError: It may come true yet.
         """
         raise NotImplementedError
-
-
-Told = Callable[[int, bool], None]
-"""Takes the number of a step, and whether it is made or has done nothing."""
 
 
 class Create(Step, frozen=True, tag="create"):
@@ -169,8 +177,7 @@ class Create(Step, frozen=True, tag="create"):
         return f"create {d.type} on {d.parent}: mdev {d.uuid}"
 
     @property
-    def is_plain(self) -> bool:
-        """Whether nothing is to be set up once it is there."""
+    def joins_others(self) -> bool:  # noqa: D102 - where nothing is to be set up afterwards
         device = self.device
         return not (device.params or device.attributes or device.group)
 
@@ -258,6 +265,10 @@ class Remove(Step, frozen=True, tag="remove"):
     def outcome(self) -> Change:  # noqa: D102
         return Change() if self.kept else Change(devices={self.device.uuid: None})
 
+    @property
+    def joins_others(self) -> bool:  # noqa: D102
+        return True
+
     async def make(self, context: Context) -> None:  # noqa: D102
         uuid = self.device.uuid
         found = sysfs.read_mdev(uuid, context.host)
@@ -276,6 +287,32 @@ class Remove(Step, frozen=True, tag="remove"):
             await _finish(_removed(uuid, context))
         except DeadlineError as error:  # the kernel goes on
             raise UnsettledError(error.message, error.hint) from None
+
+    @staticmethod
+    async def make_all(steps: Sequence[Remove], context: Context, told: Told) -> None:
+        """Make several that do not need each other; see :meth:`Create.make_all`."""
+        plain, odd = [], []
+        for index, step in enumerate(steps):
+            found = sysfs.read_mdev(step.device.uuid, context.host)
+            if found is None or not is_same(found, step.device):
+                told(index, True)
+            elif found.type_id is None or context.held(found.uuid):
+                odd.append(index)
+            else:
+                plain.append(index)
+        for place, index in enumerate(odd):
+            try:
+                await steps[index].make(context)
+            except MdoError as error:
+                for other in (*odd[place + isinstance(error, UnsettledError) :], *plain):
+                    told(other, False)
+                raise
+            told(index, True)
+        await _remove_all(
+            [steps[index].device.uuid for index in plain],
+            context,
+            lambda place, made: told(plain[place], made),
+        )
 
     def inverse(self) -> Create:
         """What undoes it."""
@@ -448,6 +485,15 @@ class Detach(Step, frozen=True, tag="detach"):
 AnyStep = Create | Remove | Launch | Stop | Attach | Detach
 
 
+async def make_all(steps: Sequence[AnyStep], context: Context, told: Told) -> None:
+    """Make several steps of a kind that joins others; see :meth:`Create.make_all`."""
+    creates = [step for step in steps if isinstance(step, Create)]
+    if creates:
+        await Create.make_all(creates, context, told)
+    else:
+        await Remove.make_all([s for s in steps if isinstance(s, Remove)], context, told)
+
+
 def encode(step: AnyStep) -> str:
     """A step as the journal keeps it."""
     return msgspec.json.encode(step).decode()
@@ -553,19 +599,13 @@ async def _create_all(devices: Sequence[OwnDevice], context: Context, told: Told
             unready.append(index)
 
     batch = context.batch(lines, written)
-    batch.begin()
-    try:
-        await _answered(batch, context.deadline)
-    except (TimeoutError, asyncio.CancelledError) as error:
-        batch.stop()
-        await asyncio.wait((batch.ended,), timeout=context.deadline)
-        _tell_of_the_rest(batch, told)
-        if batch.unknown:
-            raise _unanswered(devices[min(batch.unknown)]) from error
-        if isinstance(error, asyncio.CancelledError):
-            raise
+    cause = await _written(batch, context, told)
+    if batch.unknown:
+        raise _unanswered(devices[min(batch.unknown)]) from cause
+    if isinstance(cause, TimeoutError):
         raise _late(devices[0], context) from None
-    _tell_of_the_rest(batch, told)
+    if cause is not None:
+        raise cause
     if refused:
         first, *others = (_refusal(devices[i], batch.results[i] or 0, root) for i in refused)
         for other in others:
@@ -578,11 +618,23 @@ def _refusal(device: OwnDevice, number: int, root: Path) -> MdoError:
     return sysfs.refusal(device.parent, device.type, device.uuid, number, root)
 
 
-def _tell_of_the_rest(batch: AnyBatch, told: Told) -> None:
-    """Tell of those that were not begun."""
+async def _written(batch: AnyBatch, context: Context, told: Told) -> BaseException | None:
+    """Have a batch written, and tell of those that were not begun.
+
+    :return: Why it was given up, if it was; what had begun then was waited for.
+    """
+    cause: BaseException | None = None
+    batch.begin()
+    try:
+        await _answered(batch, context.deadline)
+    except (TimeoutError, asyncio.CancelledError) as error:
+        cause = error
+        batch.stop()
+        await asyncio.wait((batch.ended,), timeout=context.deadline)
     for index, number in enumerate(batch.results):
         if number is None and index not in batch.unknown:
             told(index, False)
+    return cause
 
 
 async def _answered(batch: AnyBatch, deadline: float) -> None:
@@ -726,6 +778,37 @@ async def _removed(uuid: UUID, context: Context) -> None:
             + ", ".join(map(str, who)),
             error.hint,
         ) from None
+
+
+async def _remove_all(uuids: Sequence[UUID], context: Context, told: Told) -> None:
+    """Write to ``remove`` of several that are there and that nobody holds."""
+    root = context.host
+    lines = [(sysfs.removal(uuid, root), b"1") for uuid in uuids]
+    lingering: list[int] = []
+    refused: list[int] = []
+
+    def written(index: int, number: int) -> None:
+        if number not in sysfs.ON_ITS_WAY:
+            told(index, False)
+            refused.append(index)
+        elif Path(lines[index][0]).parent.exists():
+            lingering.append(index)
+        else:
+            told(index, True)
+
+    batch = context.batch(lines, written, sysfs.ON_ITS_WAY)
+    cause = await _written(batch, context, told)
+    for index in (*lingering, *sorted(batch.unknown)):
+        # it says who has it, if it does not go
+        try:
+            await _finish(_removed(uuids[index], context))
+        except DeadlineError as error:
+            raise UnsettledError(error.message, error.hint) from cause
+        told(index, True)
+    if cause is not None:
+        raise cause
+    for index in refused:
+        raise sysfs.not_removed(uuids[index], batch.results[index] or 0)
 
 
 def _usable(uuid: UUID, context: Context) -> GuestMdev:

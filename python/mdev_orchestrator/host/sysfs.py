@@ -66,6 +66,9 @@ _LIFECYCLE_FILES = frozenset(
 _LINKS_FILES = ("p2p_links", "p2p_links_free")
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
 _GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
+ON_ITS_WAY = _GONE | {0}
+"""What writing to ``remove`` gives when the device goes: a removal takes the file away first and
+the device later, and a second writer is told success, ENOENT or ENODEV."""
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -641,9 +644,7 @@ async def remove(
             await until(created, root)
             complete = True
             number = await write(os.path.join(path, "remove"), b"1")
-            # A removal takes the file away first and the device later, and a second writer is told
-            # success, ENOENT or ENODEV: all three mean "on its way".
-            if number in (0, *_GONE):
+            if number in ON_ITS_WAY:
                 await until(gone, root)
                 return
     except TimeoutError:
@@ -656,7 +657,20 @@ async def remove(
             f"mdev {uuid} was not removed within {deadline:g} s: somebody has it open",
             "the kernel ends the removal by itself when the device is released",
         ) from None
-    raise _refused(f"cannot remove mdev {uuid}", number)
+    raise not_removed(uuid, number)
+
+
+def removal(uuid: UUID, root: Path = ROOT) -> str:
+    """The file that is written to remove an mdev: in its own directory, which outlives the links.
+
+    That of one that is not there any more cannot be written either.
+    """
+    return os.path.join(os.path.realpath(directory(uuid, root) or file(uuid, "", root)), "remove")
+
+
+def not_removed(uuid: UUID, number: int) -> MdoError:
+    """What it means that writing to ``remove`` gave an errno; see :func:`remove`."""
+    return _refused(f"cannot remove mdev {uuid}", number)
 
 
 def _own_directory(uuid: UUID, root: Path) -> str:

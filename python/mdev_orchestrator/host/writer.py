@@ -38,6 +38,8 @@ Writer = Callable[[str, bytes], Awaitable[int]]
 
 CHILDREN = 16
 """Writes at the same time; a driver's own lock makes more of them pointless."""
+FINE = frozenset((0,))
+"""The result of a write that was not refused."""
 PATIENCE = 0.05
 """Seconds until a write that waits for another one gets a child of its own."""
 
@@ -100,11 +102,13 @@ class Batch:
         self,
         lines: Sequence[tuple[str, bytes]],
         told: Callable[[int, int], None] = lambda _index, _number: None,
+        fine: frozenset[int] = FINE,
     ) -> None:
         """Prepare writes.
 
         :param lines: Path and data of each; no data has a null byte.
         :param told: Called on the event loop with a write's index and result, as it becomes known.
+        :param fine: Results that are no refusal.
         """
         import asyncio
 
@@ -115,6 +119,7 @@ class Batch:
         self.results: list[int | None] = [None] * len(lines)
         self.ended: asyncio.Future[None] = loop.create_future()
         self._told = told
+        self._fine = fine
         self._waiting = deque(range(len(lines)))
         self._under_way: set[int] = set()
         self._stopped = False
@@ -169,7 +174,7 @@ class Batch:
         done, rest = taken[: len(results)], taken[len(results) :]
         self._size = max(len(done), 1) if rest else min(2 * self._size, _AT_ONCE)
         self._under_way.difference_update(done)
-        if any(results):
+        if not self._fine.issuperset(results):
             self._let_no_more_begin()
         self.give_back(rest)
         for index, number in zip(done, results, strict=False):
@@ -194,6 +199,7 @@ class Separately:
         write: Writer,
         lines: Sequence[tuple[str, bytes]],
         told: Callable[[int, int], None],
+        fine: frozenset[int] = FINE,
     ) -> None:
         """Prepare writes, as for a batch."""
         self.lines = lines
@@ -201,6 +207,7 @@ class Separately:
         self.ended: asyncio.Future[list[None]]
         self._write = write
         self._told = told
+        self._fine = fine
         self._waiting = deque(range(len(lines)))
         self._under_way: set[int] = set()
 
@@ -227,7 +234,7 @@ class Separately:
             number = await self._write(*self.lines[index])
             self._under_way.discard(index)
             self.results[index] = number
-            if number:
+            if number not in self._fine:
                 self._waiting.clear()
             self._told(index, number)
 
