@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mdev_orchestrator.engine import executor, recovery
 from mdev_orchestrator.engine.executor import Event, Moment, Observer, Planned, execute
-from mdev_orchestrator.engine.journal import Entry, Journal, Progress
+from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.steps import Context, Create, Remove, UnsettledError, encode
 from mdev_orchestrator.engine.store import Change, OwnDevice
 from mdev_orchestrator.errors import BusyError, HostError, MdoError, UuidError
@@ -101,6 +101,12 @@ def create(number: int, *needs: int) -> Planned:
 
 def remove(number: int, *needs: int) -> Planned:
     return Planned(Remove(device=device(number)), needs)
+
+
+def node(machine: Machine, number: int) -> str:
+    """The file in ``/dev`` that opens a device."""
+    link = machine.system.bus / TEXTS[number] / "iommu_group"
+    return f"/dev/vfio/{link.readlink().name}"
 
 
 class Bad(Create, frozen=True, tag="bad"):
@@ -214,6 +220,67 @@ async def test_what_is_not_needed_is_not_waited_for(machine: Machine) -> None:
     gate.set()
     await work
     assert machine.system.uuids() == set(TEXTS[:20])
+
+
+async def test_devices_that_come_together_are_written_down_together(machine: Machine) -> None:
+    notes: list[tuple[Progress, int]] = []
+    note = machine.journal.note
+
+    async def counted(
+        run: Run, progress: Progress, steps: Iterable[int], *, change: Change | None = None
+    ) -> None:
+        notes.append((progress, len(numbers := [*steps])))
+        await note(run, progress, numbers, change=change)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine.journal, "note", counted)
+        await machine.run([create(number) for number in range(64)])
+    assert notes == [(Progress.ACTING, 64), (Progress.DONE, 64)]
+    assert machine.owned == machine.system.uuids() == set(TEXTS)
+
+
+async def test_one_of_many_that_is_refused_leaves_none(machine: Machine) -> None:
+    machine.system.refuse[TEXTS[40]] = errno.EIO
+    with pytest.raises(MdoError, match="cannot create t-1 on card0: Input/output error") as caught:
+        await machine.run([create(number) for number in range(64)])
+    assert caught.value.__notes__ == ["all was undone"]
+    assert len(machine.system.writes) < 2 * 64  # those behind it were not begun
+    machine.untouched()
+
+
+async def test_what_many_wait_for_keeps_nobody_from_the_others(machine: Machine) -> None:
+    """Of devices that come together one takes its time: what needs another goes on."""
+    gate = machine.system.block[TEXTS[1]] = asyncio.Event()
+    work = asyncio.ensure_future(machine.run([create(0), create(1), create(2, 0)]))
+    wanted = [Progress.DONE, Progress.ACTING, Progress.DONE]
+    await seen(lambda: bool(machine.events) and machine.progress() == wanted)
+    gate.set()
+    await work
+
+
+async def test_devices_that_go_together_stay_when_one_is_held(machine: Machine) -> None:
+    plan = [create(number) for number in range(8)]
+    await machine.run(plan)
+    machine.system.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], [node(machine, 5)])
+    machine.system.writes.clear()
+    with pytest.raises(BusyError, match=f"mdev {UUIDS[5]} is held by"):
+        await machine.run([remove(number) for number in range(8)], "destroy")
+    assert machine.system.writes == []
+    assert machine.system.uuids() == machine.owned == set(TEXTS[:8])
+
+
+async def test_devices_that_go_together_are_all_gone(machine: Machine) -> None:
+    await machine.run([create(number) for number in range(0, 8, 2)])
+    await machine.run([remove(number) for number in range(8)], "destroy")
+    machine.untouched()
+
+
+async def test_one_of_many_that_stays_brings_the_others_back(machine: Machine) -> None:
+    await machine.run([create(number) for number in range(8)])
+    machine.system.refuse[f"{TEXTS[5]}/remove"] = errno.EIO
+    with pytest.raises(MdoError, match=f"cannot remove mdev {UUIDS[5]}"):
+        await machine.run([remove(number) for number in range(8)], "destroy")
+    assert machine.system.uuids() == machine.owned == set(TEXTS[:8])
 
 
 async def test_the_intent_is_on_the_disk_before_the_act(machine: Machine) -> None:
