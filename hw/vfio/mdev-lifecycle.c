@@ -133,17 +133,37 @@ static Member *find(MdevLifecycle *lifecycle, void *key)
     return NULL;
 }
 
-/* Return 0 or -errno, and *@value 0 or 1. */
-static int read_online(MdevLifecycle *lifecycle, const char *path, int *value)
+/*
+ * Return 0 and the text of an attribute as one line, to be freed; or -errno.
+ * It is a driver's and gets into messages: control characters become spaces.
+ */
+static int read_line(MdevLifecycle *lifecycle, const char *path,
+                     const char *attr, char **text)
 {
-    g_autofree char *text = NULL;
-    int ret = lifecycle->ops->read(lifecycle->opaque, path, MDEV_ATTR_ONLINE,
-                                   &text);
+    int ret = lifecycle->ops->read(lifecycle->opaque, path, attr, text);
+    char *each;
 
     if (ret < 0) {
         return ret;
     }
-    g_strstrip(text);
+    for (each = *text; *each; each++) {
+        if (g_ascii_iscntrl(*each)) {
+            *each = ' ';
+        }
+    }
+    g_strstrip(*text);
+    return 0;
+}
+
+/* Return 0 or -errno, and *@value 0 or 1. */
+static int read_online(MdevLifecycle *lifecycle, const char *path, int *value)
+{
+    g_autofree char *text = NULL;
+    int ret = read_line(lifecycle, path, MDEV_ATTR_ONLINE, &text);
+
+    if (ret < 0) {
+        return ret;
+    }
     if (strcmp(text, "0") && strcmp(text, "1")) {
         return -EPROTO;
     }
@@ -158,8 +178,7 @@ static int read_online(MdevLifecycle *lifecycle, const char *path, int *value)
 static int read_group(MdevLifecycle *lifecycle, const char *path, char **uuid)
 {
     g_autofree char *text = NULL;
-    int ret = lifecycle->ops->read(lifecycle->opaque, path, MDEV_ATTR_GROUP,
-                                   &text);
+    int ret = read_line(lifecycle, path, MDEV_ATTR_GROUP, &text);
 
     *uuid = NULL;
     if (ret == -ENOENT) {
@@ -168,7 +187,6 @@ static int read_group(MdevLifecycle *lifecycle, const char *path, char **uuid)
     if (ret < 0) {
         return ret;
     }
-    g_strstrip(text);
     if (text[0]) {
         *uuid = g_ascii_strdown(text, -1);
     }
@@ -309,10 +327,9 @@ static char *read_word(MdevLifecycle *lifecycle, const char *path,
 {
     g_autofree char *text = NULL;
 
-    if (lifecycle->ops->read(lifecycle->opaque, path, attr, &text) < 0) {
+    if (read_line(lifecycle, path, attr, &text) < 0) {
         return NULL;
     }
-    g_strstrip(text);
     return text[0] ? g_steal_pointer(&text) : NULL;
 }
 

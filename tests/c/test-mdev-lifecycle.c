@@ -520,6 +520,16 @@ static void test_driver_gives_reasons(Fixture *f, const void *data)
     g_assert_cmpstr(open, ==, "its group belongs to process 4711");
 }
 
+static void test_reasons_are_one_line(Fixture *f, const void *data)
+{
+    g_autofree char *start = NULL;
+
+    f->driver->start_error = ENOSPC;
+    f->driver->error = "no links\n\033[2Jleft\n";
+    g_assert_cmpint(ATTACH(0, AUTO, &start), ==, ENOSPC);
+    g_assert_nonnull(strstr(start, " (no links  [2Jleft)"));
+}
+
 static void test_failed_open_stops(Fixture *f, const void *data)
 {
     make_group(f, 2);
@@ -908,6 +918,7 @@ int main(int argc, char **argv)
     ADD("same-mdev-twice", test_same_mdev_twice);
     ADD("refused-group", test_refused_group);
     ADD("driver-gives-reasons", test_driver_gives_reasons);
+    ADD("reasons-are-one-line", test_reasons_are_one_line);
     ADD("failed-open-stops", test_failed_open_stops);
     ADD("no-online-file", test_no_online_file);
     ADD("not-writable", test_not_writable);
