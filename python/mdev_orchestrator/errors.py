@@ -18,19 +18,29 @@ Anything else that reaches the command line is a bug and is reported as one.
 """
 
 
+def one_line(text: str) -> str:
+    """A text for a terminal: one line, and nothing in it that a terminal would obey.
+
+    Messages quote what others wrote: files, drivers, QEMU. A line's end becomes a space, any other
+    character that cannot be shown is written as in Python's literals.
+    """
+    text = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class MdoError(Exception):
     """A failure that a user can act on.
 
-    :param message: One line, names the object.
-    :param hint: What to do about it; may be empty.
+    :param message: Names the object; made :func:`one_line`.
+    :param hint: What to do about it; may be empty; likewise.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = one_line(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

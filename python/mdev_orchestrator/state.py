@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from mdev_orchestrator.errors import HostError
+
+T = TypeVar("T")
 
 APP = "mdev-orchestrator"
 
@@ -58,3 +61,18 @@ def private_dir(path: Path) -> Path:
             "set MDO_STATE_DIR to a directory of your own",
         )
     return path
+
+
+def decode(data: bytes, type_: type[T]) -> T:
+    """Read a JSON file that an earlier command wrote, or somebody else since.
+
+    :raise ValueError: It is none of that type; the message is for a user.
+    """
+    import msgspec  # here, because who only asks for a directory does without it
+
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from error

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.errors import MdoError, one_line
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.executor import Event
@@ -116,7 +116,7 @@ def emit_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]
 def say(text: str) -> None:
     """Tell the user something that is no result: one line on standard error."""
     with suppress(BrokenPipeError):
-        sys.stderr.write(f"mdo: {text}\n")
+        sys.stderr.write(f"mdo: {one_line(text)}\n")
         sys.stderr.flush()
 
 
@@ -130,5 +130,4 @@ def progress(event: Event) -> None:
 def say_error(error: MdoError) -> None:
     """Print an error as one line: what happened, what could not be undone, what to do."""
     message = "; ".join((error.message, *getattr(error, "__notes__", ())))
-    line = f"{message} \u2014 {error.hint}" if error.hint else message
-    say(" ".join(line.splitlines()))
+    say(f"{message} \u2014 {error.hint}" if error.hint else message)

@@ -35,7 +35,7 @@ from mdev_orchestrator.errors import HostError, MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import Host
-from mdev_orchestrator.state import private_dir, state_dir
+from mdev_orchestrator.state import decode, private_dir, state_dir
 
 KEPT = 100
 """Kinds of parents that are remembered; the oldest are forgotten first."""
@@ -62,8 +62,8 @@ def load(place: Path | None = None) -> dict[str, Model]:
     """
     found: dict[str, Model] = {}
     try:
-        entries = msgspec.json.decode(_read((place or state_dir()) / _FILE), type=list[_Entry])
-    except (OSError, msgspec.MsgspecError, RecursionError):
+        entries = decode(_read((place or state_dir()) / _FILE), list[_Entry])
+    except (OSError, ValueError):
         return found
     for entry in entries:
         with suppress(KeyError, msgspec.ValidationError):

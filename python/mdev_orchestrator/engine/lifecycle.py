@@ -58,7 +58,7 @@ from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Ended, Guest
-from mdev_orchestrator.state import private_dir
+from mdev_orchestrator.state import decode, private_dir
 
 START_SECONDS = 30.0
 """For one group to come online."""
@@ -452,8 +452,8 @@ def _forget(file: Path) -> None:
 
 def _read(file: Path) -> Started:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Started)
-    except (OSError, msgspec.DecodeError) as error:
+        return decode(file.read_bytes(), Started)
+    except (OSError, ValueError) as error:
         raise HostError(
             f"{file} cannot be used: {error}", "remove it when you have looked"
         ) from error

@@ -173,7 +173,7 @@ def vfio_node(uuid: UUID, root: Path = ROOT) -> Path | None:
     """
     path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
     try:
-        return root / "dev/vfio" / os.path.basename(os.readlink(os.path.join(path, "iommu_group")))
+        return root / "dev/vfio" / os.path.basename(_target(os.path.join(path, "iommu_group")))
     except OSError:
         name = vfio_cdev(uuid, root)
         return None if name is None else root / "dev/vfio/devices" / name
@@ -264,6 +264,17 @@ def _fit(names: Iterable[str], damage: list[str]) -> list[str]:
     return fit
 
 
+def _target(path: str) -> str:
+    """What a link says.
+
+    :raise OSError: There is none, or it is no text that can be shown (EILSEQ).
+    """
+    target = os.readlink(path)
+    if not target.isprintable():
+        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ))
+    return target
+
+
 def _bytes(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -329,7 +340,7 @@ def _shown(text: str) -> str:
 def _parent(class_dir: str, name: str, *, with_types: bool) -> Parent | None:
     link = os.path.join(class_dir, name)
     try:
-        path = os.path.normpath(os.path.join(class_dir, os.readlink(link)))
+        path = os.path.normpath(os.path.join(class_dir, _target(link)))
     except FileNotFoundError:
         return None
     except OSError:
@@ -452,13 +463,13 @@ def _mdev(
     parent = ""
     type_id = None
     try:
-        parent = os.readlink(path).rpartition("/")[0].rpartition("/")[2]
+        parent = _target(path).rpartition("/")[0].rpartition("/")[2]
     except FileNotFoundError:
         return None
     except OSError as error:
         damage.append(f"has no link to its parent: {os.strerror(error.errno or 0)}")
     try:
-        type_id = os.readlink(path + "/mdev_type").rpartition("/")[2]
+        type_id = _target(path + "/mdev_type").rpartition("/")[2]
     except FileNotFoundError:
         if not os.path.exists(path):
             if not os.path.lexists(path):
@@ -529,7 +540,7 @@ def _leaving(path: str, uuid: UUID, parent: str) -> Mdev:
 
 def _group(path: str, damage: list[str]) -> int | None:
     try:
-        return parse_count(os.readlink(path + "/iommu_group").rpartition("/")[2])
+        return parse_count(_target(path + "/iommu_group").rpartition("/")[2])
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -48,7 +48,7 @@ from mdev_orchestrator.errors import (
 from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.lab import client, debian, driver, initramfs, l2, samples, systemd
 from mdev_orchestrator.lab.debian import Kernel, Progress
-from mdev_orchestrator.state import cache_dir, private_dir, state_dir
+from mdev_orchestrator.state import cache_dir, decode, private_dir, state_dir
 
 QEMU = "qemu-system-x86_64"
 EXEC_PORTS = 8
@@ -168,9 +168,10 @@ def _is_being_made(directory: Path) -> bool:
 def _read(directory: Path) -> Lab | None:
     """What a lab's record says; None when that is nothing to rely on."""
     try:
-        return Lab(**json.loads((directory / RECORD).read_bytes()))
-    except (ValueError, TypeError):
+        lab = decode((directory / RECORD).read_bytes(), Lab)
+    except ValueError:
         return None
+    return lab if lab.name == directory.name else None
 
 
 def look(name: str) -> Lab | None:

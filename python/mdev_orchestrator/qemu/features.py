@@ -13,7 +13,7 @@ import msgspec
 
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.qemu.monitor import CommandError, Monitor
-from mdev_orchestrator.state import cache_dir
+from mdev_orchestrator.state import cache_dir, decode
 
 START = "mdev-start"
 """The property of a vfio device in a QEMU that starts groups by itself (docs/qemu.md)."""
@@ -121,8 +121,8 @@ async def _ask(qemu: str, driver: str, deadline: float) -> str | None:
 
 def _read() -> list[_Entry]:
     try:
-        return msgspec.json.decode((cache_dir() / _CACHE).read_bytes(), type=list[_Entry])
-    except (OSError, msgspec.DecodeError):
+        return decode((cache_dir() / _CACHE).read_bytes(), list[_Entry])
+    except (OSError, ValueError):
         return []
 
 

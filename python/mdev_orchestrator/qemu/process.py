@@ -65,7 +65,7 @@ from mdev_orchestrator.qemu.command import (
     guest_argv,
 )
 from mdev_orchestrator.qemu.remedies import remedy
-from mdev_orchestrator.state import private_dir, state_dir
+from mdev_orchestrator.state import decode, private_dir, state_dir
 
 Around = Callable[[Path], contextlib.AbstractAsyncContextManager[object]]
 """Takes a guest's directory; what must be true before QEMU begins, and is undone if it fails."""
@@ -280,11 +280,7 @@ def _read_record(directory: Path) -> Record:
     :raise ValueError: It is none of this guest's.
     :raise OSError: It cannot be read.
     """
-    data = (directory / RECORD).read_bytes()
-    try:
-        record = msgspec.json.decode(data, type=Record)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    record = decode((directory / RECORD).read_bytes(), Record)
     if record.name != directory.name:
         raise ValueError(f"it is of guest {record.name!r}")
     return record

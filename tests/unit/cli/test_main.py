@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.errors import MdoError
 from unit.fakesys import FakeSystem
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -454,3 +456,14 @@ def test_watch_ends_when_told(cards: FakeSystem, number: signal.Signals, code: i
         process.send_signal(number)
         assert process.communicate()[1] == "mdo: interrupted\n"
         assert process.returncode == code
+
+
+def test_nothing_that_others_wrote_reaches_the_terminal_as_a_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = MdoError("the driver says \x1b[2J", "see\u202e dmesg\r\n, \ud800 too")
+    error.add_note("and \x07")
+    output.say_error(error)
+    said = capsys.readouterr().err
+    expected = r"mdo: the driver says \x1b[2J; and \x07 — see\u202e dmesg , \ud800 too"
+    assert said == expected + "\n"
