@@ -5,6 +5,7 @@
 # make test-qemu      the patched QEMUs, built and run with every driver
 # make test-crash     mdo killed before and after every step, in the lab
 # make test-faults    every step failing, for every reason, in the lab
+# make test-fuzz      every parser fuzzed for ten minutes each
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make check          linters only
 # make bench          speeds, as ratios
@@ -13,7 +14,7 @@
 
 MDO = .venv/bin/mdo
 
-.PHONY: setup demo test test-qemu test-crash test-faults test-qemu-own check bench lab-shell clean
+.PHONY: setup demo test test-qemu test-crash test-faults test-fuzz test-qemu-own check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -32,6 +33,10 @@ test-crash: setup
 
 test-faults: setup
 	@.venv/bin/python tools/run-tests faults-6.12
+
+test-fuzz:
+	@tools/setup fuzz
+	@.venv/bin/python tools/run-tests fuzz-parsers
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal: a damaged file, and rows that nobody wrote so."""
+
+import contextlib
+import sqlite3
+
+from fuzz import harness
+from mdev_orchestrator.engine import recovery, steps, store
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.store import Owned
+from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.host.process import boot_id
+
+PLACE = harness.scratch()
+FILE = PLACE / "damaged/journal.db"
+FILE.parent.mkdir(mode=0o700)
+ROW = {
+    "device": "INSERT INTO device VALUES (?, CAST(? AS TEXT))",
+    "guest": "INSERT INTO guest VALUES (?, CAST(? AS TEXT))",
+    "spec": "INSERT INTO spec VALUES (?, CAST(? AS TEXT))",
+}
+_JOURNAL: list[Journal] = []
+
+
+def one(data: bytes) -> None:
+    """The input: an SQLite file, or records ``device KEY``, ``step PROGRESS NEEDS``…"""
+    try:
+        if data.startswith(b"SQLite"):
+            _file(data)
+        else:
+            _rows(data)
+    except MdoError as error:
+        harness.check_message(error)
+
+
+def _file(data: bytes) -> None:
+    try:
+        FILE.write_bytes(data)
+        _use(store.read_owned(FILE))
+        with Journal.open(FILE) as journal:
+            _use(journal.owned())
+            recovery.pending(journal)
+    finally:
+        for file in FILE.parent.iterdir():
+            file.unlink()
+
+
+def _rows(data: bytes) -> None:
+    if not _JOURNAL:
+        _JOURNAL.append(Journal.open(PLACE / "journal.db"))
+    journal = _JOURNAL[0]
+    db = journal._db
+    db.execute("BEGIN")
+    try:
+        _insert(db, data)
+        _use(journal.owned())
+        recovery.pending(journal)
+        for run in journal.open_runs():
+            for entry in journal.steps(run):
+                _step(entry.data)
+    finally:
+        db.execute("ROLLBACK")
+
+
+def _insert(db: sqlite3.Connection, data: bytes) -> None:
+    """Bytes become text as they are, in UTF-8 or not."""
+    run = "INSERT INTO run VALUES (1, ?, 'title', 4194304, 1, ?, 0, NULL, NULL)"
+    db.execute(run, ("destroy" if data.endswith(b"!") else "apply", boot_id()))
+    for number, (what, text) in enumerate(harness.records(data)):
+        table, _, key = what.partition(" ")
+        with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
+            if table == "step":
+                progress, _, needs = key.partition(" ")
+                row = (number, needs, text, progress)
+                db.execute("INSERT INTO step VALUES (1, ?, ?, CAST(? AS TEXT), ?, '')", row)
+            elif table in ROW:
+                db.execute(ROW[table], (key, text))
+
+
+def _use(owned: Owned) -> None:
+    for guest in owned.guests.values():
+        with contextlib.suppress(MdoError):
+            steps.guest_spec(guest, [])
+
+
+def _step(text: str) -> None:
+    step = steps.decode(text)
+    assert steps.decode(steps.encode(step)) == step
+    str(step).encode()
+    assert all(isinstance(claim, str) for claim in step.claims)
+    with contextlib.suppress(MdoError):
+        step.inverse()
