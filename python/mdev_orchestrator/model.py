@@ -9,9 +9,10 @@ never hides the objects beside it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID, uuid5
+
+from msgspec import Struct
 
 from mdev_orchestrator.errors import RequestError, UuidError
 
@@ -104,8 +105,7 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class MdevType:
+class MdevType(Struct, frozen=True):
     """One directory below ``mdev_supported_types`` of a parent.
 
     :ivar id: The directory's name, for instance ``nvidia-12``; unique within the parent.
@@ -124,12 +124,11 @@ class MdevType:
     available_instances: int | None
     device_api: str | None
     description: str | None = None
-    attributes: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = {}
     damage: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Parent:
+class Parent(Struct, frozen=True):
     """A device that mdevs can be created on: an entry of ``/sys/class/mdev_bus``.
 
     :ivar name: Kernel name of the device.
@@ -148,12 +147,11 @@ class Parent:
     damage: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Mdev:
+class Mdev(Struct, frozen=True):
     """One mediated device: an entry of ``/sys/bus/mdev/devices``.
 
-    :ivar path: ``/sys/bus/mdev/devices/UUID``, what QEMU takes as ``sysfsdev``; the device's own
-        directory when it is being removed.
+    :ivar directory: ``/sys/bus/mdev/devices/UUID``, what QEMU takes as ``sysfsdev``; the device's
+        own directory when it is being removed. A text, since a host has thousands.
     :ivar parent: Name of the parent device.
     :ivar type_id: Id of its type, ``None`` while the kernel has not linked it yet.
     :ivar device_api: As its type says.
@@ -164,7 +162,7 @@ class Mdev:
     """
 
     uuid: UUID
-    path: Path
+    directory: str
     parent: str
     type_id: str | None
     device_api: str | None = None
@@ -174,9 +172,13 @@ class Mdev:
     params: str | None = None
     damage: tuple[str, ...] = ()
 
+    @property
+    def path(self) -> Path:
+        """Its ``directory``."""
+        return Path(self.directory)
 
-@dataclass(frozen=True, slots=True)
-class StartGroup:
+
+class StartGroup(Struct, frozen=True):
     """The mdevs of one parent that come online together, all or none.
 
     :ivar parent: Name of the parent device.
@@ -199,8 +201,7 @@ class StartGroup:
         return f"start group {self.uuid}"
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(Struct, frozen=True):
     """One scan of the machine; nothing in it is younger than the others by more than the scan.
 
     :ivar parents: In natural order of their names.

@@ -107,7 +107,7 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
     """The documented JSON shape of one mdev; with ``holders`` when they were looked for."""
     result: dict[str, Any] = {
         "uuid": str(mdev.uuid),
-        "path": str(mdev.path),
+        "path": mdev.directory,
         "parent": mdev.parent,
         "type": mdev.type_id,
         "device_api": mdev.device_api,

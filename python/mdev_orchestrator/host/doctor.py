@@ -101,7 +101,7 @@ def _nodes(host: Host, root: Path) -> Iterator[Finding]:
         subject = str(mdev.uuid)
         if node is None:
             yield Finding("fault", subject, "it has no IOMMU group", VFIO_REMEDY)
-        elif not node.exists():
+        elif not Path(node).exists():
             yield Finding("fault", subject, f"{node} is not there", "udevadm trigger -s vfio")
         elif not may_open(node):
             yield Finding(

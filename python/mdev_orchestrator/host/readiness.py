@@ -16,8 +16,9 @@ from pathlib import Path
 from uuid import UUID
 
 from mdev_orchestrator.errors import DeadlineError, HostError
+from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
-from mdev_orchestrator.host.sysfs import ROOT, vfio_node
+from mdev_orchestrator.host.sysfs import ROOT
 
 PERMISSION_REMEDY = (
     'udev rule: SUBSYSTEM=="vfio", OWNER="root", GROUP="kvm", MODE="0660" in '
@@ -34,22 +35,22 @@ def missing(uuid: UUID, root: Path = ROOT, user: str | None = None) -> tuple[str
     :return: ``None`` when it is ready.
     :raise HostError: There is no such user.
     """
-    device = root / "sys/bus/mdev/devices" / str(uuid)
-    if not device.exists():
-        return "it is not on the mdev bus", "see the kernel log: its driver may have taken it back"
-    if not os.path.lexists(device / "mdev_type"):
+    if not os.path.lexists(sysfs.file(uuid, "mdev_type", root)):
+        if not os.path.exists(sysfs.file(uuid, "", root)):
+            remedy = "see the kernel log: its driver may have taken it back"
+            return "it is not on the mdev bus", remedy
         return "the kernel has not linked its type", "see the kernel log"
-    node = vfio_node(uuid, root)
+    node = sysfs.vfio_node(uuid, root)
     if node is None:
         return "it has no IOMMU group", "modprobe vfio_iommu_type1, then see the kernel log"
-    if not node.exists():
+    if may_open(node, user):
+        return None
+    if not os.path.exists(node):
         return f"{node} is not there", "is udev running, or /dev a devtmpfs?"
-    if not may_open(node, user):
-        return f"{user or 'this user'} may not read and write {node}", PERMISSION_REMEDY
-    return None
+    return f"{user or 'this user'} may not read and write {node}", PERMISSION_REMEDY
 
 
-def may_open(path: Path, user: str | None = None) -> bool:
+def may_open(path: str | Path, user: str | None = None) -> bool:
     """Whether ``user`` may read and write a node; this process without one.
 
     For another user only the permission bits are looked at, not access control lists.
@@ -63,7 +64,7 @@ def may_open(path: Path, user: str | None = None) -> bool:
     except KeyError:
         raise HostError(f"there is no user {user!r}") from None
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return False
     groups = os.getgrouplist(user, account.pw_gid)
@@ -80,6 +81,8 @@ async def wait_ready(
     :raise DeadlineError: Something is still missing; says what, and how to mend it.
     :raise HostError: There is no such user.
     """
+    if missing(uuid, root, user) is None:
+        return
     try:
         async with asyncio.timeout(deadline):
             await until(lambda: missing(uuid, root, user) is None, root)
@@ -92,9 +95,9 @@ async def wait_ready(
         ) from None
 
 
-def group_name(path: Path) -> str:
+def group_name(path: str | Path) -> str:
     """Name or number of the group that a node belongs to."""
-    number = path.stat().st_gid
+    number = os.stat(path).st_gid
     try:
         return grp.getgrgid(number).gr_name
     except KeyError:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from uuid import UUID
 
@@ -54,6 +54,8 @@ ROOT = Path("/")
 TEXT_LIMIT = 64 * 1024
 """Bytes; the kernel's own limit for one sysfs file is a page."""
 
+_PAGE = 4096
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _CORE_FILES = frozenset(
     ("create", "name", "available_instances", "device_api", "description", "devices", "uevent")
 )
@@ -63,6 +65,8 @@ PARAMS_FILES = ("vgpu_params", "nvidia/vgpu_params")
 _LIFECYCLE_FILES = frozenset(
     name.partition("/")[0] for name in (GROUP_FILE, _ONLINE_FILE, *PARAMS_FILES)
 )
+_Kind = tuple[str, str | None]
+"""What mdevs have in common: parent and type."""
 _LINKS_FILES = ("p2p_links", "p2p_links_free")
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
 _GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
@@ -94,29 +98,35 @@ def scan(root: Path = ROOT, *, types: bool = True) -> Host:
         for name in sorted(_fit(parent_names or (), damage), key=natural_key)
         if (parent := _parent(class_dir, name, with_types=types)) is not None
     )
-    apis = {(type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types}
-    found: list[tuple[str, str, Mdev]] = []
-    linked = set(mdev_names or ())
-    bare: set[tuple[str, str]] = set()
+    homes: dict[str, tuple[str, str]] = {}
     for parent in parents:
-        for name in _list(os.fspath(parent.path)) or ():
-            if name in linked or not is_uuid(name):
-                continue
-            path = f"{parent.path}/{name}"
-            if not os.path.lexists(f"{bus_dir}/{name}") and os.path.exists(path):
-                found.append((parent.name, name, _leaving(path, UUID(name), parent.name)))
-    for name in mdev_names or ():
-        if not is_uuid(name):
+        path = os.fspath(parent.path)
+        for name in _list(path) or ():
+            if is_uuid(name):
+                homes[name] = parent.name, f"{path}/{name}"
+    apis: dict[_Kind, str | None] = {
+        (type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types
+    }
+    linked = set(mdev_names or ())
+    found: dict[str, list[Mdev]] = {}
+    kinds: dict[_Kind, frozenset[str]] = {}
+    for name in sorted(linked.union(homes)):
+        home = homes.get(name)
+        if home is None and not is_uuid(name):
             damage.append(f"{_shown(name)} on the mdev bus is not a UUID")
             continue
-        mdev = _mdev(bus_dir, name, UUID(name), apis, bare)
+        link = f"{bus_dir}/{name}"
+        if name in linked:
+            mdev = _mdev(link, UUID(name), home, apis, kinds)
+        elif home is not None and not os.path.lexists(link):
+            mdev = _leaving(UUID(name), *home)
+        else:
+            mdev = None  # it came after the bus was listed
         if mdev is not None:
-            found.append((mdev.parent, name, mdev))
-    keys = {parent: natural_key(parent) for parent, _, _ in found}
-    found.sort(key=lambda entry: (keys[entry[0]], entry[1]))
+            found.setdefault(mdev.parent, []).append(mdev)
     return Host(
         parents=parents,
-        mdevs=tuple(mdev for _, _, mdev in found),
+        mdevs=tuple(mdev for parent in sorted(found, key=natural_key) for mdev in found[parent]),
         mdev_bus=parent_names is not None or mdev_names is not None,
         damage=tuple(damage),
     )
@@ -130,26 +140,10 @@ def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
     path = directory(uuid, root)
     if path is None:
         return None
-    bus_dir, name = os.path.split(path)
-    if bus_dir != os.path.join(root, "sys/bus/mdev/devices"):
-        return _leaving(path, uuid, os.path.basename(bus_dir))
-    damage: list[str] = []
-    api = _text(os.path.join(path, "mdev_type/device_api"), damage, optional=True)
-    mdev = _mdev(bus_dir, name, uuid, {}, set())
-    if mdev is None:
-        return None
-    return Mdev(
-        uuid=mdev.uuid,
-        path=mdev.path,
-        parent=mdev.parent,
-        type_id=mdev.type_id,
-        device_api=api,
-        iommu_group=mdev.iommu_group,
-        group_uuid=mdev.group_uuid,
-        online=mdev.online,
-        params=mdev.params,
-        damage=mdev.damage + tuple(damage),
-    )
+    where = os.path.dirname(path)
+    if where != os.path.join(root, "sys/bus/mdev/devices"):
+        return _leaving(uuid, os.path.basename(where), path)
+    return _mdev(path, uuid, None, None, {})
 
 
 def directory(uuid: UUID, root: Path = ROOT) -> str | None:
@@ -165,18 +159,18 @@ def directory(uuid: UUID, root: Path = ROOT) -> str | None:
     return None
 
 
-def vfio_node(uuid: UUID, root: Path = ROOT) -> Path | None:
+def vfio_node(uuid: UUID, root: Path = ROOT) -> str | None:
     """The device node that a user of this mdev opens; ``None`` until the kernel has named it.
 
     ``/dev/vfio/GROUP`` where there is an IOMMU group, ``/dev/vfio/devices/vfioN`` otherwise. The
     node itself need not be there yet.
     """
-    path = os.path.join(root, "sys/bus/mdev/devices", str(uuid))
     try:
-        return root / "dev/vfio" / os.path.basename(_target(os.path.join(path, "iommu_group")))
+        group = _last(_target(file(uuid, "iommu_group", root)))
     except OSError:
         name = vfio_cdev(uuid, root)
-        return None if name is None else root / "dev/vfio/devices" / name
+        return None if name is None else os.path.join(root, "dev/vfio/devices", name)
+    return os.path.join(root, "dev/vfio", group)
 
 
 def vfio_cdev(uuid: UUID, root: Path = ROOT) -> str | None:
@@ -275,46 +269,45 @@ def _target(path: str) -> str:
     return target
 
 
-def _bytes(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        data = os.read(fd, TEXT_LIMIT + 1)
-        # sysfs gives a whole value at once; only other file systems make short reads
-        while data and len(data) <= TEXT_LIMIT and (more := os.read(fd, TEXT_LIMIT)):
-            data += more
-        return data
-    finally:
-        os.close(fd)
-
-
 def _text(
     path: str, damage: list[str], *, optional: bool = False, empty: bool = False
 ) -> str | None:
     """Text of a file, stripped; ``None`` and an entry in ``damage`` if it cannot be shown."""
-    name = path.rpartition("/")[2]
     try:
-        data = _bytes(path)
+        fd = os.open(path, _READ)
+        try:
+            data = os.read(fd, _PAGE)
+            if len(data) == _PAGE:  # else it is the whole value: sysfs gives that at once
+                while len(data) <= TEXT_LIMIT and (more := os.read(fd, TEXT_LIMIT)):
+                    data += more
+        finally:
+            os.close(fd)
     except OSError as error:
         if not (optional and error.errno in _GONE):
-            damage.append(f"{name} cannot be read: {os.strerror(error.errno or 0)}")
+            damage.append(f"{_last(path)} cannot be read: {os.strerror(error.errno or 0)}")
         return None
     if len(data) > TEXT_LIMIT:
-        damage.append(f"{name} is larger than {TEXT_LIMIT // 1024} KiB")
+        damage.append(f"{_last(path)} is larger than {TEXT_LIMIT // 1024} KiB")
         return None
     try:
         text = data.decode().strip()
     except UnicodeDecodeError:
-        damage.append(f"{name} is not UTF-8")
+        damage.append(f"{_last(path)} is not UTF-8")
         return None
     if not text and not empty:
-        damage.append(f"{name} is empty")
+        damage.append(f"{_last(path)} is empty")
         return None
     if not text.isprintable() and any(
         not line.isprintable() for line in text.replace("\t", " ").split("\n")
     ):
-        damage.append(f"{name} contains control characters")
+        damage.append(f"{_last(path)} contains control characters")
         return None
     return text
+
+
+def _last(path: str) -> str:
+    """The last part of a path or of what a link reads."""
+    return path.rpartition("/")[2]
 
 
 def parse_count(text: str) -> int:
@@ -414,92 +407,99 @@ def _type(path: str, id_: str, parent: str) -> MdevType | None:
 
 def _attributes(path: str, into: dict[str, str], damage: list[str]) -> None:
     """Collect the vendor's one-value files: beside the core's and one directory below."""
-    subdirectories = []
+    directories = []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name in _CORE_FILES:
                 continue
             if entry.is_dir(follow_symlinks=False):
-                subdirectories.append(entry.path)
+                directories.append(entry.name)
             else:
-                _attribute(entry, entry.name, into, damage)
-    for directory in sorted(subdirectories):
-        prefix = os.path.basename(directory)
-        try:
-            files = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        except OSError:
-            continue  # gone meanwhile: it held nothing that the core knows
-        for entry in files:
-            name = entry.name if entry.name not in into else f"{prefix}/{entry.name}"
-            _attribute(entry, name, into, damage)
+                _attribute(path, entry.name, into, damage)
+    for directory in sorted(directories):
+        # one that is gone meanwhile held nothing that the core knows
+        for name in sorted(_list(f"{path}/{directory}") or ()):
+            _attribute(f"{path}/{directory}", name, into, damage)
 
 
-def _attribute(entry: os.DirEntry[str], name: str, into: dict[str, str], damage: list[str]) -> None:
+def _attribute(directory: str, name: str, into: dict[str, str], damage: list[str]) -> None:
+    path = f"{directory}/{name}"
     try:
-        mode = entry.stat(follow_symlinks=False).st_mode
+        mode = os.lstat(path).st_mode
     except OSError:
         return
     if not _fit((name,), damage) or not stat.S_ISREG(mode) or not mode & 0o444:
         return
-    text = _text(entry.path, damage, optional=True, empty=True)
+    text = _text(path, damage, optional=True, empty=True)
     if text is not None:
-        into[name] = text
+        into[name if name not in into else f"{_last(directory)}/{name}"] = text
 
 
 def _mdev(
-    bus_dir: str,
-    name: str,
+    link: str,
     uuid: UUID,
-    apis: dict[tuple[str, str], str | None],
-    bare: set[tuple[str, str]],
+    home: tuple[str, str] | None,
+    apis: Mapping[_Kind, str | None] | None,
+    kinds: dict[_Kind, frozenset[str]],
 ) -> Mdev | None:
-    """Read what the bus shows of one mdev.
+    """Read one mdev of the bus.
 
-    :param bare: Parents and types whose mdevs have none of the optional files, and will not be
-        asked again; added to here.
+    :param link: Its entry on the bus.
+    :param home: Its parent's name and its directory there, if known: the link tells them too, but
+        links are slow to follow.
+    :param apis: Each kind's ``device_api``; without them its own type is asked.
+    :param kinds: Which of ``_LIFECYCLE_FILES`` each kind has, so far; added to here.
     """
-    path = f"{bus_dir}/{name}"
     damage: list[str] = []
-    parent = ""
-    type_id = None
     try:
-        parent = _target(path).rpartition("/")[0].rpartition("/")[2]
+        parent, path = home or _home(link)
     except FileNotFoundError:
         return None
     except OSError as error:
         damage.append(f"has no link to its parent: {os.strerror(error.errno or 0)}")
+        parent, path = "", link
+    type_id = None
     try:
-        type_id = _target(path + "/mdev_type").rpartition("/")[2]
+        type_id = _last(_target(f"{path}/mdev_type"))
     except FileNotFoundError:
+        if not os.path.lexists(link):  # its removal began meanwhile
+            return _leaving(uuid, parent, path)
         if not os.path.exists(path):
-            if not os.path.lexists(path):
-                return None
             damage.append("its link leads nowhere")
     except OSError as error:
         damage.append(f"mdev_type cannot be read: {os.strerror(error.errno or 0)}")
+    kind = parent, type_id
+    files = kinds.get(kind)
+    if files is None:
+        # A driver's files are added before the type is linked and removed after it, so a device
+        # that has its link when they have been listed tells for all of its kind.
+        files = _LIFECYCLE_FILES.intersection(_list(path) or ())
+        if type_id is not None and os.path.lexists(f"{path}/mdev_type"):
+            kinds[kind] = files
     group = _group(path, damage)
-    start_group = online = params = None
-    if type_id is None or (parent, type_id) not in bare:
-        # one listing costs less than four opens that fail; and the type is linked after a driver
-        # has added its files, so a device without any tells for all of its kind
-        names = _list(path) or ()
-        if _LIFECYCLE_FILES.isdisjoint(names):
-            if type_id is not None and "mdev_type" in names:
-                bare.add((parent, type_id))
-        else:
-            start_group, online, params = _lifecycle(path, names, damage)
+    start_group, online, params = _lifecycle(path, files, damage) if files else (None, None, None)
+    if apis is not None:
+        api = apis.get(kind)
+    else:
+        api = _text(f"{path}/mdev_type/device_api", damage, optional=True)
     return Mdev(
         uuid=uuid,
-        path=Path(path),
+        directory=link,
         parent=parent,
         type_id=type_id,
-        device_api=apis.get((parent, type_id)) if type_id is not None else None,
+        device_api=api,
         iommu_group=group,
         group_uuid=start_group,
         online=online,
         params=params,
         damage=tuple(damage),
     )
+
+
+def _home(link: str) -> tuple[str, str]:
+    """An mdev's parent and directory, as its link on the bus has them."""
+    path = os.path.normpath(os.path.join(os.path.dirname(link), _target(link)))
+    return os.path.basename(os.path.dirname(path)), path
 
 
 def _lifecycle(
@@ -525,12 +525,14 @@ def _lifecycle(
     return group, online, params
 
 
-def _leaving(path: str, uuid: UUID, parent: str) -> Mdev:
-    """What is left of an mdev whose removal is under way."""
+def _leaving(uuid: UUID, parent: str, path: str) -> Mdev | None:
+    """What is left of an mdev whose removal is under way, if anything is."""
+    if not os.path.exists(path):
+        return None
     damage = ["it is being removed, and the kernel waits for whoever has it open"]
     return Mdev(
         uuid=uuid,
-        path=Path(path),
+        directory=path,
         parent=parent,
         type_id=None,
         iommu_group=_group(path, damage),
@@ -540,7 +542,7 @@ def _leaving(path: str, uuid: UUID, parent: str) -> Mdev:
 
 def _group(path: str, damage: list[str]) -> int | None:
     try:
-        return parse_count(_target(path + "/iommu_group").rpartition("/")[2])
+        return parse_count(_last(_target(f"{path}/iommu_group")))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -74,7 +74,7 @@ class Driver:
 
 def host(*drivers: Driver) -> Host:
     mdevs = tuple(
-        Mdev(uuid, Path("/sys/bus/mdev/devices") / str(uuid), driver.name, type_, "vfio-pci")
+        Mdev(uuid, f"/sys/bus/mdev/devices/{uuid}", driver.name, type_, "vfio-pci")
         for driver in drivers
         for uuid, type_ in driver.devices
     )

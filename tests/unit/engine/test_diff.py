@@ -58,7 +58,7 @@ class World:
 
     def seen(self) -> Seen:
         mdevs = tuple(
-            Mdev(uuid, BUS / str(uuid), parent, type_, "vfio-pci", group_uuid=group)
+            Mdev(uuid, str(BUS / str(uuid)), parent, type_, "vfio-pci", group_uuid=group)
             for uuid, (parent, type_, group) in sorted(self.devices.items())
         )
         host = Host(tuple(driver.parent() for driver in self.parents), mdevs)

@@ -9,13 +9,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mdev_orchestrator.errors import HostError, RequestError, UnknownError
 from mdev_orchestrator.interop import mdevctl
@@ -106,8 +106,8 @@ def put(where: Path, definition: Definition, text: str | bytes | None = None) ->
 
 
 def device(uuid: UUID, parent: str, type_: str, **more: object) -> Mdev:
-    path = Path("/sys/bus/mdev/devices") / str(uuid)
-    return replace(Mdev(uuid=uuid, path=path, parent=parent, type_id=type_), **more)  # type: ignore[arg-type]
+    mdev = Mdev(uuid, f"/sys/bus/mdev/devices/{uuid}", parent, type_)
+    return replace(mdev, **more)
 
 
 # ---- JSON ----

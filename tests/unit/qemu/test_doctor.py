@@ -22,7 +22,7 @@ esac
 
 def mdev(parent: str, *, online: bool | None = False) -> Mdev:
     uuid = uuid4()
-    return Mdev(uuid, Path("/sys/bus/mdev/devices", str(uuid)), parent, "t", online=online)
+    return Mdev(uuid, f"/sys/bus/mdev/devices/{uuid}", parent, "t", online=online)
 
 
 @pytest.mark.parametrize(
