@@ -16,7 +16,7 @@ address (an I/O BAR, if the device has no other), and switched their decoding on
 driver's probe does first, it holds for any vendor and any guest, and it can be seen from outside;
 firmware does it too for a device that is there when it runs. A guest that finds a device and has no
 driver for it assigns addresses but leaves decoding off: that device is not taken. There is no event
-for it, so it is asked for a few times a second.
+for it, so it is asked for, often at first and then a few times a second.
 
 **Detached** means ``DEVICE_DELETED``: QEMU has closed the device. ``device_del`` only asks the
 guest. One without an operating system never answers, and what was asked before it booted may be
@@ -54,6 +54,7 @@ ASK_AGAIN_SECONDS = 10.0
 """Longer than the five seconds in which a second press of a PCIe attention button takes the first
 one back; QEMU refuses to press it earlier anyway."""
 LOOK_SECONDS = 0.2
+FIRST_LOOK_SECONDS = 0.02
 
 PERIPHERAL = "/machine/peripheral"
 ANONYMOUS = "/machine/peripheral-anon"
@@ -340,6 +341,7 @@ async def wait_taken(guest: Guest, uuid: UUID, deadline: float = ATTACH_SECONDS)
 async def _until_taken(qmp: Monitor, device: Device, end: float, deadline: float) -> None:
     """Return when the guest has taken the device."""
     loop = asyncio.get_running_loop()
+    pause = FIRST_LOOK_SECONDS
     with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device.id) as events:
         while True:
             buses = await qmp.execute("query-pci", list[_PciBus])
@@ -352,8 +354,9 @@ async def _until_taken(qmp: Monitor, device: Device, end: float, deadline: float
                     f"{qmp.who} has not taken {device.id} within {deadline:g} s; it stays plugged",
                     "the guest may still boot or lack a driver; see mdo guest console, or detach",
                 )
-            if await events.next(min(LOOK_SECONDS, left)):
+            if await events.next(min(pause, left)):
                 raise QemuError(f"{qmp.who}: {device.id} was unplugged while waiting for the guest")
+            pause = min(1.5 * pause, LOOK_SECONDS)
 
 
 def _functions(buses: Sequence[_PciBus]) -> Iterator[_PciDevice]:
