@@ -163,12 +163,12 @@ async def _alone(
     try:
         yield run
     except asyncio.CancelledError as error:
-        if not book.steps(run):
+        if not book.has_steps(run):
             error.add_note("nothing was changed")
         raise
     finally:
         # one that has steps has come to its end, or stays open for recovery
-        if not book.steps(run):
+        if not book.has_steps(run):
             await book.end(run, "done")
 
 

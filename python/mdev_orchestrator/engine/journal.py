@@ -210,6 +210,12 @@ class Journal:
                     raise ValueError(f"step {entry.number} of run {run.id} has no place in it")
         return entries
 
+    def has_steps(self, run: Run) -> bool:
+        """Whether a run knows what to do, or knew it."""
+        with explained(self.path):
+            query = "SELECT EXISTS (SELECT 1 FROM step WHERE run = ?)"
+            return bool(self._db.execute(query, (run.id,)).fetchone()[0])
+
     # ---- writing --------------------------------------------------------------------------------
 
     async def begin(
@@ -397,14 +403,10 @@ class Journal:
 
     def _put(self, table: str, key: str, rows: Mapping[Any, msgspec.Struct | None]) -> None:
         # table and key are words of this module
-        for name, value in rows.items():
-            if value is None:
-                self._db.execute(f"DELETE FROM {table} WHERE {key} = ?", (str(name),))  # noqa: S608
-            else:
-                self._db.execute(
-                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?)",  # noqa: S608
-                    (str(name), msgspec.json.encode(value).decode()),
-                )
+        gone = [(str(name),) for name, value in rows.items() if value is None]
+        kept = [(str(name), _json(value)) for name, value in rows.items() if value is not None]
+        self._db.executemany(f"DELETE FROM {table} WHERE {key} = ?", gone)  # noqa: S608
+        self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", kept)  # noqa: S608
 
     async def _write(self, change: Callable[[], T]) -> T:
         """Run ``change`` in a transaction that it may share with others; durable on return."""
