@@ -4,11 +4,15 @@
 Two places, each with an environment variable that names another: the state directory
 (``MDO_STATE_DIR``: guests, labs) and the cache (``MDO_CACHE_DIR``: kernels, builds; may be
 deleted at any time). Both follow the XDG base directory specification otherwise.
+
+What stands in the state directory is believed: which process a guest is, which mdevs are ours. So
+the directory has to be ours alone, and nobody else may be able to put another one in its place.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,8 +32,13 @@ def _base(own: str, xdg: str, fallback: str) -> Path:
 
 
 def state_dir() -> Path:
-    """Directory for what must outlive a command; not created here."""
-    return _base("MDO_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+    """Directory for what must outlive a command; not created here.
+
+    :raise HostError: Somebody else could change what stands there.
+    """
+    path = _base("MDO_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+    _check_ours(path)
+    return path
 
 
 def cache_dir() -> Path:
@@ -43,24 +52,54 @@ def journal_path() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` with mode 0700, or check that it is a directory of ours.
+    """Create ``path`` with mode 0700, or check that it is a directory of ours alone.
 
-    :raise HostError: It belongs to somebody else, is no directory, or cannot be made.
+    :raise HostError: Somebody else could change what stands there, it is no directory, or cannot be
+        made.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.mkdir(exist_ok=True, mode=0o700)
-        status = path.lstat()
+        for place in (*reversed(path.parents), path):  # pathlib makes parents for all to read
+            if not os.path.lexists(place):
+                place.mkdir(mode=0o700)
+    except FileExistsError:
+        pass  # somebody was quicker; what it is, is said below
     except OSError as error:
         raise HostError(f"cannot create directory {path}: {error.strerror}") from error
-    if not path.is_dir() or path.is_symlink():
-        raise HostError(f"{path} is not a directory", "remove it or set MDO_STATE_DIR")
-    if status.st_uid != os.geteuid():
-        raise HostError(
-            f"{path} belongs to user {status.st_uid}, not to you",
-            "set MDO_STATE_DIR to a directory of your own",
-        )
+    _check_ours(path)
     return path
+
+
+def _check_ours(path: Path) -> None:
+    """See that a directory, as far as it is there, is ours alone and stays where it is.
+
+    It is no link, is ours, and others cannot write to it. All that it stands in, as it is called
+    and as links lead there, is ours or root's; others cannot write to that either, unless it is
+    sticky, as ``/tmp`` is.
+
+    :raise HostError: It is otherwise.
+    """
+    for place in (path, *path.parents, *Path(os.path.realpath(path)).parents):
+        above = place != path
+        try:
+            status = place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise HostError(f"cannot look at {place}: {error.strerror}") from error
+        if not above and not stat.S_ISDIR(status.st_mode):
+            raise HostError(f"{path} is not a directory", "remove it or set MDO_STATE_DIR")
+        if status.st_uid not in {os.geteuid(), 0 if above else os.geteuid()}:
+            raise HostError(
+                f"{place} belongs to user {status.st_uid}, not to you",
+                "set MDO_STATE_DIR to a directory of your own",
+            )
+        sticky = above and status.st_mode & stat.S_ISVTX
+        if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022 and not sticky:
+            raise HostError(
+                f"{place} can be written by others (mode {stat.S_IMODE(status.st_mode):04o}), "
+                "and mdo believes what stands there",
+                f"chmod go-w {place}, or set MDO_STATE_DIR to a directory of your own",
+            )
 
 
 def decode(data: bytes, type_: type[T]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,10 @@ def read_owned(path: Path | None = None) -> Owned:
 def connect(path: Path, mode: str) -> sqlite3.Connection:
     """Open the file to read it (``ro``, ``immutable``) or to write it (``rwc``)."""
     how = "mode=ro&immutable=1" if mode == "immutable" else f"mode={mode}"
+    if mode == "rwc":
+        # SQLite would make it readable to all; what is wrong it says better than this could
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     name = str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     connection = sqlite3.connect(
         f"file:{name}?{how}",
@@ -176,15 +181,17 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """See that it is a file of ours, and no link to something else."""
+    """See that it is a file of ours, that others cannot write, and no link to something else."""
     try:
         status = path.lstat()
     except FileNotFoundError:
         return
     except OSError as error:
         raise HostError(f"cannot look at {path}: {error.strerror}") from error
-    if path.is_symlink() or not path.is_file() or status.st_uid != os.geteuid():
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         raise HostError(f"{path} is no file of yours", "remove it, or set MDO_STATE_DIR")
+    if status.st_mode & 0o022:
+        raise HostError(f"{path} can be written by others", f"look at it, then chmod 0600 {path}")
 
 
 def _is_new(connection: sqlite3.Connection, path: Path) -> bool:

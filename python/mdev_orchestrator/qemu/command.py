@@ -24,8 +24,10 @@ Strings of users
 ================
 
 QEMU splits many option values at commas and reads a doubled comma as one. :func:`escape` doubles
-them, so a file called ``disk,readonly=off`` stays a file. Names of guests go into directories as
-well and are checked against a pattern instead. Only ``extra`` is passed on as it stands.
+them, so a file called ``disk,readonly=off`` stays a file. No value stands where QEMU would take
+``KEY=VALUE`` for a key, none is an argument by itself, and no shell reads any of them. Names of
+guests go into directories as well and are checked against a pattern instead. Only ``extra`` is
+passed on as it stands.
 
 Acceleration
 ============
@@ -216,6 +218,7 @@ def check(spec: GuestSpec) -> None:
         )
     if (spec.initrd or spec.append) and not spec.kernel:
         raise RequestError(f"{who}: an initrd or kernel parameters need a kernel")
+    parse_accel(spec.accel)
     for mdev in spec.mdevs:
         if not _DRIVER.fullmatch(mdev.device_api):
             raise RequestError(
@@ -288,7 +291,7 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
         "-uuid",
         str(spec.uuid),
         "-machine",
-        escape(spec.machine),
+        f"type={escape(spec.machine)}",  # without the key, a machine called smm=off would be one
         *accelerators(spec.accel),
         "-m",
         f"{spec.memory // MIB}M",

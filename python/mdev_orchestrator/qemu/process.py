@@ -559,8 +559,8 @@ def _listen(path: Path) -> socket.socket:
         )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        os.fchmod(sock.fileno(), 0o600)  # it has this mode from the moment that it has a name
         sock.bind(str(path))
-        path.chmod(0o600)
         sock.listen(8)
     except OSError as error:
         sock.close()

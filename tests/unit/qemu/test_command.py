@@ -38,7 +38,7 @@ BARE = """\
 qemu-system-x86_64
 -name guest=render-1,debug-threads=on
 -uuid c0ffee00-0000-4000-8000-000000000001
--machine q35
+-machine type=q35
 -accel kvm
 -accel tcg
 -m 512M
@@ -97,7 +97,7 @@ def test_what_is_not_pci_sits_on_no_port() -> None:
         hotplug_ports=4,
         mdevs=(mdev(M1, "vfio-ccw"), mdev(M2, "vfio-ap")),
     ) == [
-        "-machine s390-ccw-virtio",
+        "-machine type=s390-ccw-virtio",
         f"-device vfio-ccw,id=mdev-{M1},sysfsdev=/sys/bus/mdev/devices/{M1}",
         f"-device vfio-ap,id=mdev-{M2},sysfsdev=/sys/bus/mdev/devices/{M2}",
     ]
