@@ -44,10 +44,12 @@ test-qemu-own: setup
 check: setup
 	@.venv/bin/python tools/run-tests check
 
-bench: setup
+bench:
+	@tools/setup bench
 	@.venv/bin/python benches/host_scan.py
 	@.venv/bin/python benches/planner.py
 	@.venv/bin/python benches/devices.py
+	@.venv/bin/python benches/guests.py
 	@.venv/bin/python benches/qemu_startup.py
 
 lab-shell: setup
