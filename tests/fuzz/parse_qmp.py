@@ -20,7 +20,7 @@ RECORD = process.Record(
 )  # fmt: skip
 GUEST = process.Guest("a", PLACE, process.State.RUNNING, RECORD)
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\n'
-SECONDS = 0.05
+SECONDS = 0.2
 LOOP = asyncio.new_event_loop()
 COMPLAINTS: list[object] = []
 LOOP.set_exception_handler(lambda _, context: COMPLAINTS.append(context))

@@ -307,7 +307,8 @@ async def _greet(client: QMPClient, sock: socket.socket, who: str) -> None:
     """Greeting and negotiation. Closes the socket if they fail."""
     try:
         await client.connect(sock)
-    except QMPError as error:
+    except (QMPError, EOFError, OSError) as error:
+        # The latter two are what it finds when it is given up at the moment of a hang-up.
         raise QemuError(f"{who}: {_cause(error)}") from error
     except AssertionError as error:
         # It hung up right after the greeting, and qemu.qmp asserts that it did not.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from qemu.qmp import QMPClient
 
 from mdev_orchestrator.errors import DeadlineError, MdoError, QemuError
 from mdev_orchestrator.qemu.monitor import MAX_EVENTS, CommandError, Monitor, connect
@@ -344,3 +345,20 @@ def test_whatever_it_sends_only_our_errors_come_out(serve: Serve, data: bytes, w
                 await ask(path)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(EOFError(), "the monitor hung up"), (ConnectionResetError(104, "Reset"), "Reset")],
+)
+async def test_a_hang_up_at_the_moment_of_the_deadline_is_no_exception_of_python(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, fault: Exception, said: str
+) -> None:
+    async def connect_(client: QMPClient, address: object) -> None:
+        raise fault  # as the fuzzer saw it once in some thousand times (tests/fuzz/parse_qmp.py)
+
+    monkeypatch.setattr(QMPClient, "connect", connect_)
+    async with serve(Peer.hang) as path:
+        with pytest.raises(QemuError, match=f"guest g: {said}"):
+            async with connect(path, "guest g"):
+                pass
