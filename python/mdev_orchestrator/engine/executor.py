@@ -329,7 +329,7 @@ class _Work:
         steps = [self.planned[number].step for number in numbers]
         making = asyncio.ensure_future(make_all(steps, self.context, told))
         try:
-            while not making.done():
+            while made or not making.done():  # more may come while some are written down
                 await asyncio.wait((making,), timeout=_NOTE_SECONDS)
                 done, made[:] = [*made], []
                 await self._done(done, ready)

@@ -258,6 +258,28 @@ async def test_what_many_wait_for_keeps_nobody_from_the_others(machine: Machine)
     await work
 
 
+async def test_what_comes_while_others_are_written_down_is_written_down_too(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last device comes while the note of the first is on its way to the disk."""
+    gate = machine.system.block[TEXTS[1]] = asyncio.Event()
+    note = machine.journal.note
+
+    async def slow(
+        run: Run, progress: Progress, steps: Iterable[int], *, change: Change | None = None
+    ) -> None:
+        await note(run, progress, numbers := [*steps], change=change)
+        if progress is Progress.DONE and numbers == [0]:
+            gate.set()
+            await seen(lambda: TEXTS[1] in machine.system.uuids())
+            await asyncio.sleep(0.1)
+
+    monkeypatch.setattr(machine.journal, "note", slow)
+    async with asyncio.timeout(20):
+        await machine.run([create(0), create(1), create(2, 1)])
+    assert machine.owned == machine.system.uuids() == set(TEXTS[:3])
+
+
 async def test_devices_that_go_together_stay_when_one_is_held(machine: Machine) -> None:
     plan = [create(number) for number in range(8)]
     await machine.run(plan)
