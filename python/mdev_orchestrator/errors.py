@@ -11,6 +11,7 @@ which object, a hint that says what to do, and the exit code that the command li
     │   ├── CapacityError        no instance left
     │   └── BusyError            held by a guest or by another process
     ├── QemuError            3   QEMU did not start, died, or answered nonsense
+    │   └── CommandError         QEMU refused a command of its monitor
     ├── DeadlineError        4   something did not happen in time
     └── HostError            5   the host lacks something: module, node, permission, program
 
@@ -72,6 +73,23 @@ class QemuError(MdoError):
     """QEMU failed to start, ended early, or broke the protocol."""
 
     exit_code = 3
+
+
+class CommandError(QemuError):
+    """QEMU refused a command.
+
+    :ivar command: The command's name.
+    :ivar error_class: QMP's class of the error, for instance ``DeviceNotFound``.
+    :ivar description: QEMU's own words.
+    """
+
+    def __init__(
+        self, message: str, hint: str = "", *, command: str, error_class: str, description: str
+    ) -> None:
+        super().__init__(message, hint)
+        self.command = command
+        self.error_class = error_class
+        self.description = description
 
 
 class DeadlineError(MdoError):

@@ -33,10 +33,8 @@ import errno
 import os
 import re
 import sys
-import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -45,7 +43,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args,
 from uuid import UUID
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct, field
 
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.model import check_attribute, is_uuid
@@ -414,8 +412,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             yield ("pool", number), pool.name, pool
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(Struct, frozen=True):
     """A spec and where its words stand.
 
     :ivar source: What messages call the file.
@@ -562,6 +559,8 @@ def _decoded(data: bytes | str, source: str) -> str:
 
 
 def _parsed(text: str, source: str, kind: str) -> object:
+    import tomllib
+
     try:
         if kind == "json":
             return msgspec.json.decode(text)

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from uuid import UUID
 
 from cells import cells
 from guests import BOOT_SECONDS, FILL_BYTES, GUEST_SECONDS, refused, spec, started, use
+from msgspec.structs import replace
 
 from lab import vfio
 from lab.vfio import get, links

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
+
+from msgspec import Struct
 
 from mdev_orchestrator.model import MdevType
 from mdev_orchestrator.spec import Condition, parse_resolution, parse_size
@@ -31,8 +32,7 @@ _PORTS = {"single port serial": 1, "dual port serial": 2}
 _LIMIT = 1 << 63
 
 
-@dataclass(frozen=True, slots=True)
-class TypeFacts:
+class TypeFacts(Struct, frozen=True):
     """The attributes of one type; ``None`` where the vendor says nothing readable.
 
     :ivar framebuffer: Bytes of video memory.
@@ -70,7 +70,7 @@ def _read(name: str, text: str) -> int | tuple[int, int]:
 
 
 _SIZES = frozenset(("framebuffer", "low_gm_size", "high_gm_size"))
-_NAMES = frozenset(field.name for field in fields(TypeFacts))
+_NAMES = frozenset(TypeFacts.__struct_fields__)
 _ALIASES = {"resolution": "max_resolution", "max_instances": "max_instance"}
 
 

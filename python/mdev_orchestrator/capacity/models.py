@@ -25,15 +25,16 @@ parent of the same kind (:func:`kind_of`), and :func:`survey` takes it as ``lear
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
 from types import MappingProxyType
 from typing import TypeAlias
 from uuid import UUID
+
+from msgspec import Struct
+from msgspec.structs import astuple, replace
 
 from mdev_orchestrator.capacity.attributes import TypeFacts, facts_of
 from mdev_orchestrator.model import Host, Parent
@@ -48,8 +49,7 @@ _ANSWERS = 16  # to the question what types take, which may differ
 _TRIES = 5000  # to find what types take, which is about a tenth of a second
 
 
-@dataclass(frozen=True, slots=True)
-class Independent:
+class Independent(Struct, frozen=True):
     """Each type has a count of its own.
 
     :ivar capacity: How many of each type an empty parent holds.
@@ -69,8 +69,7 @@ class Independent:
         return types
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPool:
+class SharedPool(Struct, frozen=True):
     """Each device takes its share of one or more resources of the parent.
 
     :ivar resources: What they are called.
@@ -117,8 +116,7 @@ class SharedPool:
         return self.costs[a] != self.costs[b] or self.limits[b] is not None or a < b
 
 
-@dataclass(frozen=True, slots=True)
-class Homogeneous:
+class Homogeneous(Struct, frozen=True):
     """As long as there is a device, only its kind can be created.
 
     :ivar capacity: How many devices of the type's kind an empty parent holds; 0 where another kind
@@ -149,8 +147,7 @@ class Homogeneous:
         return tuple(seen.values())
 
 
-@dataclass(frozen=True, slots=True)
-class ParentCounter:
+class ParentCounter(Struct, frozen=True):
     """Any device takes one of a number.
 
     :ivar total: How many devices an empty parent holds.
@@ -186,8 +183,7 @@ class Confidence(StrEnum):
     """The counts agree with it, and may agree with another as well."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParentCapacity:
+class ParentCapacity(Struct, frozen=True):
     """One parent: its types, what exists on it, and how it fills.
 
     :ivar name: Kernel name of the parent.
@@ -205,7 +201,7 @@ class ParentCapacity:
     confidence: Confidence
     why: str
     unseen: int = 0
-    unreadable: frozenset[str] = field(default=frozenset())
+    unreadable: frozenset[str] = frozenset()
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -278,6 +274,8 @@ def kind_of(parent: Parent) -> str:
     That is all that does not change: the types' ids, names and descriptions, and the attributes
     that are known, such as ``max_instance``.
     """
+    import hashlib
+
     said = [
         (type_.id, type_.name, type_.description, astuple(facts_of(type_)))
         for type_ in parent.types
@@ -313,8 +311,7 @@ def infer(
     return _capacity(parent.name, evidence, model, confidence, why)
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(Struct, frozen=True):
     """A parent at one moment: how many devices of each type exist, and how many more can.
 
     Both by type id; ``None`` where the kernel's count could not be read.
@@ -421,8 +418,7 @@ def is_sound(model: Model) -> bool:
     return shaped and all(0 <= number < _LIMIT for number in numbers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Evidence:
+class _Evidence(Struct, frozen=True):
     """What one look at a parent tells; all tuples in the order of ``types``."""
 
     types: tuple[str, ...]

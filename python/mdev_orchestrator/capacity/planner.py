@@ -27,9 +27,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, TypeAlias
+
+from msgspec import Struct
 
 from mdev_orchestrator.capacity.attributes import TypeFacts, meets, shown
 from mdev_orchestrator.capacity.models import (
@@ -53,8 +54,7 @@ _OPTIONS = 4096  # ways to put one group on one parent that are looked at
 _SCALE = 1 << 40  # a parent's whole capacity, as an integer: no rounding, no order of summation
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """So many devices of one kind.
 
     :ivar key: What messages and placements call it, for instance ``guest[0].mdev[1]``.
@@ -78,8 +78,7 @@ class Request:
         return f"{self.count} x {', '.join(words) or 'any type'}"
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """One device to be created: for which request (its key), and where."""
 
     request: str
@@ -88,8 +87,7 @@ class Placement:
     group: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Shortfall:
+class Shortfall(Struct, frozen=True):
     """A request that does not fit.
 
     :ivar asked: Devices asked for.
@@ -105,8 +103,7 @@ class Shortfall:
     hint: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ParentPlan:
+class ParentPlan(Struct, frozen=True):
     """One parent before and after; all by type id."""
 
     capacity: ParentCapacity
@@ -116,8 +113,7 @@ class ParentPlan:
     available_after: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """The answer.
 
     :ivar placements: In the order of the requests. When it does not fit, those that would.
@@ -296,8 +292,7 @@ class _State:
         self.best: dict[Demand, Option | None] = {}
 
 
-@dataclass(slots=True)
-class _Item:
+class _Item(Struct):
     """What is placed as one: a device by itself, or a group.
 
     :ivar requests: The request of each device, in the order of the demand.

@@ -131,7 +131,7 @@ def start(
 
 
 async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from mdev_orchestrator.engine.lifecycle import launch, usable_mdev
     from mdev_orchestrator.model import parse_uuid

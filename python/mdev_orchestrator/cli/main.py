@@ -7,6 +7,7 @@ stand in a table, and only the one that is invoked is imported.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -57,8 +58,20 @@ USAGE_ERROR = 2
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 
 
+GARBAGE = 50_000
+"""Objects that may be made before Python looks for cycles among them; most commands make fewer."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``mdo`` with ``arguments``, by default the program's own; gives the exit status."""
+    gc.set_threshold(GARBAGE)
+    try:
+        return _main(arguments)
+    finally:
+        gc.freeze()  # or the interpreter looks at every object once more on its way out
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     from mdev_orchestrator.cli.output import emit
 
     rest = list(sys.argv[1:] if arguments is None else arguments)

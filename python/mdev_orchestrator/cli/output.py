@@ -80,7 +80,7 @@ def emit(text: str) -> None:
 
 
 def emit_json(value: object) -> None:
-    """Print one JSON document on one line: built-in types, dataclasses, UUIDs and paths."""
+    """Print one JSON document on one line: built-in types, structs, UUIDs and paths."""
     import msgspec
 
     emit(msgspec.json.encode(value, enc_hook=str).decode())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -42,7 +41,6 @@ from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
-from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Guest
 from mdev_orchestrator.spec import Document, to_json
 
@@ -145,8 +143,8 @@ def _at_boot(document: Document, seen: Seen) -> tuple[Document, Seen]:
         if device.spec != document.name or device.owner not in manual
     }
     spec = msgspec.structs.replace(document.spec, pools=pools)
-    owned = dataclasses.replace(seen.owned, devices=devices)
-    return Document(spec, document.source), dataclasses.replace(seen, owned=owned)
+    owned = msgspec.structs.replace(seen.owned, devices=devices)
+    return Document(spec, document.source), msgspec.structs.replace(seen, owned=owned)
 
 
 def manual_pools(document: Document) -> frozenset[str]:
@@ -244,6 +242,8 @@ async def look(owned: Owned, *, host: Path = ROOT, guests: Path | None = None) -
 
 async def _running(guest: Guest) -> Running | None:
     """What a guest has, by its own monitor for questions."""
+    from mdev_orchestrator.qemu.monitor import connect
+
     if guest.record is None:
         return None
     try:

@@ -12,10 +12,11 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from uuid import UUID, uuid4
+
+from msgspec import Struct
 
 from mdev_orchestrator.engine.executor import Planned, execute
 from mdev_orchestrator.engine.journal import Journal
@@ -53,8 +54,7 @@ _GRACE = 0.5  # seconds that the driver may take to give back the instances just
 _LISTED = 8  # candidates that fit one line
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """What is to be created and where."""
 
     type_: MdevType

@@ -26,12 +26,13 @@ ports for, takes a restart, which has to be asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from typing import Literal
 from uuid import UUID, uuid4
 
 import msgspec
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from mdev_orchestrator.capacity.attributes import facts_of, meets
 from mdev_orchestrator.capacity.models import ParentCapacity, survey
@@ -74,8 +75,7 @@ Survey = Callable[[Host, frozenset[UUID]], tuple[ParentCapacity, ...]]
 """What parents can take, when some devices are removed before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(Struct, frozen=True):
     """A guest whose process is alive.
 
     :ivar mdevs: What it has now, as its QEMU says.
@@ -87,8 +87,7 @@ class Running:
     free_ports: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """All that a diff depends on beside the spec.
 
     :ivar running: The guests of this state directory that run, by name.
@@ -102,8 +101,7 @@ class Seen:
     defined: Mapping[UUID, Sequence[Definition]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Existing:
+class Existing(Struct, frozen=True):
     """A device that stays."""
 
     request: str
@@ -112,8 +110,7 @@ class Existing:
     type_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(Struct, frozen=True):
     """What is to be done.
 
     :ivar name: The spec's name.
@@ -192,8 +189,7 @@ def _is_here(device: OwnDevice, host: Host) -> bool:
     return found is not None and is_same(found, device)
 
 
-@dataclass(eq=False, slots=True)
-class _Want:
+class _Want(Struct, eq=False):
     """One device that is asked for.
 
     :ivar asked: With what mdevctl knows of it.
@@ -672,8 +668,7 @@ class _Diff:
         return Stop(guest=row, devices=running.mdevs, kept=kept)
 
 
-@dataclass(eq=False, slots=True)
-class _Turn:
+class _Turn(Struct, eq=False):
     """What one guest of the spec needs.
 
     :ivar row: As it is ours now.
@@ -691,8 +686,7 @@ class _Turn:
     reason: str = ""
 
 
-@dataclass(eq=False, slots=True)
-class _Node:
+class _Node(Struct, eq=False):
     step: AnyStep
     needs: list[_Node] = field(default_factory=list)
 

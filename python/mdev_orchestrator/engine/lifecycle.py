@@ -32,12 +32,12 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
 
 import msgspec
+from msgspec import Struct
 
 from mdev_orchestrator.errors import (
     BusyError,
@@ -56,7 +56,6 @@ from mdev_orchestrator.host.writer import Writer, write_or_kill
 from mdev_orchestrator.model import Host, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Ended, Guest
 from mdev_orchestrator.state import decode, private_dir
 
@@ -82,8 +81,7 @@ class Started(msgspec.Struct, frozen=True):
     by: Literal["mdo", "qemu"]
 
 
-@dataclass(frozen=True, slots=True)
-class Swept:
+class Swept(Struct, frozen=True):
     """What :func:`sweep` did about one group that had no user any more.
 
     :ivar error: Why it may still be online; empty when it is offline.
@@ -208,6 +206,8 @@ async def attach(
 
 
 async def _starts_itself(guest: Guest, driver: str) -> bool:
+    from mdev_orchestrator.qemu.monitor import connect
+
     async with connect(guest.query_socket, guest.who) as qmp:
         return await features.has_property(qmp, driver, features.START)
 

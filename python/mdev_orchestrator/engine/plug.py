@@ -7,9 +7,10 @@ that was made for it; a detach that is cut short is finished.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
+
+from msgspec import Struct
 
 from mdev_orchestrator.engine.devices import find_place
 from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
@@ -26,8 +27,7 @@ from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import device_id
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(Struct, frozen=True):
     """A device that a guest has got.
 
     :ivar port: The root port that it sits in; ``None`` for one that is no PCI device.

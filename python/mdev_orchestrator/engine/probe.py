@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import cycle, islice
 from pathlib import Path
 from uuid import uuid4
+
+from msgspec import Struct
 
 from mdev_orchestrator.capacity.models import (
     Confidence,
@@ -47,8 +48,7 @@ SETTLE_SECONDS = 5.0
 _LISTED = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(Struct, frozen=True):
     """What can be probed.
 
     :ivar idle: Parents that have no device.
@@ -59,8 +59,7 @@ class Candidates:
     busy: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Probed:
+class Probed(Struct, frozen=True):
     """What a probe has found.
 
     :ivar before: What was believed of the parent.
@@ -174,7 +173,7 @@ async def _trial(
         [Entry(number, steps.encode(create)) for number, create in enumerate(creates)],
         {f"parent:{parent.name}"}.union(*(create.claims for create in creates)),
     )
-    trial = _Trial(book, run, creates, context, idle)
+    trial = _Trial(book, run, creates, context, idle, [idle], dict(idle.used))
 
     async def undo(cause: BaseException | None) -> None:
         stuck = await executor.undo(book, run, book.steps(run), context)
@@ -196,8 +195,7 @@ async def _trial(
         await asyncio.shield(asyncio.ensure_future(undo(cause)))
 
 
-@dataclass
-class _Trial:
+class _Trial(Struct):
     """Devices that are made on a parent, and what is seen of it meanwhile.
 
     :ivar creates: Those that are made by themselves, then the ``TOGETHER`` others.
@@ -208,12 +206,9 @@ class _Trial:
     creates: Sequence[Create]
     context: Context
     idle: Look
-    looks: list[Look] = field(default_factory=list)
+    looks: list[Look]
+    used: dict[str, int]
     created: int = 0
-
-    def __post_init__(self) -> None:
-        self.looks.append(self.idle)
-        self.used = dict(self.idle.used)
 
     async def alone(self) -> None:
         """One device of each type, by itself."""

@@ -16,10 +16,11 @@ and can be done twice. Two recoveries never take the same run: the journal gives
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
+
+from msgspec import Struct
 
 from mdev_orchestrator.engine import executor
 from mdev_orchestrator.engine.executor import Observer, ignore
@@ -39,8 +40,7 @@ _BEGUN = frozenset((Progress.ACTING, Progress.DONE, Progress.UNDOING, Progress.S
 _TURNED = frozenset((Progress.FAILED, Progress.UNDOING, Progress.UNDONE, Progress.STUCK))
 
 
-@dataclass(frozen=True, slots=True)
-class Recovered:
+class Recovered(Struct, frozen=True):
     """What became of one open run.
 
     :ivar way: ``undo``, ``finish``, or ``forget`` for one of an earlier boot.
@@ -52,7 +52,7 @@ class Recovered:
     run: Run
     way: Literal["undo", "finish", "forget"]
     steps: tuple[str, ...] = ()
-    errors: tuple[MdoError, ...] = field(default_factory=tuple)
+    errors: tuple[MdoError, ...] = ()
     why: str = ""
 
 
@@ -147,8 +147,7 @@ async def _forget(journal: Journal, run: Run, entries: Sequence[Entry]) -> None:
 # ---------------------------------------------------------------- adopting
 
 
-@dataclass(frozen=True, slots=True)
-class Adopted:
+class Adopted(Struct, frozen=True):
     """What has become ours."""
 
     guests: tuple[str, ...] = ()

@@ -27,9 +27,10 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
+
+from msgspec import Struct, field
 
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.apply import apply, manual_pools, stored
@@ -67,8 +68,7 @@ _AT_ONCE = 4
 """A spec is itself brought back concurrently; more at once only make every one of them late."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Need:
+class Need(Struct, frozen=True, order=True):
     """What must be there before a spec can be brought back.
 
     :ivar parent: Name of a parent device.
@@ -104,8 +104,7 @@ class Need:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(Struct, frozen=True):
     """What became of one spec.
 
     :ivar changes: What was done; ``None`` if it could not be brought back.
@@ -188,8 +187,7 @@ async def _recovered(journal: Path, context: Context, observe: Observer) -> Owne
         return book.owned()
 
 
-@dataclass
-class _Work:
+class _Work(Struct):
     """Specs that come back, each as soon as it can.
 
     :ivar waiting: What each spec needs that has not begun yet.
@@ -286,8 +284,7 @@ async def _looks(
 # ---------------------------------------------------------------- and before it
 
 
-@dataclass(frozen=True, slots=True)
-class PoweredDown:
+class PoweredDown(Struct, frozen=True):
     """What became of one guest.
 
     :ivar how: As :class:`mdev_orchestrator.qemu.process.Ended` has it; empty if it still runs.

@@ -11,12 +11,12 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 from uuid import UUID
 
 import msgspec
+from msgspec import Struct, field
 
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.state import journal_path
@@ -103,8 +103,7 @@ class OwnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     policy: Literal["pack", "spread"] = "pack"
 
 
-@dataclass(frozen=True, slots=True)
-class Owned:
+class Owned(Struct, frozen=True):
     """All that is ours, by its name."""
 
     devices: Mapping[UUID, OwnDevice] = field(default_factory=dict)
@@ -112,8 +111,7 @@ class Owned:
     specs: Mapping[str, OwnSpec] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """What a step's outcome changes in what is ours; ``None`` for what is not ours any more."""
 
     devices: Mapping[UUID, OwnDevice | None] = field(default_factory=dict)

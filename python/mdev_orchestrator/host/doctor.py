@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.readiness import PERMISSION_REMEDY, group_name, may_open
@@ -19,8 +20,7 @@ Level = Literal["ok", "warning", "fault"]
 VFIO_REMEDY = "modprobe vfio_iommu_type1"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One thing that was looked at.
 
     :ivar level: ``fault`` when something cannot work, ``warning`` when it works less.

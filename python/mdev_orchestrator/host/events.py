@@ -12,10 +12,11 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
+
+from msgspec import Struct
 
 from mdev_orchestrator.errors import HostError, UuidError
 from mdev_orchestrator.model import parse_uuid
@@ -25,23 +26,20 @@ RECHECK = 1.0
 and a change of permissions has no event at all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rescan:
+class Rescan(Struct, frozen=True):
     """Listening began, or events were lost: read the host again."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ParentEvent:
+class ParentEvent(Struct, frozen=True):
     """A parent registered with the mdev core, or left it."""
 
     parent: str
     registered: bool
 
 
-@dataclass(frozen=True, slots=True)
-class MdevEvent:
+class MdevEvent(Struct, frozen=True):
     """Something happened to an mdev.
 
     :ivar action: The kernel's word: ``add``, ``bind``, ``change``, ``unbind``, ``remove``.
@@ -54,8 +52,7 @@ class MdevEvent:
     state: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NodeEvent:
+class NodeEvent(Struct, frozen=True):
     """A VFIO device node came or went; from udev, its rules have run.
 
     :ivar node: For instance ``/dev/vfio/7``.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from uuid import UUID
+
+from msgspec import Struct, field
 
 from mdev_orchestrator.host.sysfs import ROOT, vfio_cdev
 from mdev_orchestrator.model import Mdev
@@ -22,8 +23,7 @@ _CDEV = "/dev/vfio/devices/"
 _CMDLINE_LIMIT = 1 << 20  # bytes; QEMU's command lines are long, but not that long
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(Struct, frozen=True):
     """A process that has an mdev open.
 
     :ivar comm: Its short name, for instance ``qemu-system-x86``.
@@ -40,8 +40,7 @@ class Holder:
         return f"{self.comm} (pid {self.pid})"
 
 
-@dataclass(frozen=True, slots=True)
-class Holders:
+class Holders(Struct, frozen=True):
     """Who holds what.
 
     :ivar unseen: How many processes this user may not look into: as long as it is not 0, an mdev

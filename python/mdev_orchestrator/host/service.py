@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +129,7 @@ def scope(guest: str, root: Path = ROOT) -> list[str]:
     """
     if not (root / BOOTED).exists() or os.geteuid() or shutil.which("systemd-run") is None:
         return []
-    unit = f"mdo-guest-{guest}-{secrets.token_hex(4)}"  # the one before may still be going away
+    unit = f"mdo-guest-{guest}-{os.urandom(4).hex()}"  # the one before may still be going away
     return [
         *("systemd-run", "--scope", "--quiet", "--collect", f"--unit={unit}"),
         *("--slice=machine.slice", f"--property=Before={GUESTS}", "--"),

@@ -34,17 +34,15 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from mdev_orchestrator import spec as specs
 from mdev_orchestrator.errors import HostError, RequestError, UnknownError
@@ -76,8 +74,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     extra: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(Struct, frozen=True):
     """A file that should be a definition and is none.
 
     :ivar file: ``…/PARENT/UUID``; its name need not be a UUID.
@@ -92,8 +89,7 @@ class Damage:
         return f"{name if name.isprintable() else ascii(name)} {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class Definitions:
+class Definitions(Struct, frozen=True):
     """What a directory holds, in natural order of the parents and in order of the UUIDs."""
 
     found: tuple[Definition, ...] = ()
@@ -352,7 +348,7 @@ def _store(file: Path, data: bytes, where: Path, *, force: bool) -> None:
     where.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(exist_ok=True)
     # beside the parents: there mdevctl has no word for a file that it does not know
-    draft = where / f".mdo-{secrets.token_hex(8)}"
+    draft = where / f".mdo-{os.urandom(8).hex()}"
     try:
         with draft.open("xb") as stream:
             stream.write(data)

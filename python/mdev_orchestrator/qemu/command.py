@@ -40,10 +40,11 @@ where ``/dev/kvm`` opens but hangs guests, ask for ``tcg``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 from uuid import UUID
+
+from msgspec import Struct
 
 from mdev_orchestrator.errors import RequestError
 
@@ -61,8 +62,7 @@ PCIE_MACHINES = re.compile(r"(pc-)?q35(-.*)?|virt(-.*)?")
 _DRIVER = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class GuestMdev:
+class GuestMdev(Struct, frozen=True):
     """An mdev that a guest gets on its command line or by hotplug.
 
     :ivar path: Its directory in sysfs; QEMU opens the device by it.
@@ -80,8 +80,7 @@ class GuestMdev:
         return device_id(self.uuid)
 
 
-@dataclass(frozen=True, slots=True)
-class GuestSpec:
+class GuestSpec(Struct, frozen=True):
     """All that is needed to start a guest.
 
     :ivar name: Also the name of its directory: letters, digits, ``_``, ``.``, ``-``; at most 40.
@@ -115,8 +114,7 @@ class GuestSpec:
     extra: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Sockets:
+class Sockets(Struct, frozen=True):
     """Numbers of the listening sockets that QEMU inherits, and where the console's log goes."""
 
     qmp: int

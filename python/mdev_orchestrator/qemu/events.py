@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
 from uuid import UUID
 
 import msgspec
+from msgspec import Struct
 
 from mdev_orchestrator.errors import QemuError
 from mdev_orchestrator.qemu.monitor import connect
@@ -29,22 +29,19 @@ LOOK_SECONDS = 1.0
 IDLE_SECONDS = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
+class Watched(Struct, frozen=True):
     """From now on the events of this guest's QEMU are heard."""
 
     guest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unwatched:
+class Unwatched(Struct, frozen=True):
     """They are heard no more: QEMU has ended, or told more than could be listened to."""
 
     guest: str
 
 
-@dataclass(frozen=True, slots=True)
-class StateChange:
+class StateChange(Struct, frozen=True):
     """An mdev came online or went offline in a guest's QEMU, or could not.
 
     :ivar group: Its start group, ``None`` for one of its own.

@@ -8,12 +8,15 @@ import contextlib
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.qemu.monitor import CommandError, Monitor
+from mdev_orchestrator.errors import CommandError, MdoError
 from mdev_orchestrator.state import cache_dir, decode
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.qemu.monitor import Monitor
 
 START = "mdev-start"
 """The property of a vfio device in a QEMU that starts groups by itself (docs/qemu.md)."""

@@ -27,14 +27,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import msgspec
+from msgspec import Struct, field
 
 from mdev_orchestrator.errors import (
     BusyError,
+    CommandError,
     DeadlineError,
     MdoError,
     QemuError,
@@ -43,9 +45,11 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
-from mdev_orchestrator.qemu.monitor import CommandError, Events, Monitor, connect
 from mdev_orchestrator.qemu.process import Guest, find_running, list_guests
 from mdev_orchestrator.qemu.remedies import remedy
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.qemu.monitor import Events, Monitor
 
 ATTACH_SECONDS = 30.0
 DETACH_SECONDS = 60.0
@@ -99,8 +103,7 @@ class _PciBus(msgspec.Struct, frozen=True):
     devices: list[_PciDevice]
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(Struct, frozen=True):
     """What to plug: a QEMU device model, its properties, and whether it needs a root port."""
 
     id: str
@@ -109,8 +112,7 @@ class Device:
     needs_port: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(Struct, frozen=True):
     """A PCIe root port.
 
     :ivar occupant: Kind of the device in it, ``None`` if it is free.
@@ -120,8 +122,7 @@ class Port:
     occupant: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plugged:
+class Plugged(Struct, frozen=True):
     """An mdev that a guest has, as QEMU tells.
 
     :ivar device_id: Its id in QEMU; ``None`` for a device that was given none.
@@ -206,6 +207,8 @@ async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Pl
     :raise QemuError: QEMU cannot be reached or answers nonsense.
     :raise DeadlineError: It does not answer in time.
     """
+    from mdev_orchestrator.qemu.monitor import connect
+
     try:
         async with (
             asyncio.timeout(deadline),
@@ -275,6 +278,8 @@ async def plug(
     :raise DeadlineError: Not plugged in time, or not taken in time: then it stays plugged, and
         the message says so.
     """
+    from mdev_orchestrator.qemu.monitor import connect
+
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline
     async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
@@ -333,6 +338,8 @@ async def wait_taken(guest: Guest, uuid: UUID, deadline: float = ATTACH_SECONDS)
 
     :raise DeadlineError: It has not; the device stays plugged.
     """
+    from mdev_orchestrator.qemu.monitor import connect
+
     end = asyncio.get_running_loop().time() + deadline
     async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
         await _until_taken(qmp, Device(device_id(uuid), ""), end, deadline)
@@ -386,6 +393,8 @@ async def detach(
 
     :raise UnknownError: There is no such guest, or it has no such mdev.
     """
+    from mdev_orchestrator.qemu.monitor import connect
+
     found = find_running(guest, root)
     end = asyncio.get_running_loop().time() + deadline
     async with connect(found.qmp_socket, found.who, deadline=deadline) as qmp:
@@ -410,6 +419,8 @@ async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS)
     :raise DeadlineError: It did not let go in time; the device is still there.
     :raise QemuError: QEMU cannot be reached, refused, or ended meanwhile.
     """
+    from mdev_orchestrator.qemu.monitor import connect
+
     end = asyncio.get_running_loop().time() + deadline
     async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
         if device_id not in await _children(qmp, PERIPHERAL):

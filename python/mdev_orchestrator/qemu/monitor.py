@@ -34,7 +34,7 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message
 
-from mdev_orchestrator.errors import DeadlineError, QemuError
+from mdev_orchestrator.errors import CommandError, DeadlineError, QemuError
 
 T = TypeVar("T")
 
@@ -47,23 +47,6 @@ MAX_EVENTS = 64
 
 # qemu.qmp logs what it also raises; without a handler, logging would print it twice.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
-
-
-class CommandError(QemuError):
-    """QEMU refused a command.
-
-    :ivar command: The command's name.
-    :ivar error_class: QMP's class of the error, for instance ``DeviceNotFound``.
-    :ivar description: QEMU's own words.
-    """
-
-    def __init__(
-        self, message: str, hint: str = "", *, command: str, error_class: str, description: str
-    ) -> None:
-        super().__init__(message, hint)
-        self.command = command
-        self.error_class = error_class
-        self.description = description
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -30,13 +30,11 @@ import fcntl
 import itertools
 import os
 import select
-import shlex
 import shutil
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -44,6 +42,8 @@ from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from mdev_orchestrator.errors import (
     BusyError,
@@ -133,8 +133,7 @@ class Record(msgspec.Struct, frozen=True):
     version: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
+class Guest(Struct, frozen=True):
     """One guest as found on disk and in the process table.
 
     :ivar record: ``None`` if it cannot be read, then ``damage`` says why.
@@ -192,8 +191,7 @@ class Guest:
         return self.state in {State.STARTING, State.RUNNING} and self.record is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """How :func:`stop` ended a guest.
 
     :ivar how: ``powerdown``, ``quit``, ``terminated``, ``killed``, or ``gone`` if it was already.
@@ -642,7 +640,7 @@ def _absolute(spec: GuestSpec) -> GuestSpec:
             why = "cannot be read" if path.exists() else "does not exist"
             raise RequestError(f"guest {spec.name}: its {field} {path} {why}")
         changes[field] = path.absolute()
-    return replace(spec, **changes)  # type: ignore[arg-type]
+    return replace(spec, **changes)
 
 
 async def start(
@@ -750,7 +748,7 @@ async def _until_ready(
         raise DeadlineError(
             f"{who}: QEMU's monitor did not answer within {deadline:g} s"
             + (words and f": {words}"),
-            f"it was run as: {shlex.join(argv)}",
+            _run_as(argv),
         ) from failure
     if isinstance(failure, MdoError):
         raise _failed(who, failure.message, directory, argv) from failure
@@ -769,9 +767,15 @@ def _status(status: int) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
+def _run_as(argv: list[str]) -> str:
+    import shlex
+
+    return f"it was run as: {shlex.join(argv)}"
+
+
 def _failed(who: str, what: str, directory: Path, argv: list[str]) -> QemuError:
     words = qemu_words(directory / QEMU_LOG)
-    hints = [remedy(words), f"it was run as: {shlex.join(argv)}"]
+    hints = [remedy(words), _run_as(argv)]
     return QemuError(
         f"{who}: QEMU {what}: {words or 'it said nothing'}", "; ".join(filter(None, hints))
     )

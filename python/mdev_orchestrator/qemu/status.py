@@ -5,21 +5,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from mdev_orchestrator.errors import BusyError, DeadlineError, MdoError
 from mdev_orchestrator.qemu.hotplug import Plugged, mdevs
-from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Guest
 
 LOOK_SECONDS = 5.0
 CONSOLE_ID = "console"
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """One guest, looked at.
 
     :ivar status: QEMU's run state (``running``, ``paused``, ``prelaunch``, ``shutdown``…), ``None``
@@ -51,6 +49,8 @@ async def look(guest: Guest, *, deadline: float = LOOK_SECONDS) -> Report:
     """Ask one guest's QEMU. A guest that cannot be asked is reported, never raised."""
     if not guest.alive:
         return Report(guest, damage=guest.damage)
+    from mdev_orchestrator.qemu.monitor import connect
+
     try:
         async with (
             asyncio.timeout(deadline),
@@ -75,6 +75,8 @@ async def check_console_free(guest: Guest, *, deadline: float = LOOK_SECONDS) ->
     :raise BusyError: Somebody is.
     :raise DeadlineError: QEMU does not answer.
     """
+    from mdev_orchestrator.qemu.monitor import connect
+
     try:
         async with (
             asyncio.timeout(deadline),

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import structs
+from msgspec.structs import replace
 
 from mdev_orchestrator.capacity.attributes import TypeFacts, facts_of, meets, shown
 from mdev_orchestrator.capacity.models import (
@@ -51,7 +50,7 @@ def created(
 
 
 def type_(id_: str, left: int | None, **more: object) -> MdevType:
-    return structs.replace(MdevType(id_, "p", None, left, "vfio-pci"), **more)
+    return replace(MdevType(id_, "p", None, left, "vfio-pci"), **more)
 
 
 def parent(*types: MdevType) -> Parent:
@@ -239,8 +238,8 @@ def test_a_known_driver_whose_counts_disagree_is_doubted() -> None:
 def test_a_count_that_cannot_be_read_promises_nothing() -> None:
     for make in (*drivers.EXACT, drivers.gvtg, drivers.independent):
         real = make().parent()
-        broken = structs.replace(real.types[0], available_instances=None)
-        capacity = infer(structs.replace(real, types=(broken, *real.types[1:])), {})
+        broken = replace(real.types[0], available_instances=None)
+        capacity = infer(replace(real, types=(broken, *real.types[1:])), {})
         assert capacity.remaining()[broken.id] == 0
         assert capacity.unreadable == {broken.id}
         assert all(capacity.remaining()[t.id] == t.available_instances for t in real.types[1:])
@@ -319,7 +318,7 @@ def test_a_kind_of_parent_is_what_does_not_change() -> None:
     assert kind_of(used.parent()) == kind_of(other.parent())
     (first, *rest) = other.parent().types
     for change in ({"name": "IGD 127M"}, {"attributes": {**first.attributes, "max_instance": "9"}}):
-        changed = structs.replace(other.parent(), types=(structs.replace(first, **change), *rest))
+        changed = replace(other.parent(), types=(replace(first, **change), *rest))
         assert kind_of(changed) != kind_of(other.parent())
 
 
@@ -343,8 +342,8 @@ def test_what_was_learned_comes_before_what_is_known_as_long_as_the_counts_agree
     ):
         (capacity,) = survey(drivers.host(driver), learned={kind_of(parent): wrong})
         assert capacity.confidence is Confidence.KNOWN
-    silent = structs.replace(parent.types[0], available_instances=None)
-    unreadable = structs.replace(parent, types=(silent, *parent.types[1:]))
+    silent = replace(parent.types[0], available_instances=None)
+    unreadable = replace(parent, types=(silent, *parent.types[1:]))
     assert infer(unreadable, {}, whole).confidence is not Confidence.OBSERVED
 
 
@@ -356,7 +355,7 @@ def test_a_device_on_its_way_tells_nothing() -> None:
         {"mvgpu-128M": 1, "mvgpu-256M": 0, "mvgpu-512M": 0}, driver.counts()
     )
     assert looked(before, "igd1") is None
-    leaving = structs.replace(before, mdevs=(structs.replace(before.mdevs[0], type_id=None),))
+    leaving = replace(before, mdevs=(replace(before.mdevs[0], type_id=None),))
     assert looked(leaving, "igd0") is None
     assert learn(before, leaving) == {}
 

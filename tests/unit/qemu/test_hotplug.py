@@ -19,6 +19,7 @@ import pytest
 
 from mdev_orchestrator.errors import (
     BusyError,
+    CommandError,
     DeadlineError,
     QemuError,
     RequestError,
@@ -27,7 +28,7 @@ from mdev_orchestrator.errors import (
 from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.hotplug import Device, Port
-from mdev_orchestrator.qemu.monitor import CommandError, connect
+from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import Guest, State, start, stop
 from mdev_orchestrator.qemu.remedies import remedy
 from unit.qemu.conftest import Peer, Script, Serve

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qemu.qmp import QMPClient
 
-from mdev_orchestrator.errors import DeadlineError, MdoError, QemuError
-from mdev_orchestrator.qemu.monitor import MAX_EVENTS, CommandError, Monitor, connect
+from mdev_orchestrator.errors import CommandError, DeadlineError, MdoError, QemuError
+from mdev_orchestrator.qemu.monitor import MAX_EVENTS, Monitor, connect
 from unit.qemu.conftest import GREETING, Peer, Script, Serve
 
 SOON = 0.2

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a command does not need, it does not load: each module costs a start, and most run often."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unit.cli.test_main import U1, command
+from unit.fakesys import FakeSystem
+
+#: Only to talk to a guest.
+GUESTS = {"qemu.qmp", "json", "mdev_orchestrator.qemu.monitor"}
+#: Only to place devices.
+CAPACITY = {"mdev_orchestrator.capacity.planner", "mdev_orchestrator.interop.mdevctl"}
+#: Only to draw a table on a terminal, build a QEMU, bring up a lab, hear events.
+OTHERS = {"rich", "mdev_orchestrator.lab", "pyudev", "email", "secrets"}
+#: Only to change something.
+ENGINE = {"asyncio", "mdev_orchestrator.engine.steps", *CAPACITY}
+
+POOL = """\
+[[pool]]
+name = "p"
+type = "grid-12"
+uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+"""
+
+PROGRAM = """\
+import sys
+from mdev_orchestrator.cli.main import main
+try:
+    code = main()
+finally:
+    sys.stderr.write("\\nloaded: " + " ".join(sys.modules) + "\\n")
+raise SystemExit(code)
+"""
+
+
+def needless(spared: set[str], system: FakeSystem, *arguments: str, code: int = 0) -> set[str]:
+    """Which of these modules a command has loaded nevertheless when it ends, with ``code``."""
+    argv, environment = command(system, *arguments)
+    argv[argv.index("-c") + 1] = PROGRAM
+    done = subprocess.run(
+        argv, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    modules = set(done.stderr.rpartition("loaded: ")[2].split())
+    assert "mdev_orchestrator.cli.main" in modules
+    return spared & modules
+
+
+@pytest.fixture
+def card(system: FakeSystem) -> FakeSystem:
+    system.parent("card1")
+    system.type("card1", "grid-12", 8)
+    return system
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_is_said_without_a_command(system: FakeSystem, option: str) -> None:
+    spared = {"typer", "msgspec", "rich", *GUESTS - {"json"}, *ENGINE - {"subprocess"}}
+    assert not needless(spared, system, option)
+
+
+def test_host(card: FakeSystem) -> None:
+    card.mdev("card1", "grid-12", U1)
+    spared = {*GUESTS, *OTHERS, *ENGINE, "dataclasses", "mdev_orchestrator.spec"}
+    assert not needless((spared - {"subprocess"}), card, "host", "--json")  # typer has that
+
+
+def test_create_and_remove(card: FakeSystem) -> None:
+    spared = {*GUESTS, *OTHERS, "tomllib", "mdev_orchestrator.interop.mdevctl"}
+    assert not needless(spared, card, "create", "grid-13", code=2)
+    assert not needless(spared | CAPACITY, card, "remove", U1, code=2)
+
+
+def test_attach_to_a_guest_that_is_not_there(card: FakeSystem) -> None:
+    spared = {*GUESTS, *OTHERS, *CAPACITY, "tomllib"}
+    assert not needless(spared, card, "attach", "nobody", "grid-12", code=2)
+
+
+def test_guests_where_there_are_none(card: FakeSystem) -> None:
+    assert not needless({*GUESTS, *OTHERS, *CAPACITY, "tomllib"}, card, "guest", "list")
+
+
+@pytest.mark.parametrize("name", ["plan", "diff"])
+def test_a_spec_without_guests(card: FakeSystem, tmp_path: Path, name: str) -> None:
+    spec = tmp_path / "pool.toml"
+    spec.write_text(POOL)
+    assert not needless({*GUESTS, *OTHERS}, card, name, str(spec))
+
+
+def test_the_library_talks_to_nobody_before_it_is_asked() -> None:
+    program = (
+        "import sys, mdev_orchestrator as mdo; mdo.apply, mdo.attach, mdo.create_devices;"
+        "print(sorted({'qemu.qmp', 'json', 'typer', 'rich', 'tomllib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
