@@ -92,12 +92,17 @@ def mdo(*arguments: str, hook: Hook | None = None, after: float | None = None) -
     return Ended(status, tuple(texts[2].splitlines()), texts[0], texts[1])
 
 
+LONGEST = 900
+"""Seconds after which a command that hangs ends, by SIGALRM; none takes a tenth of that."""
+
+
 def _text(descriptor: int) -> str:
     return os.pread(descriptor, 1 << 20, 0).decode()
 
 
 def _child(arguments: tuple[str, ...], hook: Hook | None, files: tuple[int, int, int]) -> NoReturn:
     status = 99
+    signal.alarm(LONGEST)
     try:
         out, err, points = files
         os.dup2(out, 1)
