@@ -64,17 +64,20 @@ GARBAGE = 50_000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``mdo`` with ``arguments``, by default the program's own; gives the exit status."""
+    if arguments is not None:
+        return _main(arguments)
+    # the process is this command's alone
     gc.set_threshold(GARBAGE)
     try:
-        return _main(arguments)
+        return _main(sys.argv[1:])
     finally:
         gc.freeze()  # or the interpreter looks at every object once more on its way out
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str]) -> int:
     from mdev_orchestrator.cli.output import emit
 
-    rest = list(sys.argv[1:] if arguments is None else arguments)
+    rest = list(arguments)
     while rest and rest[0].startswith("-"):
         match rest.pop(0):
             case "--debug":
