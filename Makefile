@@ -46,6 +46,7 @@ check: setup
 
 bench:
 	@tools/setup bench
+	@.venv/bin/python benches/host_tree.py
 	@.venv/bin/python benches/host_scan.py
 	@.venv/bin/python benches/planner.py
 	@.venv/bin/python benches/devices.py

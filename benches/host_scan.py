@@ -1,134 +1,169 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How long the host layer and the command line take, as ratios that travel between machines.
+"""The host listed with few, many and very many mdevs, by us and by what people use today.
 
-Builds a tree of 64 parents with 8 types each and 4,096 devices, and prints a table: the scan beside
-a bare walk that touches the same files and links, and commands beside ``python3 -c pass``. Exits 1
-where a limit is passed; the limits are the issue's.
+Runs in the lab. ``plain`` devices are those of the kernel's sample mbochs, one parent with three
+types: a type, an IOMMU group and nothing else. ``grouped`` ones are mvgpu's, sixteen on each of up
+to 64 parents with eight types: each has three files of its own besides. In every round each way has
+its turn, in random order; what is printed are medians and their ratios, which travel between
+machines as times do not.
+
+=========  =====================================================================================
+C          ``host_walk.c``: the same files and links, opened, read and forgotten; its own clock
+library    ``scan()``, in a process that has imported it
+mdo        ``mdo host --json``, a process of its own, Python's start and imports included
+mdevctl    ``mdevctl list --dumpjson``; one round only where it lists thousands
+=========  =====================================================================================
+
+usage: host_scan.py [ROUNDS]
 """
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import random
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
+from uuid import uuid4
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HERE / "python"), str(HERE / "tests")]
-
-from mdev_orchestrator.host.sysfs import scan  # noqa: E402 - from the checkout
-from unit.fakesys import FakeSystem  # noqa: E402
-
-PARENTS, TYPES, DEVICES = 64, 8, 4096
+ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
-HELP_LIMIT = 0.2  # seconds
-HOST_LIMIT = 0.5  # seconds
-MEMORY_LIMIT = 60.0  # MB
+SERIES = {
+    # the lab's mvgpu, the type, and the counts; mbochs-small takes 4 of mbochs's MiB
+    "plain": ("grid_parents=0 igd_parents=0", "mbochs-small", (16, 256, 4096)),
+    "grouped": ("grid_parents=64 igd_parents=0", "mvgpu-11", (1024,)),
+}
+POOL = "count=16384"  # MiB: the parameter is called so
+MANY = 1000  # devices; mdevctl takes minutes for them
+PARENTS = Path("/sys/class/mdev_bus")
 CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
 
 
-def build(root: Path) -> None:
-    """Make the tree; each type has a description and four attribute files, as mvgpu's do."""
-    system = FakeSystem(root)
-    for number in range(PARENTS):
-        parent = f"0000:{number:02x}:00.0"
-        system.parent(parent, bus="pci0000:00")
-        for index in range(TYPES):
-            path = system.type(parent, f"mvgpu-{index + 11}", 16, description="num_heads=2, x=1\n")
-            (path / "attributes").mkdir()
-            for name in ("heads", "frame_rate_limit", "framebuffer", "max_instances"):
-                (path / "attributes" / name).write_text("16\n")
-        for index in range(DEVICES // PARENTS):
-            uuid = UUID(int=(number << 64) + index, version=4)
-            system.mdev(parent, f"mvgpu-{index % TYPES + 11}", str(uuid))
+def outside(rounds: int) -> int:
+    """Build what is needed, and run each series in a lab of its own."""
+    sys.path.insert(0, str(ROOT / "python"))
+    from mdev_orchestrator.lab import debian, samples
+
+    program = ROOT / "build/host_walk"
+    program.parent.mkdir(exist_ok=True)
+    source = ROOT / "benches/host_walk.c"
+    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
+    modules = samples.build(debian.fetch_kernel(debian.DEFAULT_SERIES))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    failed = 0
+    for series, (parameters, _, _) in SERIES.items():
+        lab = [sys.executable, "-c", CODE, "lab", "run", "--name", f"bench-{os.getpid()}"]
+        words = [*lab, "--mvgpu", parameters, "--", sys.executable, str(Path(__file__).resolve())]
+        words += ["--inside", series, str(rounds), str(modules / "mbochs.ko")]
+        failed |= subprocess.run(words, check=False, env=environment).returncode
+    return failed
 
 
-def walk(root: Path) -> int:
-    """The least that any program must do: list every directory, read every file and link."""
-    entries = 0
-    for place in ("sys/class/mdev_bus", "sys/bus/mdev/devices"):
-        base = root / place
-        for name in os.listdir(base):
-            path = f"{base}/{name}"
-            os.readlink(path)
-            entries += 1
-            if place.startswith("sys/bus"):
-                os.readlink(path + "/mdev_type")
-                os.readlink(path + "/iommu_group")
-                entries += 2
-                continue
-            for directory, _, files in os.walk(path + "/mdev_supported_types"):
-                for file in files:
-                    if file == "create":
-                        continue
-                    fd = os.open(f"{directory}/{file}", os.O_RDONLY)
-                    os.read(fd, 65536)
-                    os.close(fd)
-                    entries += 1
-    return entries
+def inside(series: str, rounds: int, module: str) -> int:
+    """Measure, in L1."""
+    place = Path(tempfile.mkdtemp(dir="/run"))
+    # the checkout is on an uncached file system, where an installed package is not
+    shutil.copytree(ROOT / "python", place / "python")
+    shutil.copy(ROOT / "build/host_walk", place)
+    sys.path.insert(0, str(place / "python"))
+    os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
+    _, type_, counts = SERIES[series]
+    if series == "plain":
+        subprocess.run(["insmod", module, POOL], check=True)
+    ways: dict[str, Callable[[int], float]] = {
+        "C": lambda count: walk(place / "host_walk", count),
+        "library": library,
+        "mdo": lambda count: listing([sys.executable, "-c", CODE, "host", "--json"], count),
+    }
+    if shutil.which("mdevctl"):
+        ways["mdevctl"] = lambda count: listing(["mdevctl", "list", "--dumpjson"], count)
+    made = 0
+    for count in counts:
+        make(type_, count - made)
+        made = count
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(-1, rounds):
+            for name in random.sample(sorted(ways), len(ways)):
+                if name == "mdevctl" and count >= MANY and number != 0:
+                    continue
+                taken = ways[name](count)
+                if number >= 0:  # the first round fills the caches
+                    times[name].append(taken)
+            print(f"{count}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        report(series, count, times)
+    return 0
 
 
-def best(action: Callable[[], object]) -> float:
-    """Seconds of the quickest of some rounds: the others are the machine's other work."""
-    times = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+def make(type_: str, count: int) -> None:
+    """Create so many more devices, on each parent as many as fit; returns when udev is done."""
+    parents = sorted(PARENTS.iterdir())
+    while count:
+        file = parents[0] / "mdev_supported_types" / type_ / "create"
+        if not int(file.with_name("available_instances").read_text()):
+            del parents[0]
+            continue
+        file.write_text(str(uuid4()))
+        count -= 1
+    subprocess.run(["udevadm", "settle", "--timeout=600"], check=True)
 
 
-def command(root: Path, *arguments: str) -> Callable[[], object]:
-    """A run of Python, with our package on its path and the tree as its machine."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE / "python"), "MDO_ROOT": str(root)}
-    return lambda: subprocess.run(
-        [sys.executable, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL
-    )
+def walk(program: Path, count: int) -> float:
+    """By C; seconds without the program's start."""
+    done = subprocess.run([program], check=True, capture_output=True, text=True)
+    values, seconds = done.stdout.split()
+    check(int(values) >= 2 * count, "C")
+    return float(seconds)
 
 
-def main() -> int:
-    """Measure, print, judge."""
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        build(root)
-        # the largest child so far: only these two have run, and the help is the smaller
-        bare = best(command(root, "-c", "pass"))
-        help_ = best(command(root, "-c", CODE, "--help"))
-        host = best(command(root, "-c", CODE, "host"))
-        as_json = best(command(root, "-c", CODE, "host", "--json"))
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        walked = best(lambda: walk(root))
-        scanned = best(lambda: scan(root))
-    print(f"{PARENTS} parents, {TYPES} types each, {DEVICES} devices; best of {ROUNDS}")
-    print(f"{'':24}{'seconds':>9}{'ratio':>8}  of")
-    for name, value, base, of in (
-        ("python3 -c pass", bare, bare, ""),
-        ("mdo --help", help_, bare, "python3 -c pass"),
-        ("mdo host", host, bare, "python3 -c pass"),
-        ("mdo host --json", as_json, bare, "python3 -c pass"),
-        ("bare walk", walked, walked, ""),
-        ("scan()", scanned, walked, "bare walk"),
-    ):
-        print(f"{name:24}{value:9.3f}{value / base:8.1f}  {of}")
-    print(f"{'memory of mdo host':24}{memory:6.0f} MB")
-    missed = [
-        name
-        for name, value, limit in (
-            ("mdo --help", help_, HELP_LIMIT),
-            ("mdo host", max(host, as_json), HOST_LIMIT),
-            ("memory", memory, MEMORY_LIMIT),
+def library(count: int) -> float:
+    """In this process; seconds."""
+    from mdev_orchestrator.host.sysfs import scan
+
+    begun = time.perf_counter()
+    found = scan()
+    taken = time.perf_counter() - begun
+    check(len(found.mdevs) == count and not any(mdev.damage for mdev in found.mdevs), "scan")
+    return taken
+
+
+def listing(words: list[str], count: int) -> float:
+    """By a process of its own; seconds."""
+    begun = time.perf_counter()
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    taken = time.perf_counter() - begun
+    uuids = {name for name in os.listdir("/sys/bus/mdev/devices") if name in done.stdout}
+    check(len(uuids) == count, words[0])
+    return taken
+
+
+def check(right: bool, who: str) -> None:
+    """A listing that is not the whole is no measurement."""
+    if not right:
+        raise RuntimeError(f"{who} did not list all devices")
+
+
+def report(series: str, count: int, times: dict[str, list[float]]) -> None:
+    """Print the table and, for programs, one line of JSON."""
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
+    print(f"{count} {series} devices listed, medians; L1 is emulated, one processor")
+    for name, seconds in middle.items():
+        low, high = min(times[name]), max(times[name])
+        print(
+            f"{name:8} {seconds:8.4f} s ({low:.4f} to {high:.4f}, {len(times[name])} rounds)"
+            f"  {seconds / count * 1e3:6.3f} ms each  {seconds / middle['C']:6.2f} x C"
+            + (f"  mdevctl / it: {middle['mdevctl'] / seconds:5.1f}" if "mdevctl" in middle else "")
         )
-        if value > limit
-    ]
-    if missed:
-        print("over the limit: " + ", ".join(missed))
-    return 1 if missed else 0
+    print(json.dumps({"series": series, "count": count, "seconds": times}), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--inside"]:
+        sys.exit(inside(arguments[1], int(arguments[2]), arguments[3]))
+    sys.exit(outside(int(arguments[0]) if arguments else ROUNDS))

@@ -9,10 +9,11 @@ never hides the objects beside it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID, uuid5
 
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from mdev_orchestrator.errors import RequestError, UuidError
 
@@ -21,7 +22,7 @@ GROUP_FILE = "group_uuid"
 GROUP_NAMESPACE = UUID("5a52f6d2-30f3-4c0e-9d8b-2f6f5b7b3c11")
 """Start groups may be given a name: its UUID is version 5 (RFC 4122) of the name in here."""
 
-_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_UUID_LENGTH = 36
 _GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DIGITS = re.compile(r"([0-9]+)")
 _SHOWN = 60  # characters of a name in a message
@@ -33,9 +34,26 @@ _NOT_SET = {
 }
 
 
+def as_uuid(text: str) -> UUID | None:
+    """The UUID that a text is, in the form that :func:`parse_uuid` takes; else ``None``."""
+    return as_uuids((text,)).get(text)
+
+
+def as_uuids(texts: Iterable[str]) -> dict[str, UUID]:
+    """Those texts that :func:`parse_uuid` takes, and their UUIDs."""
+    right = [text for text in texts if len(text) == _UUID_LENGTH]
+    try:
+        # many times as fast as UUID(text), and at this length as strict as the kernel
+        return dict(zip(right, convert(right, list[UUID]), strict=True))
+    except ValueError:
+        return {
+            text: uuid for text in right if len(right) > 1 for uuid in as_uuids((text,)).values()
+        }
+
+
 def is_uuid(text: str) -> bool:
     """Whether a text is what :func:`parse_uuid` takes."""
-    return _UUID.fullmatch(text) is not None
+    return as_uuid(text) is not None
 
 
 def parse_uuid(text: str) -> UUID:
@@ -43,10 +61,11 @@ def parse_uuid(text: str) -> UUID:
 
     :raise UuidError: It is something else.
     """
-    if not is_uuid(text):
+    uuid = as_uuid(text)
+    if uuid is None:
         shown = _short(text)
         raise UuidError(f"{shown!r} is not a UUID", "write it as 8-4-4-4-12 hexadecimal digits")
-    return UUID(text)
+    return uuid
 
 
 def group_uuid(text: str) -> UUID:
@@ -56,8 +75,8 @@ def group_uuid(text: str) -> UUID:
 
     :raise RequestError: It is neither.
     """
-    if is_uuid(text):
-        uuid = UUID(text)
+    uuid = as_uuid(text)
+    if uuid is not None:
         if not uuid.int:
             raise UuidError("the UUID of all zeroes is no start group", "choose another, or a name")
         return uuid

@@ -45,7 +45,8 @@ from mdev_orchestrator.model import (
     Mdev,
     MdevType,
     Parent,
-    is_uuid,
+    as_uuid,
+    as_uuids,
     natural_key,
 )
 
@@ -66,7 +67,12 @@ _LIFECYCLE_FILES = frozenset(
     name.partition("/")[0] for name in (GROUP_FILE, _ONLINE_FILE, *PARAMS_FILES)
 )
 _Kind = tuple[str, str | None]
-"""What mdevs have in common: parent and type."""
+"""Parent and type of an mdev."""
+_Like = tuple[str | None, frozenset[str]]
+"""What mdevs of a kind have in common: ``device_api``, and which of ``_LIFECYCLE_FILES``."""
+_Links = tuple[str | OSError, str | OSError]
+"""What an mdev's ``mdev_type`` and ``iommu_group`` lead to."""
+_NO_LIFECYCLE = None, None, None
 _LINKS_FILES = ("p2p_links", "p2p_links_free")
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
 _GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
@@ -98,30 +104,36 @@ def scan(root: Path = ROOT, *, types: bool = True) -> Host:
         for name in sorted(_fit(parent_names or (), damage), key=natural_key)
         if (parent := _parent(class_dir, name, with_types=types)) is not None
     )
-    homes: dict[str, tuple[str, str]] = {}
+    homes: dict[str, tuple[UUID, str, str]] = {}
     for parent in parents:
         path = os.fspath(parent.path)
-        for name in _list(path) or ():
-            if is_uuid(name):
-                homes[name] = parent.name, f"{path}/{name}"
+        for name, uuid in as_uuids(_list(path) or ()).items():
+            homes[name] = uuid, parent.name, f"{path}/{name}"
     apis: dict[_Kind, str | None] = {
         (type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types
     }
+    # All links at once: to change between the kernel's work and ours for each takes a fifth more.
+    links = {
+        name: (_link(f"{path}/mdev_type"), _link(f"{path}/iommu_group"))
+        for name, (_, _, path) in homes.items()
+    }
     linked = set(mdev_names or ())
     found: dict[str, list[Mdev]] = {}
-    kinds: dict[_Kind, frozenset[str]] = {}
+    kinds: dict[_Kind, _Like] = {}
     for name in sorted(linked.union(homes)):
-        home = homes.get(name)
-        if home is None and not is_uuid(name):
-            damage.append(f"{_shown(name)} on the mdev bus is not a UUID")
-            continue
         link = f"{bus_dir}/{name}"
-        if name in linked:
-            mdev = _mdev(link, UUID(name), home, apis, kinds)
-        elif home is not None and not os.path.lexists(link):
-            mdev = _leaving(UUID(name), *home)
+        mdev = None
+        home = homes.get(name)
+        if home is not None:
+            uuid, parent_name, path = home
+            if name in linked:
+                mdev = _mdev(uuid, link, parent_name, path, links[name], kinds, apis)
+            elif not os.path.lexists(link):  # else it came after the bus was listed
+                mdev = _leaving(uuid, parent_name, path)
+        elif (unhoused := as_uuid(name)) is not None:
+            mdev = _linked_mdev(unhoused, link, kinds, apis)
         else:
-            mdev = None  # it came after the bus was listed
+            damage.append(f"{_shown(name)} on the mdev bus is not a UUID")
         if mdev is not None:
             found.setdefault(mdev.parent, []).append(mdev)
     return Host(
@@ -143,7 +155,7 @@ def read_mdev(uuid: UUID, root: Path = ROOT) -> Mdev | None:
     where = os.path.dirname(path)
     if where != os.path.join(root, "sys/bus/mdev/devices"):
         return _leaving(uuid, os.path.basename(where), path)
-    return _mdev(path, uuid, None, None, {})
+    return _linked_mdev(uuid, path, {}, None)
 
 
 def directory(uuid: UUID, root: Path = ROOT) -> str | None:
@@ -265,8 +277,12 @@ def _target(path: str) -> str:
     """
     target = os.readlink(path)
     if not target.isprintable():
-        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ))
+        raise _unprintable()
     return target
+
+
+def _unprintable() -> OSError:
+    return OSError(errno.EILSEQ, os.strerror(errno.EILSEQ))
 
 
 def _text(
@@ -315,6 +331,8 @@ def parse_count(text: str) -> int:
 
     :raise ValueError: It is anything else; the message completes "the file …".
     """
+    if len(text) < _COUNT_DIGITS and text.isascii() and text.isdecimal():
+        return int(text)
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdecimal()):
         raise ValueError(f"is not a number: {_shown(text)}")
@@ -435,53 +453,79 @@ def _attribute(directory: str, name: str, into: dict[str, str], damage: list[str
         into[name if name not in into else f"{_last(directory)}/{name}"] = text
 
 
-def _mdev(
-    link: str,
-    uuid: UUID,
-    home: tuple[str, str] | None,
-    apis: Mapping[_Kind, str | None] | None,
-    kinds: dict[_Kind, frozenset[str]],
+def _linked_mdev(
+    uuid: UUID, link: str, kinds: dict[_Kind, _Like], apis: Mapping[_Kind, str | None] | None
 ) -> Mdev | None:
-    """Read one mdev of the bus.
-
-    :param link: Its entry on the bus.
-    :param home: Its parent's name and its directory there, if known: the link tells them too, but
-        links are slow to follow.
-    :param apis: Each kind's ``device_api``; without them its own type is asked.
-    :param kinds: Which of ``_LIFECYCLE_FILES`` each kind has, so far; added to here.
-    """
-    damage: list[str] = []
+    """Read an mdev of which only the link on the bus is known; see :func:`_mdev`."""
     try:
-        parent, path = home or _home(link)
+        path = os.path.normpath(os.path.join(os.path.dirname(link), _target(link)))
     except FileNotFoundError:
         return None
     except OSError as error:
-        damage.append(f"has no link to its parent: {os.strerror(error.errno or 0)}")
-        parent, path = "", link
-    type_id = None
+        reason = f"has no link to its parent: {os.strerror(error.errno or 0)}"
+        return _mdev(uuid, link, "", link, _links(link), kinds, apis, (reason,))
+    parent = os.path.basename(os.path.dirname(path))
+    return _mdev(uuid, link, parent, path, _links(path), kinds, apis)
+
+
+def _links(path: str) -> _Links:
+    return _link(f"{path}/mdev_type"), _link(f"{path}/iommu_group")
+
+
+def _link(path: str) -> str | OSError:
+    """The name that a link leads to, or why that cannot be told."""
     try:
-        type_id = _last(_target(f"{path}/mdev_type"))
-    except FileNotFoundError:
+        target = os.readlink(path)
+    except OSError as error:
+        return error
+    return target.rpartition("/")[2] if target.isprintable() else _unprintable()
+
+
+def _mdev(
+    uuid: UUID,
+    link: str,
+    parent: str,
+    path: str,
+    links: _Links,
+    kinds: dict[_Kind, _Like],
+    apis: Mapping[_Kind, str | None] | None,
+    damaged: tuple[str, ...] = (),
+) -> Mdev | None:
+    """Read one mdev of the bus.
+
+    :param link: Its entry on the bus, which may be gone at any time.
+    :param path: Its own directory: links are slow to follow.
+    :param kinds: What is known of other mdevs and is not looked for again; added to here.
+    :param apis: Each kind's ``device_api``; without them its type is asked.
+    """
+    damage = list(damaged)
+    type_id = None
+    type_link, group_link = links
+    if isinstance(type_link, str):
+        type_id = type_link
+    elif isinstance(type_link, FileNotFoundError):
         if not os.path.lexists(link):  # its removal began meanwhile
             return _leaving(uuid, parent, path)
         if not os.path.exists(path):
             damage.append("its link leads nowhere")
-    except OSError as error:
-        damage.append(f"mdev_type cannot be read: {os.strerror(error.errno or 0)}")
+    else:
+        damage.append(f"mdev_type cannot be read: {os.strerror(type_link.errno or 0)}")
+    group = _group(group_link, damage)
     kind = parent, type_id
-    files = kinds.get(kind)
-    if files is None:
+    like = kinds.get(kind)
+    if like is None:
         # A driver's files are added before the type is linked and removed after it, so a device
         # that has its link when they have been listed tells for all of its kind.
         files = _LIFECYCLE_FILES.intersection(_list(path) or ())
+        if apis is not None:
+            api = apis.get(kind)
+        else:
+            api = _text(f"{path}/mdev_type/device_api", damage, optional=True)
+        like = api, files
         if type_id is not None and os.path.lexists(f"{path}/mdev_type"):
-            kinds[kind] = files
-    group = _group(path, damage)
-    start_group, online, params = _lifecycle(path, files, damage) if files else (None, None, None)
-    if apis is not None:
-        api = apis.get(kind)
-    else:
-        api = _text(f"{path}/mdev_type/device_api", damage, optional=True)
+            kinds[kind] = like
+    api, files = like
+    start_group, online, params = _lifecycle(path, files, damage) if files else _NO_LIFECYCLE
     return Mdev(
         uuid=uuid,
         directory=link,
@@ -496,12 +540,6 @@ def _mdev(
     )
 
 
-def _home(link: str) -> tuple[str, str]:
-    """An mdev's parent and directory, as its link on the bus has them."""
-    path = os.path.normpath(os.path.join(os.path.dirname(link), _target(link)))
-    return os.path.basename(os.path.dirname(path)), path
-
-
 def _lifecycle(
     path: str, names: Collection[str], damage: list[str]
 ) -> tuple[UUID | None, bool | None, str | None]:
@@ -509,9 +547,7 @@ def _lifecycle(
     group = online = params = None
     if GROUP_FILE in names:
         text = _text(f"{path}/{GROUP_FILE}", damage, optional=True, empty=True)
-        if text and is_uuid(text):
-            group = UUID(text)
-        elif text:
+        if text and (group := as_uuid(text)) is None:
             damage.append(f"{GROUP_FILE} is not a UUID: {_shown(text)}")
     if _ONLINE_FILE in names:
         text = _text(f"{path}/{_ONLINE_FILE}", damage, optional=True)
@@ -535,20 +571,19 @@ def _leaving(uuid: UUID, parent: str, path: str) -> Mdev | None:
         directory=path,
         parent=parent,
         type_id=None,
-        iommu_group=_group(path, damage),
+        iommu_group=_group(_link(f"{path}/iommu_group"), damage),
         damage=tuple(damage),
     )
 
 
-def _group(path: str, damage: list[str]) -> int | None:
-    try:
-        return parse_count(_last(_target(f"{path}/iommu_group")))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        damage.append(f"iommu_group cannot be read: {os.strerror(error.errno or 0)}")
-    except ValueError as error:
-        damage.append(f"iommu_group {error}")
+def _group(link: str | OSError, damage: list[str]) -> int | None:
+    if isinstance(link, str):
+        try:
+            return parse_count(link)
+        except ValueError as error:
+            damage.append(f"iommu_group {error}")
+    elif not isinstance(link, FileNotFoundError):
+        damage.append(f"iommu_group cannot be read: {os.strerror(link.errno or 0)}")
     return None
 
 
