@@ -640,12 +640,11 @@ async def _written(batch: AnyBatch, context: Context, told: Told) -> BaseExcepti
 async def _answered(batch: AnyBatch, deadline: float) -> None:
     """Wait for the end of a batch.
 
-    :raise TimeoutError: For ``deadline`` seconds there was no answer to any of it.
+    :raise TimeoutError: One of its writes took longer than ``deadline``, in seconds.
     """
     while not batch.ended.done():
-        before = len(batch.unknown), batch.results.count(None)
-        await asyncio.wait((batch.ended,), timeout=deadline)
-        if not batch.ended.done() and before == (len(batch.unknown), batch.results.count(None)):
+        await asyncio.wait((batch.ended,), timeout=max(deadline - batch.longest, 0))
+        if not batch.ended.done() and batch.longest >= deadline:
             raise TimeoutError
 
 

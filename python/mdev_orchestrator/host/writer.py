@@ -121,7 +121,8 @@ class Batch:
         self._told = told
         self._fine = fine
         self._waiting = deque(range(len(lines)))
-        self._under_way: set[int] = set()
+        self._under_way: dict[int, float] = {}
+        self._since = time.monotonic()
         self._stopped = False
         self._size = 1
         self._pool = _pools.get(loop) or _pools.setdefault(loop, _Pool(loop))
@@ -146,6 +147,11 @@ class Batch:
         return frozenset(self._under_way)
 
     @property
+    def longest(self) -> float:
+        """For how many seconds a write is under way, or waits for a child and none has a moment."""
+        return time.monotonic() - min(self._under_way.values(), default=self._since)
+
+    @property
     def has_more(self) -> bool:
         """Whether something is left for a child to do."""
         return bool(self._waiting)
@@ -159,21 +165,22 @@ class Batch:
             if taken and size > _AT_ONCE_BYTES:
                 break
             taken.append(self._waiting.popleft())
-        self._under_way.update(taken)
+        self._under_way.update(dict.fromkeys(taken, time.monotonic()))
         return tuple(taken)
 
     def give_back(self, taken: Sequence[int]) -> None:
         """What a child has not begun."""
-        self._under_way.difference_update(taken)
+        self._forget(taken)
         if not self._stopped:
             self._waiting.extendleft(reversed(taken))
 
     def answered(self, taken: Sequence[int], answer: bytes) -> None:
         """Note what a child says: a byte for each that it has written; nothing when it died."""
+        self._since = time.monotonic()
         results = answer or bytes([_UNKNOWN]) * len(taken)
         done, rest = taken[: len(results)], taken[len(results) :]
         self._size = max(len(done), 1) if rest else min(2 * self._size, _AT_ONCE)
-        self._under_way.difference_update(done)
+        self._forget(done)
         if not self._fine.issuperset(results):
             self._let_no_more_begin()
         self.give_back(rest)
@@ -181,6 +188,10 @@ class Batch:
             self.results[index] = number
             self._told(index, number)
         self._end()
+
+    def _forget(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            del self._under_way[index]
 
     def _let_no_more_begin(self) -> None:
         self._stopped = True
@@ -209,7 +220,7 @@ class Separately:
         self._told = told
         self._fine = fine
         self._waiting = deque(range(len(lines)))
-        self._under_way: set[int] = set()
+        self._under_way: dict[int, float] = {}
 
     def begin(self) -> None:
         """Have it done."""
@@ -227,12 +238,18 @@ class Separately:
         """Those that are being written."""
         return frozenset(self._under_way)
 
+    @property
+    def longest(self) -> float:
+        """For how many seconds a write is under way now; 0 when none is."""
+        now = time.monotonic()
+        return now - min(self._under_way.values(), default=now)
+
     async def _work(self) -> None:
         while self._waiting:
             index = self._waiting.popleft()
-            self._under_way.add(index)
+            self._under_way[index] = time.monotonic()
             number = await self._write(*self.lines[index])
-            self._under_way.discard(index)
+            del self._under_way[index]
             self.results[index] = number
             if number not in self._fine:
                 self._waiting.clear()

@@ -24,7 +24,7 @@ from mdev_orchestrator.engine.executor import Event, Moment, Observer, Planned, 
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.steps import Context, Create, Remove, UnsettledError, encode
 from mdev_orchestrator.engine.store import Change, OwnDevice
-from mdev_orchestrator.errors import BusyError, HostError, MdoError, UuidError
+from mdev_orchestrator.errors import BusyError, DeadlineError, HostError, MdoError, UuidError
 from unit.fakesys import FakeSystem
 
 UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa1{n:03}") for n in range(64)]
@@ -278,6 +278,20 @@ async def test_what_comes_while_others_are_written_down_is_written_down_too(
     async with asyncio.timeout(20):
         await machine.run([create(0), create(1), create(2, 1)])
     assert machine.owned == machine.system.uuids() == set(TEXTS[:3])
+
+
+async def test_one_of_many_that_is_late_is_late_whatever_the_others_do(machine: Machine) -> None:
+    """One takes longer than the deadline, while others come all the time."""
+    machine.context.deadline = 0.3
+    slow = machine.system.block[TEXTS[0]] = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.5, slow.set)
+    for number in range(1, 32):
+        gate = machine.system.block[TEXTS[number]] = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.02 * number, gate.set)
+    with pytest.raises(DeadlineError, match=r"was not created within 0\.3 s") as caught:
+        await machine.run([create(number) for number in range(32)])
+    assert caught.value.__notes__ == ["all was undone"]
+    machine.untouched()
 
 
 async def test_devices_that_go_together_stay_when_one_is_held(machine: Machine) -> None:
