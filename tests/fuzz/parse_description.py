@@ -32,7 +32,7 @@ def one(data: bytes) -> None:
 
 def _check(facts: TypeFacts) -> None:
     """What was understood is a sane value, and what is shown of it is understood again."""
-    for name in TypeFacts.__slots__:
+    for name in TypeFacts.__struct_fields__:
         value = getattr(facts, name)
         if value is None:
             continue
