@@ -25,9 +25,9 @@ from lab.parents import DRIVERS, Parent, all_drivers
 from mdev_orchestrator.capacity import models
 from mdev_orchestrator.capacity.attributes import TypeFacts
 from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import probe
-from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.model import is_uuid
 

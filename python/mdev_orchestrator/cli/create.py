@@ -11,8 +11,8 @@ import typer
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.host import mdev_shape
 from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
-from mdev_orchestrator.engine.steps import DEADLINE
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.probe import TOGETHER, Candidates, Probed, candidates
 from mdev_orchestrator.engine.probe import probe as learn
-from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.errors import RequestError
 
 

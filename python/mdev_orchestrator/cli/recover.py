@@ -52,9 +52,9 @@ def recover(
 
 async def _recover(*, dry_run: bool) -> list[Recovered]:
     from mdev_orchestrator.engine import recovery
+    from mdev_orchestrator.engine.context import Context
     from mdev_orchestrator.engine.journal import Journal
     from mdev_orchestrator.engine.lifecycle import sweep
-    from mdev_orchestrator.engine.steps import Context
     from mdev_orchestrator.state import journal_path
 
     if dry_run and not journal_path().exists():

@@ -9,8 +9,8 @@ from uuid import UUID
 import typer
 
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import remove_devices
-from mdev_orchestrator.engine.steps import DEADLINE
 
 
 def remove(

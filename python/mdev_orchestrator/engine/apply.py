@@ -22,11 +22,12 @@ import msgspec
 from mdev_orchestrator.capacity.planner import Policy
 from mdev_orchestrator.engine import diff as differ
 from mdev_orchestrator.engine import learned, lifecycle
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.diff import Changes, Running, Seen
 from mdev_orchestrator.engine.executor import Observer, execute, ignore
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Journal, Run
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Context, Create
+from mdev_orchestrator.engine.steps import Create
 from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
 from mdev_orchestrator.errors import (
     CapacityError,

@@ -18,10 +18,11 @@ from uuid import UUID, uuid4
 
 from msgspec import Struct
 
+from mdev_orchestrator.engine.context import DEADLINE, Context
 from mdev_orchestrator.engine.executor import Planned, execute
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import DEADLINE, Context, Create
+from mdev_orchestrator.engine.steps import Create
 from mdev_orchestrator.engine.store import Change, OwnDevice, read_owned
 from mdev_orchestrator.errors import (
     BusyError,

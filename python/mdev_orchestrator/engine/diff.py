@@ -44,16 +44,8 @@ from mdev_orchestrator.capacity.planner import (
 )
 from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.engine.executor import Planned
-from mdev_orchestrator.engine.steps import (
-    AnyStep,
-    Attach,
-    Create,
-    Detach,
-    Launch,
-    Remove,
-    Stop,
-    is_same,
-)
+from mdev_orchestrator.engine.making import is_same
+from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
 from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition, complete, is_of

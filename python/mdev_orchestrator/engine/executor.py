@@ -23,8 +23,9 @@ from enum import StrEnum
 from typing import Self
 
 from mdev_orchestrator.engine import steps as step_module
+from mdev_orchestrator.engine.context import Context, UnsettledError
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.steps import AnyStep, Context, Launch, UnsettledError, make_all
+from mdev_orchestrator.engine.steps import AnyStep, Launch, make_all
 from mdev_orchestrator.engine.store import Change, OwnSpec
 from mdev_orchestrator.errors import MdoError
 

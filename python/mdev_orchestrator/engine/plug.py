@@ -12,12 +12,13 @@ from uuid import UUID
 
 from msgspec import Struct
 
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.devices import find_place
 from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.lifecycle import usable_mdev
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Attach, Context, Create, Detach, Remove
+from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
 from mdev_orchestrator.engine.store import OwnDevice, OwnGuest
 from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs

@@ -32,9 +32,10 @@ from mdev_orchestrator.capacity.models import (
     survey,
 )
 from mdev_orchestrator.engine import executor, learned, steps
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Context, Create
+from mdev_orchestrator.engine.steps import Create
 from mdev_orchestrator.engine.store import OwnDevice
 from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, UnknownError
 from mdev_orchestrator.host import sysfs

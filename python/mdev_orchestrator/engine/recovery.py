@@ -23,9 +23,10 @@ from uuid import UUID
 from msgspec import Struct
 
 from mdev_orchestrator.engine import executor
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.steps import AnyStep, Context, decode
+from mdev_orchestrator.engine.steps import AnyStep, decode
 from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
 from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
 from mdev_orchestrator.host import sysfs

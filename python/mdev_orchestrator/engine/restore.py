@@ -34,11 +34,11 @@ from msgspec import Struct, field
 
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.apply import apply, manual_pools, stored
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.diff import Changes
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
 from mdev_orchestrator.errors import DeadlineError, HostError, MdoError, UnknownError
 from mdev_orchestrator.host import sysfs

@@ -129,7 +129,10 @@ class Batch:
 
     def begin(self) -> None:
         """Have it done: at once if a child is free, soon by a new one otherwise."""
-        self._pool.give(self)
+        if self.lines:
+            self._pool.give(self)
+        else:
+            self._end()
 
     def stop(self) -> bool:
         """Let nothing more begin; whether nothing of it is under way."""

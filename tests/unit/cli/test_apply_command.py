@@ -26,8 +26,8 @@ import pytest
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine import apply as module
 from mdev_orchestrator.engine import recovery
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.engine.store import Owned, read_owned
 from unit.fakesys import FakeSystem
 

@@ -15,8 +15,8 @@ import pytest
 
 from mdev_orchestrator.engine import apply as module
 from mdev_orchestrator.engine import recovery
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.engine.store import Owned, read_owned
 from mdev_orchestrator.errors import (
     BusyError,

@@ -24,8 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdev_orchestrator.engine import recovery, store
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import KEPT, Entry, Journal, Process, Progress, Run
-from mdev_orchestrator.engine.steps import Context, Create, Launch, decode, encode
+from mdev_orchestrator.engine.steps import Create, Launch, decode, encode
 from mdev_orchestrator.engine.store import Change, OwnDevice, OwnGuest, OwnSpec, read_owned
 from mdev_orchestrator.errors import BusyError, HostError
 

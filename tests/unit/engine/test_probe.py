@@ -18,10 +18,10 @@ import pytest
 from mdev_orchestrator.capacity.models import Confidence, Homogeneous, ParentCapacity, survey
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import Probed, candidates, probe
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Context
 from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, MdoError, UnknownError
 from mdev_orchestrator.host.sysfs import scan
 from unit.capacity import drivers

@@ -22,10 +22,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from mdev_orchestrator.engine import recovery
+from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.executor import Event, Moment, Planned, execute
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress
 from mdev_orchestrator.engine.recovery import Recovered
-from mdev_orchestrator.engine.steps import Context, Create, Launch, Remove, encode
+from mdev_orchestrator.engine.steps import Create, Launch, Remove, encode
 from mdev_orchestrator.engine.store import (
     Change,
     OwnDevice,

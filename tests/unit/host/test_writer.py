@@ -78,13 +78,20 @@ async def test_all_are_written_and_told_of_once(tmp_path: Path, make: Make) -> N
 
 
 @both
+async def test_nothing_is_written_at_once(make: Make) -> None:
+    batch = make([], lambda *_: None)
+    await written(batch)
+    assert batch.results == []
+
+
+@both
 async def test_what_is_refused_is_the_last_that_begins(tmp_path: Path, make: Make) -> None:
     lines = files(tmp_path, 100)
     lines[20] = (str(tmp_path / "missing"), b"x")
     batch = make(lines, lambda *_: None)
     await written(batch)
     assert batch.results[20] == errno.ENOENT
-    assert batch.results[:20] == [0] * 20
+    assert {*batch.results[:20]} <= {0, None}  # one child may be there before another
     begun = [index for index, number in enumerate(batch.results) if number is not None]
     assert len(begun) <= 20 + CHILDREN
     assert all(not Path(lines[index][0]).read_bytes() for index in {*range(100)} - {*begun, 20})
