@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from fuzz import harness
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build/fuzz"
 SECONDS = int(os.environ.get("MDO_FUZZ_SECONDS", "600"))
+MEMORY = "/dev/shm"  # noqa: S108 - a directory of a name that nobody knows is made there
 HANG_SECONDS = 10
 LARGEST = 8192  # bytes
 LIFECYCLE = "mdev-lifecycle"
@@ -66,11 +68,11 @@ def test_survives_any_input(name: str) -> None:
     flags = [f"-{key}={value}" for key, value in options.items()]
     command = ["nice", "-n", "19", *fuzzer(name), *flags, kept, harness.CORPUS / name]
     path = f"{ROOT / 'tests'}:{ROOT / 'python'}"
-    with log.open("wb") as out:
+    with log.open("wb") as out, tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
         done = subprocess.run(
             command,
             cwd=WORK,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": scratch},
             stdout=out,
             stderr=out,
             check=False,
