@@ -6,6 +6,8 @@
 # make test-crash     mdo killed before and after every step, in the lab
 # make test-faults    every step failing, for every reason, in the lab
 # make test-fuzz      every parser fuzzed for ten minutes each
+# make test-fuzz-driver
+#                     mvgpu fuzzed on a kernel with checkers, built first
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make check          linters only
 # make bench          speeds, as ratios
@@ -14,7 +16,8 @@
 
 MDO = .venv/bin/mdo
 
-.PHONY: setup demo test test-qemu test-crash test-faults test-fuzz test-qemu-own check bench lab-shell clean
+.PHONY: setup demo test test-qemu test-crash test-faults test-fuzz test-fuzz-driver test-qemu-own
+.PHONY: check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -37,6 +40,10 @@ test-faults: setup
 test-fuzz:
 	@tools/setup fuzz
 	@.venv/bin/python tools/run-tests fuzz-parsers
+
+test-fuzz-driver:
+	@tools/setup kernel
+	@.venv/bin/python tools/run-tests fuzz-6.12-debug
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own

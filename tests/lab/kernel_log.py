@@ -12,16 +12,22 @@ COMPLAINT = re.compile(
     r"WARNING: (?!.*soft lockup)|BUG: (?!soft lockup|workqueue lockup)|Oops|general protection"
     r"|possible (circular|recursive|irq|deadlock)|refcount_t:|list_(add|del) corruption"
     r"|blocked for more than"
+    # the checkers of a debug kernel, those that do not say BUG or WARNING
+    r"|UBSAN: |kmemleak: \d+ new|kmemleak: .*disabled|trying to register non-static"
 )
 
 
 class KernelLog:
-    """The lines that the kernel prints from now on."""
+    """The lines that the kernel prints from now on.
+
+    :ivar lost: Lines were overwritten before anybody looked.
+    """
 
     def __init__(self) -> None:
         self._descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         os.lseek(self._descriptor, 0, os.SEEK_END)
         self._all: list[str] = []
+        self.lost = False
 
     def close(self) -> None:
         """Look no further."""
@@ -36,6 +42,7 @@ class KernelLog:
             except BlockingIOError:
                 return self._all[begin:]
             except BrokenPipeError:  # the oldest were overwritten meanwhile; go on with the rest
+                self.lost = True
                 continue
             text = record.decode(errors="replace").partition(";")[2]
             self._all.append(text.partition("\n")[0])

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="The nested machine that runs everything for real.")
 
 Name = Annotated[str, typer.Option("--name", help="Which lab; several can be up.")]
-Series = Annotated[str, typer.Option("--kernel", help="Kernel series of L1: 6.12 or 6.1.")]
+Series = Annotated[
+    str,
+    typer.Option("--kernel", help="Kernel series of L1: 6.12, 6.1, or 6.12-debug with checkers."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Memory = Annotated[str, typer.Option(help="Memory of L1.")]
 Options = Annotated[

@@ -26,6 +26,9 @@ Progress = Callable[[str], None]
 
 DEFAULT_SERIES = "6.12"
 
+#: What the name of a series ends in when its kernel has checkers, see :mod:`.kernelbuild`.
+DEBUG = "-debug"
+
 #: What the first interesting line of a failed program looks like.
 CAUSE = re.compile(r"\berror\b|not found|^E: ", re.IGNORECASE)
 
@@ -43,6 +46,21 @@ class Kernel:
     root: Path
 
     @property
+    def checked(self) -> bool:
+        """Whether it has checkers; everything takes its time then."""
+        return self.series.endswith(DEBUG)
+
+    @property
+    def base(self) -> str:
+        """Its series without the mark of one with checkers."""
+        return self.series.removesuffix(DEBUG)
+
+    @property
+    def source(self) -> str:
+        """Debian's package with the source of its series."""
+        return f"linux-source-{self.base}"
+
+    @property
     def image(self) -> Path:
         """The bootable image."""
         return self.root / "boot" / f"vmlinuz-{self.release}"
@@ -56,6 +74,13 @@ class Kernel:
     def headers(self) -> Path:
         """What ``make -C`` takes to build a module against."""
         return self.root / "usr/src" / f"linux-headers-{self.release}"
+
+
+def series_of(release: str) -> str:
+    """The series that a kernel is of, by what ``uname -r`` says in it."""
+    version = re.match(r"\d+\.\d+", release)
+    base = version[0] if version else release
+    return base + DEBUG if release.endswith(DEBUG) else base
 
 
 @contextlib.contextmanager

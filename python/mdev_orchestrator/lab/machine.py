@@ -46,13 +46,24 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.host.process import start_time
-from mdev_orchestrator.lab import client, debian, driver, initramfs, l2, samples, systemd
+from mdev_orchestrator.lab import (
+    client,
+    debian,
+    driver,
+    initramfs,
+    kernelbuild,
+    l2,
+    samples,
+    systemd,
+)
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, decode, private_dir, state_dir
 
 QEMU = "qemu-system-x86_64"
 EXEC_PORTS = 8
 BOOT_SECONDS = {"tcg": 90.0, "kvm": 20.0}
+CHECKED_FACTOR = 6
+"""How many times longer a kernel with checkers may take."""
 SYSTEMD_SECONDS = 120.0
 """More, for what systemd does before the agent begins."""
 RECORD = "lab.json"
@@ -257,18 +268,24 @@ def up(
     if shutil.which(QEMU) is None:
         raise HostError(f"{QEMU} is not installed", "apt-get install qemu-system-x86")
     if (lab := look(name)) is not None:
-        if not lab.release.startswith(f"{series}."):
+        if debian.series_of(lab.release) != series:
             raise RequestError(
                 f"lab {name} is up with kernel {lab.release}", f"'mdo lab down --name {name}'"
             )
         return lab
-    kernel = debian.fetch_kernel(series, progress)
-    modules = driver.build_modules(driver.checkout() / "kernel", kernel, progress)
+    source = driver.checkout() / "kernel"
+    kernel = kernelbuild.fetch(series, progress)
+    modules = driver.build_modules(source, kernel, progress)
+    # Guests stay quick: it is L1's kernel that is under examination.
+    guest = debian.fetch_kernel(kernel.base, progress) if kernel.checked else kernel
+    guest_modules = driver.build_modules(source, guest, progress)
     files = {
-        "MDO_LAB_KERNEL": str(kernel.image),
-        "MDO_LAB_INITRD": str(l2.image(kernel, modules, progress)),
+        "MDO_LAB_KERNEL": str(guest.image),
+        "MDO_LAB_INITRD": str(l2.image(guest, guest_modules, progress)),
         "MDO_LAB_MODULES": str(modules),
     }
+    if kernel.checked:
+        files["MDO_LAB_CHECKERS"] = str(driver.build_modules(kernelbuild.FAULTS, kernel, progress))
     if (drivers := samples.built(kernel)) is not None:
         files["MDO_LAB_SAMPLES"] = str(drivers)
     insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
@@ -455,17 +472,18 @@ def _wait_up(boot: _Boot, accel: str, process: subprocess.Popen[bytes]) -> None:
             words = _tail(directory / "qemu.log") or _tail(directory / "console.log")
             raise QemuError(f"L1 ended while booting: {words or 'it said nothing'}")
 
+    seconds = BOOT_SECONDS[accel] * (CHECKED_FACTOR if boot.kernel.checked else 1)
     started = time.monotonic()
     last = directory / f"exec-{EXEC_PORTS - 1}.sock"
     while not last.exists():
         alive()
-        if time.monotonic() - started > BOOT_SECONDS[accel]:
+        if time.monotonic() - started > seconds:
             raise DeadlineError("QEMU did not create its sockets")
         select.select([], [], [], 0.02)  # QEMU has no way to say that it listens
     try:
         with contextlib.closing(client.Session(directory)) as session:
             more = SYSTEMD_SECONDS if boot.disk else 0.0
-            session.wait_ready(BOOT_SECONDS[accel] + more, alive)
+            session.wait_ready(seconds + more, alive)
     except DeadlineError as error:
         raise DeadlineError(
             f"{error.message}; L1's last words: {_tail(directory / 'console.log')}"

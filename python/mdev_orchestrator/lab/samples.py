@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.lab import debian, driver
+from mdev_orchestrator.lab import debian, driver, kernelbuild
 from mdev_orchestrator.lab.debian import Kernel, Progress, locked, run
 from mdev_orchestrator.state import cache_dir
 
@@ -29,7 +29,7 @@ def build(kernel: Kernel, progress: Progress = lambda _: None) -> Path:
 
     :raise MdoError: They cannot be had, or do not compile.
     """
-    modules = driver.build_modules(_source(kernel.series, progress), kernel, progress)
+    modules = driver.build_modules(_source(kernel, progress), kernel, progress)
     link = _link(kernel)
     with locked(link):
         link.unlink(missing_ok=True)
@@ -46,12 +46,12 @@ def _link(kernel: Kernel) -> Path:
     return cache_dir() / "samples" / kernel.series / kernel.release
 
 
-def _source(series: str, progress: Progress) -> Path:
-    place = cache_dir() / "samples" / series / PLACE.name
+def _source(kernel: Kernel, progress: Progress) -> Path:
+    place = cache_dir() / "samples" / kernel.series / PLACE.name
     with locked(place):
         if not place.exists():
             with tempfile.TemporaryDirectory(dir=place.parent) as name:
-                _unpack(f"linux-source-{series}", Path(name), progress).rename(place)
+                _unpack(kernel.source, Path(name), progress).rename(place)
     return place
 
 
@@ -74,7 +74,7 @@ def main() -> int:
     """Build for each series that is named, or for the default one."""
     try:
         for series in sys.argv[1:] or [debian.DEFAULT_SERIES]:
-            kernel = debian.fetch_kernel(series, _say)
+            kernel = kernelbuild.fetch(series, _say)
             sys.stdout.write(f"{build(kernel, _say)}\n")
     except MdoError as error:
         _say(str(error))
