@@ -75,6 +75,8 @@ Release = Callable[["Guest"], Awaitable[None]]
 
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
+PRESS_AGAIN_SECONDS = 10.0
+"""Between two presses of a guest's power button."""
 KILL_SECONDS = 15.0
 LOCK_SECONDS = 10.0
 MAX_SUN_PATH = 107
@@ -819,19 +821,20 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
     from mdev_orchestrator.qemu import monitor
 
     loop = asyncio.get_running_loop()
-    begun = loop.time()
+    end = loop.time() + deadline
     refusal = ""
-    if deadline > 0:
+    while not refusal and (left := end - loop.time()) > 0:
         try:
             async with (
-                asyncio.timeout(deadline),
-                monitor.connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp,
+                asyncio.timeout(left),
+                monitor.connect(guest.qmp_socket, guest.who, deadline=left) as qmp,
             ):
                 await qmp.execute("system_powerdown", object)
         except (MdoError, TimeoutError) as error:
             refusal = str(error)
-        left = max(deadline - (loop.time() - begun), 0)
-        if await _ended(process, min(left, 1) if refusal else left):
+        # one that boots does not feel its button yet
+        patience = 1 if refusal else PRESS_AGAIN_SECONDS
+        if await _ended(process, max(min(end - loop.time(), patience), 0)):
             return "powerdown"
     if not force:
         raise DeadlineError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from mdev_orchestrator.errors import (
     BusyError,
     DeadlineError,
     HostError,
+    MdoError,
     QemuError,
     RequestError,
     UnknownError,
@@ -375,6 +377,22 @@ async def test_without_force_it_goes_on(qemu: str, place: Path) -> None:
             await stop(guest, deadline=0.3)
         assert "--force" in caught.value.hint
         assert find("g", place) == guest
+
+
+async def test_the_power_button_is_pressed_again(
+    qemu: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that boots feels nothing of the first time."""
+    monkeypatch.setattr(process, "PRESS_AGAIN_SECONDS", 0.1)
+    async with started(place, spec(qemu)) as guest:
+        async with connect(guest.watch_socket, guest.who) as qmp:
+            with qmp.events(("POWERDOWN",), lambda _: True) as events:
+                stopping = asyncio.ensure_future(stop(guest, deadline=5))
+                for _ in range(3):
+                    assert await events.next(10)
+                await stop(guest, deadline=0, force=True)
+        with contextlib.suppress(MdoError):
+            await stopping
 
 
 async def test_a_qemu_that_is_stopped(qemu: str, place: Path) -> None:
