@@ -650,8 +650,9 @@ static void group_ioctl(struct thread *t)
 }
 
 /*
- * Only where no other thread can take the last group out of the container:
- * Linux (6.12 at least) then frees what such an ioctl works on.
+ * Only in a run of one thread: when the last group leaves a container, by a
+ * close or by the removal of its device, Linux (6.12 at least) frees what such
+ * an ioctl works on.
  */
 static void container_ioctl(struct thread *t)
 {
@@ -671,7 +672,7 @@ static void container_ioctl(struct thread *t)
 	size_t size;
 	void *argument;
 
-	if (t->number && t->number != threads)
+	if (threads > 1)
 		return;
 	switch (below(t, 4)) {
 	case 0:
