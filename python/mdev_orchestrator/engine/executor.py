@@ -11,7 +11,9 @@ A journal that cannot be written any more ends a run like any other error, and d
 being undone: what its steps did stands there, so that it can be undone again.
 
 Each step is written to the journal before it acts and after, so that whoever finds an open run of a
-process that has gone (:mod:`.recovery`) knows all that may have happened.
+process that has gone (:mod:`.recovery`) knows all that may have happened. Every write is a flush of
+the disk, so the steps that need no other are written as begun together with the run, and the last
+to come to their end together with its end.
 """
 
 from __future__ import annotations
@@ -112,15 +114,33 @@ async def execute(
     :raise MdoError: A step failed; its notes tell what could not be undone.
     """
     wanted = {claim for entry in planned for claim in entry.step.claims}.union(claims)
+    first = [entry.step for entry in planned if not entry.needs]
+    intent = _all_of([step.intent for step in first])
+    refused = _all_of([step.refused for step in first])
     entries = [
-        Entry(number, step_module.encode(entry.step), entry.needs)
+        Entry(
+            number,
+            step_module.encode(entry.step),
+            entry.needs,
+            Progress.PLANNED if entry.needs else Progress.ACTING,
+        )
         for number, entry in enumerate(planned)
     ]
+    # those that are about to act have done nothing yet
+    progress = [Progress.PLANNED if entry.needs else Progress.FAILED for entry in planned]
     if run is None:
-        run = await journal.begin(kind, title, entries, wanted, wait=wait)
+        run = await journal.begin(
+            kind, title, entries, wanted, change=intent, refused=refused, wait=wait
+        )
+        work = _Work(journal, run, planned, context, observe, progress)
     else:
-        await journal.plan(run, entries, wanted, wait=wait)
-    work = _Work(journal, run, planned, context, observe)
+        work = _Work(journal, run, planned, context, observe, progress)
+        try:
+            await journal.plan(run, entries, wanted, change=intent, wait=wait)
+        except asyncio.CancelledError as error:
+            if journal.has_steps(run):
+                await _take_back(work, error)
+            raise
     try:
         await work.do_all()
     except _TwiceError as error:
@@ -130,7 +150,7 @@ async def execute(
         await _take_back(work, error)
         raise
     try:
-        await _close(journal.end(run, "done", change=change, specs=specs))
+        await _close(work.end(change, specs))
     except MdoError as error:  # nobody would know of what was done
         await _take_back(work, error)
         raise
@@ -201,26 +221,26 @@ async def finish(
     except MdoError as error:
         await work.undo_all(error)
         return error, work.stuck
-    await journal.end(run, "done", change=change, specs=specs)
+    await work.end(change, specs)
     return None, []
 
 
 @dataclass
 class _Work:
-    """A run under way: what is known of each step."""
+    """A run under way: what is known of each step.
+
+    :ivar last: Steps that are done, which the run's end writes down.
+    """
 
     journal: Journal
     run: Run
     planned: Sequence[Planned]
     context: Context
     observe: Observer
-    progress: list[Progress] = field(default_factory=list)
+    progress: list[Progress]
+    last: list[int] = field(default_factory=list)
     stuck: list[MdoError] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.progress:
-            self.progress = [Progress.PLANNED] * len(self.planned)
-        self.limits: dict[type, asyncio.Semaphore] = {}
+    limits: dict[type, asyncio.Semaphore] = field(default_factory=dict)
 
     @classmethod
     def resumed(
@@ -287,10 +307,11 @@ class _Work:
         for need in self.planned[numbers[0]].needs:
             await ready[need].wait()
         async with self.limit(steps[0]):
-            self._are(numbers, Progress.FAILED)  # unless their intent gets written
             try:
-                intent = _all_of([step.intent for step in steps])
-                await self.journal.note(self.run, Progress.ACTING, numbers, change=intent)
+                if self.progress[numbers[0]] is not Progress.FAILED:
+                    self._are(numbers, Progress.FAILED)  # unless their intent gets written
+                    intent = _all_of([step.intent for step in steps])
+                    await self.journal.note(self.run, Progress.ACTING, numbers, change=intent)
                 self._are(numbers, Progress.ACTING)
                 for number in numbers:
                     self.tell(Moment.BEGIN, number)
@@ -350,11 +371,26 @@ class _Work:
         """Write down what was done, and let those go on who wait for it."""
         if not numbers:
             return
-        outcome = _all_of([self.planned[number].step.outcome for number in numbers])
-        await self.journal.note(self.run, Progress.DONE, numbers, change=outcome)
+        if all(progress is Progress.DONE for progress in self.progress):
+            self.last += numbers
+            return
+        await self.journal.note(self.run, Progress.DONE, numbers, change=self._outcome(numbers))
         for number in numbers:
             self.tell(Moment.DONE, number)
             ready[number].set()
+
+    async def end(self, change: Change | None, specs: Mapping[str, OwnSpec | None] | None) -> None:
+        """Close the run: all is done.
+
+        :param change: What becomes ours, or is not any more, beside what the steps change.
+        """
+        outcome = _all_of([self._outcome(self.last), change or Change()])
+        await self.journal.end(self.run, "done", done=self.last, change=outcome, specs=specs)
+        for number in self.last:
+            self.tell(Moment.DONE, number)
+
+    def _outcome(self, numbers: Sequence[int]) -> Change:
+        return _all_of([self.planned[number].step.outcome for number in numbers])
 
     def _are(self, numbers: Sequence[int], progress: Progress) -> None:
         for number in numbers:
@@ -376,10 +412,10 @@ class _Work:
             for need in entry.needs:
                 dependents[need].append(number)
         try:
-            for number, progress in enumerate(self.progress):
-                if progress is Progress.FAILED:
-                    refused = self.planned[number].step.refused
-                    await self._write(Progress.FAILED, number, refused, cause)
+            failed = [n for n, progress in enumerate(self.progress) if progress is Progress.FAILED]
+            if failed:
+                refused = _all_of([self.planned[number].step.refused for number in failed])
+                await self._write(Progress.FAILED, failed, refused, cause)
             async with asyncio.TaskGroup() as tasks:
                 for number in range(len(self.planned)):
                     tasks.create_task(self._undo(number, dependents[number], undone, cause))
@@ -405,7 +441,7 @@ class _Work:
         if self.progress[number] in touched:
             inverse = self.planned[number].step.inverse()
             async with self.limit(inverse):
-                await self._write(Progress.UNDOING, number, inverse.intent, cause)
+                await self._write(Progress.UNDOING, [number], inverse.intent, cause)
                 self.tell(Moment.UNDO, number)
                 try:
                     await inverse.make(self.context)
@@ -416,7 +452,7 @@ class _Work:
                     words = f"internal error: {type(error).__name__}: {error}"
                     await self._stuck(number, MdoError(words), cause)
                 else:
-                    await self._write(Progress.UNDONE, number, inverse.outcome, cause)
+                    await self._write(Progress.UNDONE, [number], inverse.outcome, cause)
                     self.progress[number] = Progress.UNDONE
                     self.tell(Moment.UNDONE, number)
         undone[number].set()
@@ -427,14 +463,19 @@ class _Work:
         self.stuck.append(error)
         self.progress[number] = Progress.STUCK
         self.tell(Moment.STUCK, number)
-        await self._write(Progress.STUCK, number, Change(), cause, words)
+        await self._write(Progress.STUCK, [number], Change(), cause, words)
 
     async def _write(
-        self, progress: Progress, number: int, change: Change, cause: BaseException, error: str = ""
+        self,
+        progress: Progress,
+        numbers: Sequence[int],
+        change: Change,
+        cause: BaseException,
+        error: str = "",
     ) -> None:
         """Write down what an undo comes to; it goes on without the journal."""
         try:
-            await self.journal.note(self.run, progress, [number], change=change, error=error)
+            await self.journal.note(self.run, progress, numbers, change=change, error=error)
         except MdoError as failure:
             self._unwritten(failure, cause)
 

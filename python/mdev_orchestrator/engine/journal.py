@@ -225,11 +225,15 @@ class Journal:
         steps: Sequence[Entry],
         claims: Collection[str],
         *,
+        change: Change | None = None,
+        refused: Change | None = None,
         wait: float = CLAIM_SECONDS,
     ) -> Run:
         """Write down a run with all its steps, and claim the objects that it changes.
 
         :param claims: ``guest:NAME``, ``mdev:UUID``, ``spec:NAME``.
+        :param change: What is ours as soon as its first steps may have begun.
+        :param refused: What is ours, or not any more, when it is interrupted before that.
         :param wait: Seconds to wait for another command that has claimed one of them.
         :raise BusyError: Another command changes one of them.
         :raise HostError: The journal cannot be written; nothing was done.
@@ -245,7 +249,7 @@ class Journal:
                 (kind, title, process.pid, process.start_time, process.boot_id, began),
             )
             run = Run(cursor.lastrowid or 0, kind, title, process, began)
-            self._insert(run, steps, claims)
+            self._insert(run, steps, claims, change)
             written.append(run)
             return run
 
@@ -254,7 +258,7 @@ class Journal:
             return await self._claiming(write, wait)
         except asyncio.CancelledError as error:
             for run in written:  # nobody else knows of it
-                await self.end(run, "undone")
+                await self.end(run, "undone", change=refused)
             error.add_note("nothing was changed")
             raise
 
@@ -264,20 +268,25 @@ class Journal:
         steps: Sequence[Entry],
         claims: Collection[str],
         *,
+        change: Change | None = None,
         wait: float = CLAIM_SECONDS,
     ) -> None:
         """Write down the steps of a run that was begun without any, and claim their objects.
 
         For who must know that nobody else is at something before it looks what is to be done.
+
+        :param change: What is ours as soon as its first steps may have begun.
         """
 
         def write() -> None:
             self._refuse_claimed(claims, run)
-            self._insert(run, steps, claims)
+            self._insert(run, steps, claims, change)
 
         await self._claiming(write, wait)
 
-    def _insert(self, run: Run, steps: Sequence[Entry], claims: Collection[str]) -> None:
+    def _insert(
+        self, run: Run, steps: Sequence[Entry], claims: Collection[str], change: Change | None
+    ) -> None:
         self._db.executemany(
             "INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)",
             [(run.id, s.number, _json(s.needs), s.data, str(s.progress), s.error) for s in steps],
@@ -286,6 +295,7 @@ class Journal:
             "INSERT OR IGNORE INTO claim VALUES (?, ?)",
             [(claim, run.id) for claim in sorted(claims)],
         )
+        self._change(change)
 
     async def _claiming(self, write: Callable[[], T], wait: float) -> T:
         """Write what claims objects, as soon as nobody else has them."""
@@ -331,13 +341,8 @@ class Journal:
         numbers = tuple(steps)
 
         def write() -> None:
-            self._db.executemany(
-                "UPDATE step SET progress = ?, error = ? WHERE run = ? AND number = ?",
-                [(str(progress), error, run.id, number) for number in numbers],
-            )
-            if change is not None:
-                self._put("device", "uuid", change.devices)
-                self._put("guest", "name", change.guests)
+            self._mark(run, progress, numbers, error)
+            self._change(change)
 
         await self._write(write)
 
@@ -346,15 +351,18 @@ class Journal:
         run: Run,
         outcome: str,
         *,
+        done: Sequence[int] = (),
         change: Change | None = None,
         specs: Mapping[str, OwnSpec | None] | None = None,
     ) -> None:
-        """Close a run and give its claims back."""
+        """Close a run and give its claims back.
+
+        :param done: Steps of which it was not yet written that they are done.
+        """
 
         def write() -> None:
-            if change is not None:
-                self._put("device", "uuid", change.devices)
-                self._put("guest", "name", change.guests)
+            self._mark(run, Progress.DONE, done)
+            self._change(change)
             self._put("spec", "name", specs or {})
             self._db.execute("DELETE FROM claim WHERE run = ?", (run.id,))
             self._db.execute(
@@ -370,12 +378,7 @@ class Journal:
 
     async def put(self, change: Change) -> None:
         """Change what is ours outside of a run: what is adopted or forgotten."""
-
-        def write() -> None:
-            self._put("device", "uuid", change.devices)
-            self._put("guest", "name", change.guests)
-
-        await self._write(write)
+        await self._write(lambda: self._change(change))
 
     async def take_over(self, run: Run) -> Run | None:
         """Make an open run of a process that has gone ours; ``None`` if somebody was quicker."""
@@ -400,6 +403,17 @@ class Journal:
         if not await self._write(write):
             return None
         return Run(run.id, run.kind, run.title, process, run.began)
+
+    def _mark(self, run: Run, progress: Progress, numbers: Sequence[int], error: str = "") -> None:
+        self._db.executemany(
+            "UPDATE step SET progress = ?, error = ? WHERE run = ? AND number = ?",
+            [(str(progress), error, run.id, number) for number in numbers],
+        )
+
+    def _change(self, change: Change | None) -> None:
+        if change is not None:
+            self._put("device", "uuid", change.devices)
+            self._put("guest", "name", change.guests)
 
     def _put(self, table: str, key: str, rows: Mapping[Any, msgspec.Struct | None]) -> None:
         # table and key are words of this module

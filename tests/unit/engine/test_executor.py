@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,24 +225,22 @@ async def test_what_is_not_needed_is_not_waited_for(machine: Machine) -> None:
     assert machine.system.uuids() == set(TEXTS[:20])
 
 
-async def test_devices_that_come_together_are_written_down_together(machine: Machine) -> None:
-    notes: list[tuple[Progress, int]] = []
-    note = machine.journal.note
+async def test_devices_that_come_together_are_written_down_together(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes: list[int] = []
+    commit = machine.journal._commit
 
-    async def counted(
-        run: Run, progress: Progress, steps: Iterable[int], *, change: Change | None = None
-    ) -> None:
-        notes.append((progress, len(numbers := [*steps])))
-        await note(run, progress, numbers, change=change)
+    def counted(changes: Sequence[Callable[[], object]]) -> list[object]:
+        flushes.append(len(changes))
+        return commit(changes)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine.journal, "note", counted)
-        await machine.run([create(number) for number in range(64)])
-    # a moment's worth of them on a slow machine, mostly all
-    assert notes[0] == (Progress.ACTING, 64)
-    assert {progress for progress, _ in notes[1:]} == {Progress.DONE}
-    assert sum(count for _, count in notes[1:]) == 64
-    assert len(notes) < 32
+    monkeypatch.setattr(machine.journal, "_commit", counted)
+    await machine.run([create(number) for number in range(64)])
+    assert len(flushes) < 16  # a moment's worth of devices on a slow machine, mostly all
+    assert machine.journal._db.execute("SELECT DISTINCT progress FROM step").fetchall() == [
+        (Progress.DONE,)
+    ]
     assert machine.owned == machine.system.uuids() == set(TEXTS)
 
 
@@ -517,14 +517,16 @@ async def test_a_device_that_is_held_stays(machine: Machine) -> None:
 # ---- a journal that fails ----
 
 
-def breaks(machine: Machine, monkeypatch: pytest.MonkeyPatch, after: int) -> Observer:
-    """An observer that lets the journal's disk get full when a step is done."""
+def breaks(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, moment: Moment, number: int
+) -> Observer:
+    """An observer that lets the journal's disk get full at a step's moment."""
 
     def fail(_: object) -> list[object]:
         raise HostError("the journal cannot be written: the disk is full", "make room")
 
     def observe(event: Event) -> None:
-        if event.moment is Moment.DONE and event.number == after:
+        if (event.moment, event.number) == (moment, number):
             monkeypatch.setattr(machine.journal, "_commit", fail)
 
     return observe
@@ -535,7 +537,7 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 ) -> None:
     """The disk gets full in the middle: its own error first, and nothing is left."""
     plan = [create(0), create(1, 0), create(2, 1)]
-    full = breaks(machine, monkeypatch, after=1)
+    full = breaks(machine, monkeypatch, Moment.DONE, 1)
     with pytest.raises(HostError, match="the disk is full") as caught:
         await execute(machine.journal, "apply", "lab", plan, machine.context, observe=full)
     assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
@@ -547,7 +549,7 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 async def test_a_journal_that_fails_in_the_end_undoes_all(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = breaks(machine, monkeypatch, after=0)
+    full = breaks(machine, monkeypatch, Moment.ACTED, 0)
     with pytest.raises(HostError) as caught:
         await execute(machine.journal, "apply", "lab", [create(0)], machine.context, observe=full)
     assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
@@ -562,6 +564,34 @@ async def test_a_journal_that_fails_in_the_end_undoes_all(
 async def begun(machine: Machine, number: int) -> None:
     """Wait until a step's write is under way."""
     await seen(lambda: any(uuid == TEXTS[number] for _, uuid in machine.system.writes))
+
+
+@pytest.mark.parametrize("claimed", [False, True], ids=["at-once", "after-a-look"])
+async def test_interrupted_while_it_is_written_down_nothing_is_ours(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, *, claimed: bool
+) -> None:
+    """The run and what its first steps make ours are on the disk, and nothing has acted."""
+    run = await machine.journal.begin("apply", "lab", (), ()) if claimed else None
+    writing, commit = threading.Event(), machine.journal._commit
+
+    def slow(changes: Sequence[Callable[[], object]]) -> list[object]:
+        results = commit(changes)
+        writing.set()
+        time.sleep(0.1)
+        return results
+
+    monkeypatch.setattr(machine.journal, "_commit", slow)
+    plan = [create(0), create(1, 0)]
+    work = asyncio.ensure_future(
+        execute(machine.journal, "apply", "lab", plan, machine.context, run=run)
+    )
+    await seen(writing.is_set)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await work
+    assert caught.value.__notes__ == ["nothing was changed"]
+    assert machine.system.writes == []
+    machine.untouched()
 
 
 async def test_interrupted_once_it_takes_back_what_it_did(machine: Machine) -> None:

@@ -339,7 +339,7 @@ def test_who_is_at_work_is_left_alone(place: Place) -> None:
 
 def test_two_recoveries_at_once_undo_once(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0, 1), Moment.DONE, 1)
+    crashed(place, "apply", creates(0, 1), Moment.ACTED, 1)
 
     async def both() -> tuple[list[Recovered], list[Recovered]]:
         with Journal.open(place.journal) as one, Journal.open(place.journal) as other:
@@ -358,8 +358,8 @@ def test_two_recoveries_at_once_undo_once(place: Place) -> None:
 
 def test_the_newest_is_undone_first(place: Place) -> None:
     place.make([])
-    crashed(place, "create", creates(0), Moment.DONE, 0)
-    crashed(place, "apply", creates(1), Moment.DONE, 0)
+    crashed(place, "create", creates(0), Moment.ACTED, 0)
+    crashed(place, "apply", creates(1), Moment.ACTED, 0)
     assert [done.run.kind for done in place.recover()] == ["apply", "create"]
     assert place.ours == set()
 
@@ -377,7 +377,7 @@ def test_a_device_of_somebody_else_under_our_uuid_stays(place: Place) -> None:
 
 def test_what_cannot_be_undone_is_told_and_tried_again_when_asked(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0), Moment.DONE, 0)
+    crashed(place, "apply", creates(0), Moment.ACTED, 0)
     place.system.refuse[f"{UUIDS[0]}/remove"] = 1
     with Journal.open(place.journal) as journal:
         context = place.context()
@@ -397,7 +397,7 @@ def test_what_cannot_be_undone_is_told_and_tried_again_when_asked(place: Place) 
 
 def test_a_step_that_cannot_be_read_is_damage(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0), Moment.DONE, 0)
+    crashed(place, "apply", creates(0), Moment.ACTED, 0)
     place.sql("""UPDATE step SET data = '{"do": "dance"}'""")
     with Journal.open(place.journal) as journal, pytest.raises(HostError, match="is damaged"):
         asyncio.run(recovery.recover(journal, context=place.context()))
@@ -423,7 +423,8 @@ def test_an_apply_of_an_earlier_boot_is_forgotten(place: Place, moment: Moment) 
     """What is ours is what it was before: the old devices, to be brought back."""
     place.make([0, 1])
     before = place.owned()
-    crashed(place, "apply", [*creates(8, 9), Planned(Remove(device=device(0)), (1,))], moment, 2)
+    removals = [Planned(Remove(device=device(0)), (1,)), Planned(Remove(device=device(1)), (2,))]
+    crashed(place, "apply", [*creates(8, 9), *removals], moment, 2)
     (done,) = rebooted(place)
     assert (done.way, len(done.steps)) == ("forget", 3)
     assert place.owned() == before
