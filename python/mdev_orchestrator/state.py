@@ -78,7 +78,7 @@ def _check_ours(path: Path) -> None:
 
     :raise HostError: It is otherwise.
     """
-    for place in (path, *path.parents, *Path(os.path.realpath(path)).parents):
+    for place in dict.fromkeys((path, *path.parents, *Path(os.path.realpath(path)).parents)):
         above = place != path
         try:
             status = place.lstat()

@@ -41,6 +41,7 @@ class Context:
     :ivar host: Directory in which ``sys``, ``dev`` and ``proc`` stand.
     :ivar guests: Where guests live; the state directory's without it.
     :ivar deadline: Seconds for one device; guests have their own.
+    :ivar ports: What devices that were attached sit in; ``None`` for those that need no port.
     :ivar repairing: What is there already counts as made by the step that shall make it.
     """
 
@@ -49,6 +50,7 @@ class Context:
     deadline: float = DEADLINE
     write: Writer = write_apart
     start: Writer = write_or_kill
+    ports: dict[UUID, str | None] = field(default_factory=dict)
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
 

@@ -183,33 +183,28 @@ async def attach(
     :raise BusyError: Another process has a member of the group.
     :raise MdoError: The group did not come online; or what ``plug`` raises.
     """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + deadline
-    async with process.attaching(guest):
-        found = sysfs.scan(host, types=False)
-        async with contextlib.AsyncExitStack() as stack:
-            for group in _groups_of(found, [mdev.uuid]):
-                _check_users(found, group, host, guest)
-                by: Literal["mdo", "qemu"] = "mdo"
-                if group.online is False and await _starts_itself(guest, mdev.device_api):
-                    by = "qemu"
-                await stack.enter_async_context(
-                    _online(guest.started, group, by, end - loop.time(), host, write)
-                )
-                stack.enter_context(_explained([group], host))
-            return await hotplug.plug(
-                guest,
-                hotplug.device_for(mdev),
-                deadline=max(end - loop.time(), 0.1),
-                wait_guest=wait_guest,
-            )
-
-
-async def _starts_itself(guest: Guest, driver: str) -> bool:
     from mdev_orchestrator.qemu.monitor import connect
 
-    async with connect(guest.query_socket, guest.who) as qmp:
-        return await features.has_property(qmp, driver, features.START)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
+    async with (
+        process.attaching(guest),
+        connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        found = sysfs.scan(host, types=False)
+        for group in _groups_of(found, [mdev.uuid]):
+            _check_users(found, group, host, guest)
+            by: Literal["mdo", "qemu"] = "mdo"
+            if group.online is False and await features.has_property(
+                qmp, mdev.device_api, features.START
+            ):
+                by = "qemu"
+            await stack.enter_async_context(
+                _online(guest.started, group, by, end - loop.time(), host, write)
+            )
+            stack.enter_context(_explained([group], host))
+        return await hotplug.plug_by(qmp, hotplug.device_for(mdev), end, wait_guest=wait_guest)
 
 
 # ---------------------------------------------------------------- detach and end

@@ -83,8 +83,7 @@ async def attach(
         await execute(book, "attach", f"{guest} {what}", plan, context, observe=observe)
     if wait_guest:
         await hotplug.wait_taken(found, uuid, deadline)
-    plugged = {one.uuid: one.port for one in await hotplug.mdevs_of(found)}
-    return Attached(uuid, device_id(uuid), plugged.get(uuid), creating)
+    return Attached(uuid, device_id(uuid), context.ports[uuid], creating)
 
 
 async def detach(

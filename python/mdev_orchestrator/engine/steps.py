@@ -25,6 +25,7 @@ Steps are data: the journal keeps them as JSON.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -268,7 +269,7 @@ class Attach(Step, frozen=True, tag="attach"):
             raise RequestError(f"guest {self.guest.name} does not run", "mdo apply starts it")
         if context.repairing and await _has(found, self.uuid, self.deadline):
             return
-        await lifecycle.attach(
+        context.ports[self.uuid] = await lifecycle.attach(
             found,
             _usable(self.uuid, context),
             deadline=self.deadline,
@@ -297,17 +298,17 @@ class Detach(Step, frozen=True, tag="detach"):
         return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
 
     async def make(self, context: Context) -> None:  # noqa: D102
-        found = _alive(self.guest, context)
-        if found is None or not await _has(found, self.uuid, self.deadline):
+        if _alive(self.guest, context) is None:
             return
-        await lifecycle.detach(
-            self.guest.name,
-            self.uuid,
-            self.deadline,
-            root=context.guests,
-            host=context.host,
-            write=context.start,
-        )
+        with contextlib.suppress(UnknownError):  # it does not have it
+            await lifecycle.detach(
+                self.guest.name,
+                self.uuid,
+                self.deadline,
+                root=context.guests,
+                host=context.host,
+                write=context.start,
+            )
 
     def inverse(self) -> Attach:
         """What undoes it."""

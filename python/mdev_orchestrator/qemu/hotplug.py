@@ -159,17 +159,18 @@ async def _property(qmp: Monitor, path: str, name: str) -> str | None:
 
 async def ports(qmp: Monitor) -> tuple[Port, ...]:
     """Return the root ports that have an id, in their order, and what is in them."""
-    found = []
-    for name, kind in sorted((await _children(qmp, PERIPHERAL)).items(), key=_natural):
-        if kind != PORT_TYPE:
-            continue
-        bus = await qmp.execute(
-            "qom-list", list[_Property], {"path": f"{PERIPHERAL}/{name}/{name}"}
-        )
-        inside = (entry.type for entry in bus if entry.name.startswith("child["))
-        occupant = next(inside, None)
-        found.append(Port(name, occupant and occupant.removeprefix("link<").removesuffix(">")))
-    return tuple(found)
+    names = _port_names(await _children(qmp, PERIPHERAL))
+    return tuple([Port(name, await _occupant(qmp, name)) for name in names])
+
+
+def _port_names(children: Mapping[str, str]) -> list[str]:
+    return [name for name, kind in sorted(children.items(), key=_natural) if kind == PORT_TYPE]
+
+
+async def _occupant(qmp: Monitor, port: str) -> str | None:
+    bus = await qmp.execute("qom-list", list[_Property], {"path": f"{PERIPHERAL}/{port}/{port}"})
+    inside = next((entry.type for entry in bus if entry.name.startswith("child[")), None)
+    return inside and inside.removeprefix("link<").removesuffix(">")
 
 
 def _natural(item: tuple[str, str]) -> tuple[int, str]:
@@ -280,38 +281,48 @@ async def plug(
     """
     from mdev_orchestrator.qemu.monitor import connect
 
-    loop = asyncio.get_running_loop()
-    end = loop.time() + deadline
+    end = asyncio.get_running_loop().time() + deadline
     async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
-        if device.id in await _children(qmp, PERIPHERAL):
-            raise RequestError(f"{guest.who} has {device.id} already")
-        arguments: dict[str, object] = {
-            "driver": device.driver,
-            "id": device.id,
-            **device.properties,
-        }
-        port = None
-        if device.needs_port:
-            port = await _free_port(qmp, guest)
-            arguments |= {"bus": port, "addr": "0"}  # only slot 0 of a PCIe link leads anywhere
-        await _add(qmp, device, arguments, max(end - loop.time(), 0.1))
-        if device.id not in await _children(qmp, PERIPHERAL):
-            raise QemuError(f"{guest.who}: QEMU took {device.id}, but does not list it")
-        if wait_guest:
-            await _until_taken(qmp, device, end, deadline)
+        return await plug_by(qmp, device, end, wait_guest=wait_guest)
+
+
+async def plug_by(
+    qmp: Monitor, device: Device, end: float, *, wait_guest: bool = False
+) -> str | None:
+    """What :func:`plug` does, by a connection that is there.
+
+    :param end: When it must have come to its end, in the event loop's time.
+    """
+    there = await _children(qmp, PERIPHERAL)
+    if device.id in there:
+        raise RequestError(f"{qmp.who} has {device.id} already")
+    arguments: dict[str, object] = {
+        "driver": device.driver,
+        "id": device.id,
+        **device.properties,
+    }
+    port = None
+    if device.needs_port:
+        port = await _free_port(qmp, _port_names(there))
+        arguments |= {"bus": port, "addr": "0"}  # only slot 0 of a PCIe link leads anywhere
+    left = end - asyncio.get_running_loop().time()
+    await _add(qmp, device, arguments, max(left, 0.1))
+    if device.id not in await _children(qmp, PERIPHERAL):
+        raise QemuError(f"{qmp.who}: QEMU took {device.id}, but does not list it")
+    if wait_guest:
+        await _until_taken(qmp, device.id, end)
     return port
 
 
-async def _free_port(qmp: Monitor, guest: Guest) -> str:
-    known = await ports(qmp)
-    free = next((port.id for port in known if port.occupant is None), None)
-    if free is None:
-        state = f"all {len(known)} root ports are taken" if known else "it has no root port"
-        raise RequestError(
-            f"{guest.who} has no room for another device: {state}",
-            "detach one, or start it with more --hotplug-ports",
-        )
-    return free
+async def _free_port(qmp: Monitor, names: Sequence[str]) -> str:
+    for name in names:
+        if await _occupant(qmp, name) is None:
+            return name
+    state = f"all {len(names)} root ports are taken" if names else "it has no root port"
+    raise RequestError(
+        f"{qmp.who} has no room for another device: {state}",
+        "detach one, or start it with more --hotplug-ports",
+    )
 
 
 async def _add(
@@ -342,27 +353,27 @@ async def wait_taken(guest: Guest, uuid: UUID, deadline: float = ATTACH_SECONDS)
 
     end = asyncio.get_running_loop().time() + deadline
     async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
-        await _until_taken(qmp, Device(device_id(uuid), ""), end, deadline)
+        await _until_taken(qmp, device_id(uuid), end)
 
 
-async def _until_taken(qmp: Monitor, device: Device, end: float, deadline: float) -> None:
+async def _until_taken(qmp: Monitor, device: str, end: float) -> None:
     """Return when the guest has taken the device."""
     loop = asyncio.get_running_loop()
     pause = FIRST_LOOK_SECONDS
-    with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device.id) as events:
+    with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device) as events:
         while True:
             buses = await qmp.execute("query-pci", list[_PciBus])
-            found = next((one for one in _functions(buses) if one.qdev_id == device.id), None)
+            found = next((one for one in _functions(buses) if one.qdev_id == device), None)
             if found and taken(found.regions):
                 return
             left = end - loop.time()
             if left <= 0:
                 raise DeadlineError(
-                    f"{qmp.who} has not taken {device.id} within {deadline:g} s; it stays plugged",
+                    f"{qmp.who} has not taken {device} in time; it stays plugged",
                     "the guest may still boot or lack a driver; see mdo guest console, or detach",
                 )
             if await events.next(min(pause, left)):
-                raise QemuError(f"{qmp.who}: {device.id} was unplugged while waiting for the guest")
+                raise QemuError(f"{qmp.who}: {device} was unplugged while waiting for the guest")
             pause = min(1.5 * pause, LOOK_SECONDS)
 
 
