@@ -138,15 +138,20 @@ async def remove_all(devices: Sequence[OwnDevice], context: Context, told: Told)
 
     Nothing is removed when somebody has one of them open.
     """
-    plain, odd = [], []
+    host = sysfs.scan(context.host, types=False)
+    there = {mdev.uuid: mdev for mdev in host.mdevs}
+    homes = {parent.name: parent.path for parent in host.parents}
+    held = holders(host.mdevs, context.host)
+    plain: dict[int, str] = {}
+    odd: list[int] = []
     for index, device in enumerate(devices):
-        found = sysfs.read_mdev(device.uuid, context.host)
+        found = there.get(device.uuid)
         if found is None or not is_same(found, device):
             told(index, True)
-        elif found.type_id is None or context.held(found.uuid):
+        elif found.type_id is None or found.parent not in homes or held.of(found.uuid):
             odd.append(index)
         else:
-            plain.append(index)
+            plain[index] = sysfs.removal(homes[found.parent], found.uuid)
     for place, index in enumerate(odd):
         try:
             await remove(devices[index], context)
@@ -155,10 +160,12 @@ async def remove_all(devices: Sequence[OwnDevice], context: Context, told: Told)
                 told(other, False)
             raise
         told(index, True)
+    indices = list(plain)
     await _remove_all(
-        [devices[index].uuid for index in plain],
+        [devices[index].uuid for index in indices],
+        list(plain.values()),
         context,
-        lambda place, made: told(plain[place], made),
+        lambda place, made: told(indices[place], made),
     )
 
 
@@ -392,10 +399,11 @@ async def _removed(uuid: UUID, context: Context) -> None:
         ) from None
 
 
-async def _remove_all(uuids: Sequence[UUID], context: Context, told: Told) -> None:
-    """Write to ``remove`` of several that are there and that nobody holds."""
-    root = context.host
-    lines = [(sysfs.removal(uuid, root), b"1") for uuid in uuids]
+async def _remove_all(
+    uuids: Sequence[UUID], files: Sequence[str], context: Context, told: Told
+) -> None:
+    """Write to the ``remove`` files of several that are there and that nobody holds."""
+    lines = [(file, b"1") for file in files]
     lingering: list[int] = []
     refused: list[int] = []
 
@@ -403,7 +411,7 @@ async def _remove_all(uuids: Sequence[UUID], context: Context, told: Told) -> No
         if number not in sysfs.ON_ITS_WAY:
             told(index, False)
             refused.append(index)
-        elif Path(lines[index][0]).parent.exists():
+        elif Path(files[index]).parent.exists():
             lingering.append(index)
         else:
             told(index, True)

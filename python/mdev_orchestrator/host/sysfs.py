@@ -708,12 +708,12 @@ async def remove(
     raise not_removed(uuid, number)
 
 
-def removal(uuid: UUID, root: Path = ROOT) -> str:
+def removal(parent: Path, uuid: UUID) -> str:
     """The file that is written to remove an mdev: in its own directory, which outlives the links.
 
-    That of one that is not there any more cannot be written either.
+    :param parent: Its parent's own directory.
     """
-    return os.path.join(os.path.realpath(directory(uuid, root) or file(uuid, "", root)), "remove")
+    return f"{parent}/{uuid}/remove"
 
 
 def not_removed(uuid: UUID, number: int) -> MdoError:
