@@ -42,10 +42,17 @@ async def _answers() -> int:
         plugged = {mdev.uuid for mdev in await hotplug.mdevs_of(guest)}
         for uuid in plugged:
             await program.ask(f"wait {uuid} {GUEST_SECONDS}", GUEST_SECONDS + 10)
-        async with asyncio.timeout(GUEST_SECONDS):
-            while True:
-                listed = (await program.ask("list"))["functions"]
-                found = {UUID(one["uuid"]) for one in listed if one["uuid"]}
-                if found == plugged:
-                    return guest.record.pid
-                await asyncio.sleep(0.5)
+        found: set[UUID] = set()
+        try:
+            async with asyncio.timeout(GUEST_SECONDS):
+                while True:
+                    listed = (await program.ask("list", GUEST_SECONDS))["functions"]
+                    found = {UUID(one["uuid"]) for one in listed if one["uuid"]}
+                    if found == plugged:
+                        return guest.record.pid
+                    await asyncio.sleep(0.5)
+        except TimeoutError:
+            last = guest.console_log.read_text(errors="replace")[-2000:]
+            raise AssertionError(
+                f"QEMU has {plugged}, the guest uses {found}; its console: {last}"
+            ) from None

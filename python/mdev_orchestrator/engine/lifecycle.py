@@ -269,7 +269,7 @@ async def sweep(
     """
     done: list[Swept] = []
     for guest in process.list_guests(root):
-        if process.has_started(guest):
+        if process.has_started(guest) or _drafts(guest):
             # one that is being started or changed at this moment can wait for the next sweep
             with contextlib.suppress(BusyError):
                 done += await _tidy(guest, host, write, wait=0, starting=0)
@@ -292,6 +292,8 @@ async def _tidy(
     done: list[Swept] = []
     try:
         async with process.tidying(guest, wait) as alive:
+            for draft in _drafts(guest):
+                draft.unlink(missing_ok=True)
             for file in sorted(guest.started.glob("*.json")):
                 try:
                     started = _read(file)
@@ -439,6 +441,11 @@ def _note(place: Path, started: Started) -> Path:
         scratch.unlink(missing_ok=True)
         raise HostError(f"cannot write {file}: {error.strerror}") from error
     return file
+
+
+def _drafts(guest: Guest) -> list[Path]:
+    """What somebody was writing down when he was killed: nothing had begun to come online."""
+    return [*guest.started.glob(".*.new")]
 
 
 def _forget(file: Path) -> None:

@@ -259,6 +259,16 @@ async def test_a_sweep_stops_what_a_living_guest_has_let_go_of(machine: Machine)
     assert not process.has_started(guest)
 
 
+async def test_a_sweep_forgets_what_was_cut_short_while_it_was_written(machine: Machine) -> None:
+    guest = await machine.launch(machine.spec())
+    guest.started.mkdir()
+    draft = guest.started / f".{GROUP}.new"
+    draft.write_text('{"parent": "card0", "gro')
+    assert await machine.sweep() == ()
+    assert not draft.exists()
+    assert process.find("g", machine.place).alive
+
+
 async def test_members_that_went_elsewhere_are_not_ours_any_more(machine: Machine) -> None:
     guest = await machine.launch(machine.spec(A, B))
     await kill(guest)
