@@ -37,6 +37,7 @@ T = TypeVar("T")
 Told = Callable[[int, bool], None]
 """Takes the number of a device, and whether it is as wanted or nothing was done to it."""
 
+_LISTED = 8  # files that fit one line
 _LOOK_SECONDS = 0.05
 """Between two looks at a creation that goes on without us; no event tells of its end."""
 
@@ -340,7 +341,7 @@ async def set_attribute(uuid: UUID, name: str, value: str, context: Context) -> 
         )
     if not await sysfs.write_file(uuid, name, value, root, write=context.write):
         files = sysfs.writable_files(uuid, root)
-        shown = ", ".join(files[:8]) + (", …" if len(files) > 8 else "")  # noqa: PLR2004 - one line
+        shown = ", ".join(files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
         raise HostError(
             f"the driver of mdev {uuid} has no file {name}",
             f"files that can be set: {shown or 'none'}",

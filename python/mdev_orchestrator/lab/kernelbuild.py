@@ -16,12 +16,12 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from mdev_orchestrator.errors import HostError, MdoError, UnknownError
 from mdev_orchestrator.lab import debian
-from mdev_orchestrator.lab.debian import CAUSE, DEBUG, Kernel, Progress, locked, run
+from mdev_orchestrator.lab.building import run_build
+from mdev_orchestrator.lab.debian import DEBUG, Kernel, Progress, locked, run
 from mdev_orchestrator.lab.driver import digest
 from mdev_orchestrator.state import cache_dir
 
@@ -40,7 +40,6 @@ NEEDED_LIBRARIES = {"libelf": "libelf-dev"}
 
 RECORD = "build.json"
 """What was built, beside it: the version of the source, and a digest of the configuration."""
-PROGRESS_SECONDS = 15.0
 _OPTION = re.compile(r"^(CONFIG_\w+)=(.+)$", re.MULTILINE)
 
 
@@ -174,29 +173,14 @@ def check_taken(wanted: str, taken: str) -> None:
 
 def _compile(make: list[str], log: Path, progress: Progress) -> None:
     jobs = os.cpu_count() or 1
+    files = 0
+
+    def how_far(line: bytes) -> str:
+        nonlocal files
+        files += line.startswith(b"  CC")
+        return f"compiling the kernel, {files} files so far"
+
     progress(f"compiling the kernel with {jobs} jobs, a quarter of an hour or more")
     verbose = [word for word in make if word != "-s"]  # a line a file shows how far it is
-    last = time.monotonic()
-    files = 0
-    with (
-        log.open("wb") as out,
-        subprocess.Popen(
-            [*verbose, f"-j{jobs}", "bzImage", "modules"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        try:
-            for line in process.stdout or ():
-                out.write(line)
-                files += line.startswith(b"  CC")
-                if time.monotonic() - last > PROGRESS_SECONDS:
-                    last = time.monotonic()
-                    progress(f"compiling the kernel, {files} files so far")
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-        causes = [line.strip() for line in lines if CAUSE.search(line)]
-        raise MdoError(f"building the kernel failed: {(causes or lines)[-1]}", f"see {log}")
+    log.unlink(missing_ok=True)
+    run_build("the kernel", [*verbose, f"-j{jobs}", "bzImage", "modules"], log, progress, how_far)

@@ -31,13 +31,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mdev_orchestrator.errors import HostError, MdoError, UnknownError
-from mdev_orchestrator.lab.debian import CAUSE, Progress, locked, run
+from mdev_orchestrator.lab.building import failure, run_build
+from mdev_orchestrator.lab.debian import Progress, locked, run
 from mdev_orchestrator.lab.driver import checkout
 from mdev_orchestrator.state import cache_dir
 
@@ -89,7 +89,6 @@ FIRMWARE = {
 NEEDED_FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin")
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 
-PROGRESS_SECONDS = 15.0
 _STEP = re.compile(rb"^\[(\d+)/(\d+)\] ")
 _TOUCHED = re.compile(r"^diff --git a/(\S+) b/(\S+)$", re.MULTILINE)
 _VERSION = re.compile(r"^Version: (?:\d+:)?((\d+\.\d+)\S*)$", re.MULTILINE)
@@ -503,37 +502,20 @@ def configure(place: Path, progress: Progress) -> None:
             command, cwd=work, stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
     if status:
-        raise build_failure("configure", place / "build.log")
+        raise failure("QEMU", "configure", place / "build.log")
     mark.write_text("\n".join(command))
 
 
 def compile_program(place: Path, jobs: int, progress: Progress) -> None:
     """Run ninja, and tell how far it is."""
+
+    def how_far(line: bytes) -> str:
+        step = _STEP.match(line)
+        return f"compiling, step {int(step[1])} of {int(step[2])}" if step else ""
+
     progress(f"compiling with {jobs} jobs")
     command = ["ninja", "-C", str(place / "build"), "-j", str(jobs), PROGRAM]
-    last = time.monotonic()
-    with (
-        (place / "build.log").open("ab") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
-    ):
-        try:
-            for line in process.stdout or ():
-                log.write(line)
-                if (step := _STEP.match(line)) and time.monotonic() - last > PROGRESS_SECONDS:
-                    last = time.monotonic()
-                    progress(f"compiling, step {int(step[1])} of {int(step[2])}")
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        raise build_failure("the compiler", place / "build.log")
-
-
-def build_failure(who: str, log: Path) -> MdoError:
-    """What a log says about why it failed, in one line."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-    causes = [line.strip() for line in lines if CAUSE.search(line) and "-Werror" not in line[:9]]
-    return MdoError(f"building QEMU failed: {who} said: {(causes or lines)[-1]}", f"see {log}")
+    run_build("QEMU", command, place / "build.log", progress, how_far)
 
 
 def link_firmware(place: Path) -> Path:

@@ -91,7 +91,7 @@ def test_another_configuration_is_built(
 
 def test_a_build_that_fails_says_why_and_goes_on_from_the_source(programs: Path) -> None:
     (programs / "make.broken").touch()
-    with pytest.raises(MdoError, match=r"failed: x\.c:1: error: no"):
+    with pytest.raises(MdoError, match=r"failed: the compiler said: x\.c:1: error: no"):
         kernelbuild.fetch(SERIES)
     (programs / "make.broken").unlink()
     kernelbuild.fetch(SERIES)
