@@ -11,9 +11,10 @@ command that did not come to its end had in mind::
     spec     the specs that were applied
 
 The rule is *intent before action*. A run is written with all its steps before the first of them
-acts, and each step once more right before it acts and right after. Every one of these writes is on
-the disk (WAL, ``synchronous=FULL``) when it returns. Concurrent writes share one transaction, so
-sixty-four devices that are created at once cost a handful of flushes.
+acts; a step that waits for others once more right before it acts, and each when it has acted, the
+last of them together with the end of the run. Every one of these writes is on the disk (WAL,
+``synchronous=FULL``) when it returns. Concurrent writes share one transaction, so sixty-four
+devices that are created at once cost a handful of flushes.
 
 A run belongs to the process that began it. When that process has gone and the run is open, it is
 :mod:`.recovery`'s.
