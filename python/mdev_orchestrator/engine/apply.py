@@ -72,6 +72,7 @@ async def apply(
     *,
     policy: Policy = "pack",
     restart: bool = False,
+    force: bool = False,
     host: Path = ROOT,
     guests: Path | None = None,
     journal: Path | None = None,
@@ -83,6 +84,7 @@ async def apply(
     """Make a spec true, all of it or nothing; where it is true already, do nothing.
 
     :param restart: Whether guests may be restarted.
+    :param force: End guests that do not power down in time.
     :param deadline: Seconds for each device to be made or removed.
     :param wait: Seconds to wait for another command that changes the same spec.
     :param booting: Leave pools alone that do not come back after a reboot by themselves.
@@ -99,7 +101,9 @@ async def apply(
         async with _alone(book, "apply", name, wait) as run:
             seen = await look(book.owned(), host=host, guests=guests)
             asked, seen = _at_boot(document, seen) if booting else (document, seen)
-            changes = differ.diff(asked, seen, policy=policy, capacity=learned.capacities)
+            changes = differ.diff(
+                asked, seen, policy=policy, force=force, capacity=learned.capacities
+            )
             if changes.restarts and not restart:
                 words = "; ".join(
                     f"guest {guest}: {why}" for guest, why in changes.restarts.items()

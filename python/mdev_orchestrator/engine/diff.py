@@ -140,15 +140,17 @@ def diff(
     seen: Seen,
     *,
     policy: Policy = "pack",
+    force: bool = False,
     capacity: Survey = survey,
     new_uuid: Callable[[], UUID] = uuid4,
 ) -> Changes:
     """Find the steps that make a spec true.
 
+    :param force: End guests that do not power down in time.
     :raise RequestError: With file and line: the spec asks for what belongs to somebody else.
     :raise MisfitError: The devices do not fit, not even in place of those that go.
     """
-    return _Diff(document, seen, policy, capacity, new_uuid).changes()
+    return _Diff(document, seen, policy, force, capacity, new_uuid).changes()
 
 
 def without(
@@ -220,6 +222,7 @@ class _Diff:
         document: Document,
         seen: Seen,
         policy: Policy,
+        force: bool,
         capacity: Survey,
         new_uuid: Callable[[], UUID],
     ) -> None:
@@ -227,6 +230,7 @@ class _Diff:
         self.name = document.name
         self.seen = seen
         self.policy = policy
+        self.force = force
         self.capacity = capacity
         self.new_uuid = new_uuid
         self.types = {
@@ -657,7 +661,7 @@ class _Diff:
 
     def _stop(self, row: OwnGuest, *, kept: bool = False) -> Stop:
         running = self.seen.running[row.name]
-        return Stop(guest=row, devices=running.mdevs, kept=kept)
+        return Stop(guest=row, devices=running.mdevs, kept=kept, force=self.force)
 
 
 class _Turn(Struct, eq=False):

@@ -422,6 +422,21 @@ def test_more_memory_needs_a_restart_which_keeps_the_devices(world: World) -> No
     assert list(world.running["a"].mdevs) == before
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_guest_that_must_stop_is_only_ended_by_force(world: World, *, force: bool) -> None:
+    """Restarted or gone from the spec: one that does not power down stays, or is ended."""
+    both = ONE + ONE.replace('"a"', '"b"')
+    world.apply(spec(both))
+    changed = ONE.replace("mdev", 'memory = "1G"\nmdev')
+    stops = [
+        planned.step
+        for planned in diff(spec(changed), world.seen(), force=force).steps
+        if isinstance(planned.step, Stop)
+    ]
+    assert [stop.guest.name for stop in stops] == ["b", "a"]
+    assert [stop.force for stop in stops] == [force, force]
+
+
 def test_another_uuid_needs_a_restart(world: World) -> None:
     world.apply(spec(ONE))
     changes = world.apply(spec(ONE.replace("mdev", f'uuid = "{U2}"\nmdev')))
