@@ -156,11 +156,11 @@ def test_destroy(place: Path, others: Foreign, empty: Look, tally: Tally) -> Non
 def test_recover_undoes(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
     """An apply was killed when all was done but not yet said; then its recovery is killed."""
     spec = specs.three(place)
-    last = len(done("apply", spec).points) - 1
+    said = done("apply", spec).points.index("before end") + 1
     done(*DESTROY)
 
     def prepare() -> Look:
-        assert mdo("apply", spec, hook=kill_at(last)).killed
+        assert mdo("apply", spec, hook=kill_at(said)).killed
         return empty
 
     assert campaign("recover of an apply", ("recover",), prepare, nothing, others, tally) == []
