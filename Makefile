@@ -10,11 +10,12 @@
 #                     mvgpu fuzzed on a kernel with checkers, built first
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make check          linters only
-# make bench          speeds, as ratios
+# make bench          speeds beside those of others, and docs/benchmarks.md
 # make lab-shell      a shell in a lab that stays up until 'mdo lab down'
 # make clean          forget what was built; the cache stays
 
 MDO = .venv/bin/mdo
+BENCHES = planner host_tree host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-fuzz test-fuzz-driver test-qemu-own
 .PHONY: check bench lab-shell clean
@@ -51,14 +52,13 @@ test-qemu-own: setup
 check: setup
 	@.venv/bin/python tools/run-tests check
 
+# ROUNDS=2 is a quick try of all
 bench:
 	@tools/setup bench
-	@.venv/bin/python benches/host_tree.py
-	@.venv/bin/python benches/host_scan.py
-	@.venv/bin/python benches/planner.py
-	@.venv/bin/python benches/devices.py
-	@.venv/bin/python benches/guests.py
-	@.venv/bin/python benches/qemu_startup.py
+	@for bench in $(BENCHES); do \
+		echo "== $$bench"; \
+		.venv/bin/python benches/$$bench.py $(if $(ROUNDS),--rounds $(ROUNDS)) || failed=1; \
+	done; .venv/bin/python benches/publish.py && [ -z "$$failed" ]
 
 lab-shell: setup
 	@$(MDO) lab up

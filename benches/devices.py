@@ -1,161 +1,155 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sixty-four devices: created and made ready, and removed, by mdo and by what people use today.
+"""Devices created and made ready, and removed: by mdo and by what people use today.
 
-Runs in the lab on mvgpu, four parents of sixteen. In every round each way has its turn, in random
-order; what is printed are medians and their ratios, which travel between machines as times do not.
+Runs in the lab on mvgpu, four parents of sixteen: 1, 8 and 64 devices, and as many
+``slow`` ones: the driver takes 10 ms to create each, as real ones do, and mvgpu does not.
 
-===========  ==================================================================================
+===========  =======================================================================================
 C            ``bare_writes.c``: one process, an open and a write each; not even ready
-library      ``apply`` of a spec with one pool, in a process that has imported it
-mdo          ``mdo apply``, a process of its own, Python's start and imports included
-mdevctl      ``mdevctl start``, a process each: it knows no other way
-===========  ==================================================================================
+shell        one ``sh``, ``echo UUID > create`` for each; not even ready
+library      ``apply`` and ``destroy`` of a pool, in an event loop that runs already
+mdo          ``mdo apply`` and ``mdo destroy``, a process each, Python's start and imports included
+mdevctl      ``mdevctl start`` and ``stop``, a process for each device: it knows no other way
+===========  =======================================================================================
 
-usage: devices.py [ROUNDS]
+The library's and ``mdo``'s journal stays from round to round, as an operator's does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import random
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-ROOT = Path(__file__).resolve().parents[1]
-COUNT, PARENTS, TYPE = 64, 4, "mvgpu-11"
-ROUNDS = 5
-SPEC = f'name = "many"\n[[pool]]\nname = "p"\ntype = "{TYPE}"\ncount = {COUNT}\n'
+import bench
+
+PARENTS, TYPE = 4, "mvgpu-11"
+SLOW = "delay_ms=10 times=-1"  # of each creation
 MDEVS = Path("/sys/bus/mdev/devices")
-CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
+FAULT = Path("/sys/kernel/debug/mvgpu/fault/create")
+WRITER = bench.ROOT / "build/bare_writes"
+
+#: What creates devices, and what removes them.
+Pair = tuple[Callable[[], object], Callable[[], object]]
+#: That for so many.
+Way = Callable[[int], Pair]
 
 
-def outside(rounds: int) -> int:
-    """Build the C program and run the rest in a lab with an installed copy of the package."""
-    program = ROOT / "build/bare_writes"
-    program.parent.mkdir(exist_ok=True)
-    source = ROOT / "benches/bare_writes.c"
-    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
-    lab = [sys.executable, "-c", CODE, "lab", "run", "--name", f"bench-{os.getpid()}"]
-    options = ["--mvgpu", f"grid_parents={PARENTS} igd_parents=0"]
-    inside = [sys.executable, str(Path(__file__).resolve()), "--inside", str(rounds)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    return subprocess.run([*lab, *options, "--", *inside], check=False, env=environment).returncode
-
-
-def inside(rounds: int) -> int:
+def inside(rounds: int, counts: list[int]) -> None:
     """Measure, in L1."""
-    place = Path(tempfile.mkdtemp(dir="/run"))
-    # the checkout is on an uncached file system, where an installed package is not
-    shutil.copytree(ROOT / "python", place / "python")
-    sys.path.insert(0, str(place / "python"))
-    os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
-    (place / "many.toml").write_text(SPEC)
-    ways: dict[str, Callable[[], float]] = {
-        "C": bare,
-        "library": library,
-        "mdo": lambda: command(place),
-    }
-    if shutil.which("mdevctl"):
-        ways["mdevctl"] = mdevctl
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    removals: list[float] = []
-    for number in range(-1, rounds):
-        for name in random.sample(sorted(ways), len(ways)):
-            taken = ways[name]()
-            if len(list(MDEVS.iterdir())) != COUNT:
-                raise RuntimeError(f"{name} did not make {COUNT} devices")
-            removed = remove_all()
-            shutil.rmtree(place / "state", ignore_errors=True)
-            if number >= 0:  # the first round fills the caches
-                times[name].append(taken)
-                removals.append(removed)
-        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    report(times, removals, rounds)
-    return 0
+    place = bench.installed()
+    figures = bench.Figures("devices", rounds, ("C",))
+    with asyncio.Runner() as runner:
+        ways: dict[str, Way] = {
+            "C": partial(by_c, Path(shutil.copy(WRITER, place))),
+            "shell": by_shell,
+            "library": partial(library, runner),
+            "mdo": partial(command, place / "many.toml"),
+            "mdevctl": by_mdevctl,
+        }
+        for count in counts:
+            measure(figures, f"{count}", ways, count)
+        FAULT.write_text(SLOW)
+        measure(figures, f"{count} slow", ways, count)
+        FAULT.write_text("\n")
+    figures.report()
 
 
-def slots() -> list[tuple[str, str]]:
-    """Where each device goes, and its UUID: sixteen on each parent."""
+def measure(figures: bench.Figures, what: str, ways: dict[str, Way], count: int) -> None:
+    """All rounds of so many devices."""
+    for way in figures.turns(what, ways):
+        create, remove = ways[way](count)
+        with figures.timed(f"{what} created", way):
+            create()
+        made = len(list(MDEVS.iterdir()))
+        with figures.timed(f"{what} removed", way):
+            remove()
+        if made != count or any(MDEVS.iterdir()):
+            raise RuntimeError(f"{way} did not make {count} devices and remove them")
+
+
+# ---- the ways -----------------------------------------------------------------------------------
+
+
+def slots(count: int) -> list[tuple[str, str]]:
+    """Parent and UUID of each device, the same number on each parent."""
     parents = sorted(path.name for path in Path("/sys/class/mdev_bus").iterdir())
-    return [(parents[index * PARENTS // COUNT], str(uuid4())) for index in range(COUNT)]
+    return [(parents[number * len(parents) // count], str(uuid4())) for number in range(count)]
 
 
-def write_all(lines: list[str]) -> float:
-    """Write by the C program; seconds."""
-    begun = time.perf_counter()
-    text = "\n".join(lines).encode()
-    subprocess.run([ROOT / "build/bare_writes"], input=text, check=True)
-    return time.perf_counter() - begun
+def writes(count: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """File and text of each write that creates devices, and of each that removes them."""
+    chosen = slots(count)
+    bus = "/sys/class/mdev_bus"
+    create = [(f"{bus}/{parent}/mdev_supported_types/{TYPE}/create", u) for parent, u in chosen]
+    return create, [(f"{MDEVS}/{uuid}/remove", "1") for _, uuid in chosen]
 
 
-def bare() -> float:
-    """By C; seconds."""
-    return write_all(
-        [
-            f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{TYPE}/create {uuid}"
-            for parent, uuid in slots()
-        ]
+def by_c(program: Path, count: int) -> Pair:
+    """One process of C."""
+    create, remove = ("".join(f"{f} {text}\n" for f, text in lines) for lines in writes(count))
+    return lambda: bench.run([program], create), lambda: bench.run([program], remove)
+
+
+def by_shell(count: int) -> Pair:
+    """One shell."""
+    create, remove = ("".join(f"echo {t} > {f}\n" for f, t in lines) for lines in writes(count))
+    return lambda: bench.run(["sh", "-e"], create), lambda: bench.run(["sh", "-e"], remove)
+
+
+def by_mdevctl(count: int) -> Pair:
+    """A process for each."""
+    chosen = slots(count)
+
+    def start() -> None:
+        for parent, uuid in chosen:
+            bench.run(["mdevctl", "start", "--uuid", uuid, "--parent", parent, "--type", TYPE])
+
+    def stop() -> None:
+        for _, uuid in chosen:
+            bench.run(["mdevctl", "stop", "--uuid", uuid])
+
+    return start, stop
+
+
+def spec(count: int) -> str:
+    """A spec of one pool."""
+    return f'name = "many"\n[[pool]]\nname = "p"\ntype = "{TYPE}"\ncount = {count}\n'
+
+
+def library(runner: asyncio.Runner, count: int) -> Pair:
+    """In this process."""
+    import mdev_orchestrator as mdo
+
+    asked = mdo.parse(spec(count))
+    return lambda: runner.run(mdo.apply(asked)), lambda: runner.run(mdo.destroy("many"))
+
+
+def command(file: Path, count: int) -> Pair:
+    """A process of its own."""
+    file.write_text(spec(count))
+    return (
+        lambda: bench.run([*bench.MDO, "apply", file]),
+        lambda: bench.run([*bench.MDO, "destroy", "many"]),
     )
 
 
-def remove_all() -> float:
-    """All that there are, by C; seconds."""
-    return write_all([f"{path}/remove 1" for path in MDEVS.iterdir()])
-
-
-def library() -> float:
-    """In this process; seconds."""
-    import mdev_orchestrator as mdo
-
-    spec = mdo.parse(SPEC)
-    begun = time.perf_counter()
-    asyncio.run(mdo.apply(spec))
-    return time.perf_counter() - begun
-
-
-def command(place: Path) -> float:
-    """By a process of its own; seconds."""
-    begun = time.perf_counter()
-    words = [sys.executable, "-c", CODE, "apply", str(place / "many.toml")]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - begun
-
-
-def mdevctl() -> float:
-    """By a process for each device; seconds."""
-    begun = time.perf_counter()
-    for parent, uuid in slots():
-        words = ["mdevctl", "start", "--uuid", uuid, "--parent", parent, "--type", TYPE]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begun
-
-
-def report(times: dict[str, list[float]], removals: list[float], rounds: int) -> None:
-    """Print the table and, for programs, one line of JSON."""
-    middle = {name: statistics.median(taken) for name, taken in times.items()}
-    print(f"{COUNT} devices created, {rounds} rounds, medians; L1 is emulated, one processor")
-    for name, seconds in middle.items():
-        low, high = min(times[name]), max(times[name])
-        print(
-            f"{name:8} {seconds:7.3f} s ({low:.3f} to {high:.3f})"
-            f"  {seconds / middle['C']:6.2f} x C"
-            + (f"  mdevctl / it: {middle['mdevctl'] / seconds:5.1f}" if "mdevctl" in middle else "")
-        )
-    print(f"removed by C: {statistics.median(removals):.3f} s")
-    print(json.dumps({"count": COUNT, "rounds": rounds, "seconds": times, "removed": removals}))
+def main() -> int:
+    """Read the arguments."""
+    parser = bench.arguments(__doc__, rounds=5)
+    parser.add_argument("--devices", type=int, nargs="*", default=[1, 8, 64], help="so many")
+    given = parser.parse_args()
+    if given.inside:
+        inside(given.rounds, given.devices)
+        return 0
+    bench.compiled(WRITER.name)
+    mvgpu = f"grid_parents={PARENTS} igd_parents=0"
+    return bench.in_lab(__file__, sys.argv[1:], mvgpu=mvgpu)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--inside"]:
-        sys.exit(inside(int(arguments[1])))
-    sys.exit(outside(int(arguments[0]) if arguments else ROUNDS))
+    sys.exit(main())

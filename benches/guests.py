@@ -2,8 +2,8 @@
 """Hotplug and guests: by the library, by mdo, by a bare QMP client, and by libvirt.
 
 Runs in the lab on mvgpu. All guests have the same kernel, memory, machine, ports and QEMU, and KVM
-as far as L1 has it. In every round each way has its turn, in random order. What counts as the end
-is the same for all ways, and is seen by one observer of ours:
+as far as L1 has it. What counts as the end is the same for all ways, and what the guest has is
+seen by one observer, on a monitor that nobody else uses:
 
 =========  =======================================================================================
 attach     QEMU has realised the device: the command or call has returned
@@ -16,39 +16,38 @@ together   so many guests with a device each: all commands have returned
 
 ===========  =====================================================================================
 bare         a socket and JSON: the client sends what must be sent, and waits for what must come
-library      ``attach``, ``detach``, ``apply`` in a process that has imported them
+library      ``attach``, ``detach``, ``apply``, in an event loop that runs already
 mdo          a process each, Python's start and imports included
 virsh        a process each, and a ``libvirtd`` that stays
 ===========  =====================================================================================
 
-usage: guests.py [--rounds N] [--guests N…]
+At the start of a guest ours create its device too; for the others it is there.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import os
-import random
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-ROOT = Path(__file__).resolve().parents[1]
+import bench
+
 TYPE, MEMORY = "mvgpu-11", 128
 PORTS = 4
+MVGPU = "grid_parents=2 igd_parents=0"
+MDEVS = Path("/sys/bus/mdev/devices")
 ROM = 6  # QEMU's number of the BAR that is the expansion ROM
-CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
+PATIENCE = 300  # seconds
 LIBVIRT = """
 security_driver = "none"
 user = "root"
@@ -77,26 +76,13 @@ HOSTDEV = """<hostdev mode='subsystem' type='mdev' managed='no' model='vfio-pci'
 """
 
 
-def outside(arguments: list[str]) -> int:
-    """Run the rest in a lab with an installed copy of the package."""
-    for program in ("virsh", "libvirtd", "virtlogd"):
-        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
-            print(f"there is no {program}: tools/setup bench installs it", file=sys.stderr)
-            return 2
-    lab = [sys.executable, "-c", CODE, "lab", "run", "--name", f"bench-{os.getpid()}"]
-    options = ["--mvgpu", "grid_parents=2 igd_parents=0"]
-    inside = [sys.executable, str(Path(__file__).resolve()), "--inside", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    return subprocess.run([*lab, *options, "--", *inside], check=False, env=environment).returncode
-
-
 class Qmp:
     """The least that talks to a monitor."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(300)
-        end = time.monotonic() + 300
+        self.socket.settimeout(PATIENCE)
+        end = time.monotonic() + PATIENCE
         while True:
             try:
                 self.socket.connect(str(path))
@@ -145,359 +131,344 @@ def taken(buses: Any, device: str) -> bool:  # noqa: ANN401 - as it comes
 
 def wait_taken(qmp: Qmp, device: str) -> None:
     """Look every 20 ms, the same for all ways."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + PATIENCE
     while not taken(qmp.ask("query-pci"), device):
         if time.monotonic() > end:
             raise TimeoutError(device)
         time.sleep(0.02)
 
 
-class Clock:
-    """Seconds since it was made."""
+def make_mdevs(count: int) -> list[UUID]:
+    """Devices by bare writes, on each parent as many."""
+    parents = sorted(Path("/sys/class/mdev_bus").iterdir())
+    made = [uuid4() for _ in range(count)]
+    for number, uuid in enumerate(made):
+        parent = parents[number % len(parents)]
+        (parent / "mdev_supported_types" / TYPE / "create").write_text(str(uuid))
+    return made
 
-    def __init__(self) -> None:
-        self.begun = time.perf_counter()
 
-    def __call__(self) -> float:
-        """How many by now."""
-        return time.perf_counter() - self.begun
+def remove_mdevs() -> None:
+    """All devices that there are."""
+    for path in MDEVS.iterdir():
+        (path / "remove").write_text("1")
 
 
-class Lab:
-    """What is there while it is measured."""
+# ---- the ways -----------------------------------------------------------------------------------
 
-    def __init__(self, place: Path) -> None:
-        from mdev_orchestrator.host import sysfs
+
+class Guests:
+    """Guests of one name by one way, described when it is made and not yet started.
+
+    :ivar names: Of the guests.
+    """
+
+    def __init__(self, place: Path, name: str, count: int, *, device: bool) -> None:
+        """:param device: Whether each has one, which is made now unless the way makes it."""
         from mdev_orchestrator.lab import l2
 
-        self.place = place
-        self.sysfs = sysfs
-        self.append = l2.APPEND
+        self.place, self.name, self.device = place, name, device
+        self.names = [f"{name}{number}" for number in range(count)]
         self.kernel, self.initrd = os.environ["MDO_LAB_KERNEL"], os.environ["MDO_LAB_INITRD"]
-        self.parents = sorted(path.name for path in Path("/sys/class/mdev_bus").iterdir())
-        self.times: dict[str, dict[str, list[float]]] = {}
+        self.append = l2.APPEND
+        self.describe()
 
-    def note(self, work: str, way: str, seconds: float) -> None:
-        """One figure."""
-        self.times.setdefault(work, {}).setdefault(way, []).append(seconds)
+    def describe(self) -> None:
+        """Write what the start needs."""
+        raise NotImplementedError
 
-    def mdevs(self, count: int) -> list[UUID]:
-        """Make devices by bare writes."""
-        made = []
-        for number in range(count):
-            uuid = uuid4()
-            directory = f"/sys/class/mdev_bus/{self.parents[number % len(self.parents)]}"
-            Path(f"{directory}/mdev_supported_types/{TYPE}/create").write_text(str(uuid))
-            made.append(uuid)
-        return made
+    def start(self) -> None:
+        """Start all; returns when each answers QMP."""
+        raise NotImplementedError
 
-    def remove_all(self) -> None:
-        """Remove all devices."""
-        for path in Path("/sys/bus/mdev/devices").iterdir():
-            (path / "remove").write_text("1")
+    def stop(self) -> None:
+        """End all at once, without asking them."""
+        raise NotImplementedError
 
-    def spec(self, name: str, count: int, uuids: list[UUID]) -> str:
-        """A spec of guests."""
-        words = [f'name = "{name}"']
-        for number in range(count):
-            words += [
-                "[[guest]]",
-                f'name = "{name}{number}"',
-                f'memory = "{MEMORY}M"',
-                f'kernel = "{self.kernel}"',
-                f'initrd = "{self.initrd}"',
-                f'append = "{self.append}"',
-                f"hotplug_ports = {PORTS}",
-            ]
-            words += [f'[[guest.mdev]]\nuuid = "{u}"\ntype = "{TYPE}"' for u in uuids[number:][:1]]
-        return "\n".join(words) + "\n"
+    def attach(self, uuid: UUID) -> None:
+        """Plug a device into the first guest."""
+        raise NotImplementedError
 
-    def mdo(self, *words: str) -> None:
+    def detach(self, uuid: UUID) -> None:
+        """Unplug it, until QEMU has closed it."""
+        raise NotImplementedError
+
+    def look(self) -> Qmp:
+        """The observer's monitor of the first guest."""
+        return Qmp(self.place / f"{self.names[0]}.look")
+
+    def id(self, uuid: UUID) -> str:
+        """What QEMU calls the device."""
+        from mdev_orchestrator.qemu.command import device_id
+
+        return device_id(uuid)
+
+    def mdevs(self) -> list[UUID | None]:
+        """The device of each."""
+        return [*make_mdevs(len(self.names))] if self.device else [None] * len(self.names)
+
+
+class Bare(Guests):
+    """QEMU's command line as ``mdo`` would write it, and a monitor."""
+
+    def describe(self) -> None:
+        """A command for each."""
+        self.commands = [self.command(*of) for of in zip(self.names, self.mdevs(), strict=True)]
+
+    def command(self, name: str, uuid: UUID | None) -> list[str]:
+        """One guest's."""
+        from mdev_orchestrator.qemu import command
+
+        words = ["qemu-system-x86_64", "-name", name, "-machine", "q35"]
+        words += [*command.accelerators("auto"), "-m", f"{MEMORY}M", "-smp", "1"]
+        words += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "null"]
+        for monitor in ("qmp", "look"):
+            words += ["-qmp", f"unix:{self.place}/{name}.{monitor},server=on,wait=off"]
+        words += ["-kernel", self.kernel, "-initrd", self.initrd, "-append", self.append]
+        for number in range(PORTS + self.device):
+            words += command.root_port(number, 256 << 20)
+        if uuid is not None:
+            options = f"id={self.id(uuid)},sysfsdev={MDEVS}/{uuid},bus=port0"
+            words += ["-device", f"vfio-pci,{options}"]
+        return words
+
+    def start(self) -> None:
+        """All at the same time."""
+        self.processes = [
+            subprocess.Popen(words, stdout=subprocess.DEVNULL) for words in self.commands
+        ]
+        self.monitors = [Qmp(self.place / f"{name}.qmp") for name in self.names]
+
+    def stop(self) -> None:
+        """By signals."""
+        for process, monitor in zip(self.processes, self.monitors, strict=True):
+            process.kill()
+            process.wait()
+            monitor.close()
+
+    def attach(self, uuid: UUID) -> None:
         """One command."""
-        run([sys.executable, "-c", CODE, *words])
+        options = {"driver": "vfio-pci", "id": self.id(uuid), "bus": "port0"}
+        self.monitors[0].ask("device_add", sysfsdev=f"{MDEVS}/{uuid}", **options)
 
-    def domain(self, name: str, uuid: UUID | None = None) -> Path:
-        """A domain's file."""
-        file = self.place / f"{name}.xml"
-        accel = "kvm" if Path("/dev/kvm").exists() else "qemu"
+    def detach(self, uuid: UUID) -> None:
+        """A command and an event."""
+        self.monitors[0].ask("device_del", id=self.id(uuid))
+        self.monitors[0].event("DEVICE_DELETED")
+
+
+class Library(Guests):
+    """A spec, applied in this process."""
+
+    runner: asyncio.Runner
+
+    def describe(self) -> None:
+        """One spec for all."""
+        import mdev_orchestrator as mdo
+
+        self.mdo = mdo
+        device = f'[[guest.mdev]]\ntype = "{TYPE}"\n' if self.device else ""
+        guests = [
+            f'[[guest]]\nname = "{name}"\nmemory = "{MEMORY}M"\nhotplug_ports = {PORTS}\n'
+            f'kernel = "{self.kernel}"\ninitrd = "{self.initrd}"\nappend = "{self.append}"\n'
+            for name in self.names
+        ]
+        self.file = self.place / f"{self.name}.toml"
+        self.file.write_text("\n".join([f'name = "{self.name}"', *(g + device for g in guests)]))
+        self.spec = mdo.load(str(self.file))
+
+    def start(self) -> None:
+        """One call."""
+        self.runner.run(self.mdo.apply(self.spec))
+
+    def stop(self) -> None:
+        """One call."""
+        self.runner.run(self.mdo.destroy(self.name, force=True, deadline=0))
+
+    def attach(self, uuid: UUID) -> None:
+        """One call."""
+        self.runner.run(self.mdo.attach(self.names[0], str(uuid)))
+
+    def detach(self, uuid: UUID) -> None:
+        """One call."""
+        self.runner.run(self.mdo.detach(self.names[0], uuid))
+
+    def look(self) -> Qmp:
+        """The monitor for questions."""
+        from mdev_orchestrator.qemu import process
+
+        return Qmp(process.find(self.names[0]).query_socket)
+
+
+class Mdo(Library):
+    """The same spec, by commands."""
+
+    def start(self) -> None:
+        """One command."""
+        bench.run([*bench.MDO, "apply", self.file])
+
+    def attach(self, uuid: UUID) -> None:
+        """One command."""
+        bench.run([*bench.MDO, "attach", self.names[0], str(uuid)])
+
+    def detach(self, uuid: UUID) -> None:
+        """One command."""
+        bench.run([*bench.MDO, "detach", self.names[0], str(uuid)])
+
+
+class Virsh(Guests):
+    """Domains of libvirt's."""
+
+    def describe(self) -> None:
+        """A file for each domain."""
+        self.hostdev = self.place / "hostdev.xml"
         root = "<controller type='pci' model='pcie-root'/>\n"
         port = "<controller type='pci' model='pcie-root-port'/>\n"
-        file.write_text(
-            DOMAIN.format(
-                accel=accel,
-                name=name,
-                memory=MEMORY,
-                kernel=self.kernel,
-                initrd=self.initrd,
-                append=self.append,
-                qemu=shutil.which("qemu-system-x86_64"),
-                ports=root + port * (PORTS + (uuid is not None)),
-                hostdev="" if uuid is None else HOSTDEV.format(uuid=uuid),
-                monitor=self.place / f"{name}.qmp",
+        for name, uuid in zip(self.names, self.mdevs(), strict=True):
+            (self.place / f"{name}.xml").write_text(
+                DOMAIN.format(
+                    accel="kvm" if Path("/dev/kvm").exists() else "qemu",
+                    name=name,
+                    memory=MEMORY,
+                    kernel=self.kernel,
+                    initrd=self.initrd,
+                    append=self.append,
+                    qemu=shutil.which("qemu-system-x86_64"),
+                    ports=root + port * (PORTS + self.device),
+                    hostdev=HOSTDEV.format(uuid=uuid) if uuid else "",
+                    monitor=self.place / f"{name}.look",
+                )
             )
-        )
-        return file
+
+    def start(self) -> None:
+        """A command for each, all at the same time."""
+        files = [self.place / f"{name}.xml" for name in self.names]
+        with ThreadPoolExecutor(len(files)) as pool:
+            list(pool.map(lambda file: bench.run(["virsh", "create", file]), files))
+
+    def stop(self) -> None:
+        """A command for each."""
+        for name in self.names:
+            bench.run(["virsh", "destroy", name])
+
+    def attach(self, uuid: UUID) -> None:
+        """One command."""
+        self.hostdev.write_text(HOSTDEV.format(uuid=uuid))
+        bench.run(["virsh", "attach-device", self.names[0], self.hostdev, "--live"])
+
+    def detach(self, uuid: UUID) -> None:
+        """One command."""
+        self.hostdev.write_text(HOSTDEV.format(uuid=uuid))
+        bench.run(["virsh", "detach-device", self.names[0], self.hostdev, "--live"])
+
+    def id(self, uuid: UUID) -> str:
+        """It counts its devices."""
+        del uuid
+        return "hostdev0"
 
 
-def run(words: list[str]) -> None:
-    """A process to its end."""
-    done = subprocess.run(words, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words[-4:])}: {done.stderr.strip()[-400:]}")
+WAYS: dict[str, type[Guests]] = {"bare": Bare, "library": Library, "mdo": Mdo, "virsh": Virsh}
 
 
-@contextlib.contextmanager
-def libvirt(place: Path) -> Iterator[None]:
-    """``libvirtd`` and ``virtlogd``, by hand."""
+def start_libvirt(place: Path) -> None:
+    """``libvirtd`` and ``virtlogd``, by hand; they end with L1."""
     Path("/etc/libvirt").mkdir(exist_ok=True)
     Path("/etc/libvirt/qemu.conf").write_text(LIBVIRT)
     # it wants the user of its Debian package, though it uses another
     for file, line in (("passwd", "64055:64055::/:/bin/false"), ("group", "64055:")):
         if "libvirt-qemu" not in (path := Path("/etc", file)).read_text():
             path.write_text(f"{path.read_text()}libvirt-qemu:x:{line}\n")
-    daemons = []
     for words in (["virtlogd"], ["libvirtd", "--timeout", "0"]):
-        log = (place / f"{words[0]}.log").open("wb")
-        path = f"/usr/sbin/{words[0]}"
-        daemons.append(subprocess.Popen([path, *words[1:]], stdout=log, stderr=log))
-    try:
-        end = time.monotonic() + 120
-        while subprocess.run(["virsh", "version"], check=False, capture_output=True).returncode:
-            if time.monotonic() > end:
-                raise TimeoutError((place / "libvirtd.log").read_text())
-            time.sleep(0.2)
-        yield
-    finally:
-        for daemon in daemons:
-            daemon.terminate()
-            daemon.wait()
+        with (place / f"{words[0]}.log").open("wb") as log:
+            subprocess.Popen([f"/usr/sbin/{words[0]}", *words[1:]], stdout=log, stderr=log)
+    end = time.monotonic() + PATIENCE
+    while subprocess.run(["virsh", "version"], check=False, capture_output=True).returncode:
+        if time.monotonic() > end:
+            raise TimeoutError((place / "libvirtd.log").read_text())
+        time.sleep(0.2)
 
 
-# ---- ways to have a guest -----------------------------------------------------------------------
+# ---- the works ----------------------------------------------------------------------------------
 
 
-def qemu(lab: Lab, name: str, uuid: UUID | None = None) -> tuple[subprocess.Popen[bytes], Path]:
-    """QEMU as ``mdo`` would start it, with a monitor at a path."""
-    from mdev_orchestrator.qemu import command
-
-    monitor = lab.place / f"{name}.qmp"
-    monitor.unlink(missing_ok=True)
-    words = ["qemu-system-x86_64", "-name", name, "-machine", "q35"]
-    words += [*command.accelerators("auto"), "-m", f"{MEMORY}M", "-smp", "1"]
-    words += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "null"]
-    words += ["-qmp", f"unix:{monitor},server=on,wait=off"]
-    words += ["-kernel", lab.kernel, "-initrd", lab.initrd, "-append", lab.append]
-    for number in range(PORTS + (uuid is not None)):
-        words += command.root_port(number, 256 << 20)
-    if uuid is not None:
-        path = f"/sys/bus/mdev/devices/{uuid}"
-        words += ["-device", f"vfio-pci,id={command.device_id(uuid)},sysfsdev={path},bus=port0"]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL), monitor
-
-
-def ours(name: str) -> Qmp:
-    """A look into a guest of mdo's, by the monitor for questions."""
-    from mdev_orchestrator.qemu import process
-
-    return Qmp(process.find(name).query_socket)
+def hotplug(figures: bench.Figures, place: Path) -> None:
+    """One device in and out of a guest that has booted; the first turn waits until it has."""
+    guests = {way: make(place, f"{way}-plug", 1, device=False) for way, make in WAYS.items()}
+    for own in guests.values():
+        own.start()
+    for way in figures.turns("hotplug", WAYS):
+        own = guests[way]
+        (uuid,) = make_mdevs(1)
+        begun = time.perf_counter()
+        own.attach(uuid)
+        figures.note("attach", way, time.perf_counter() - begun)
+        with contextlib.closing(own.look()) as look:
+            wait_taken(look, own.id(uuid))
+        figures.note("taken", way, time.perf_counter() - begun)
+        with figures.timed("detach", way):
+            own.detach(uuid)
+        with contextlib.closing(own.look()) as look:
+            if own.id(uuid) in json.dumps(look.ask("query-pci")):
+                raise RuntimeError(f"{way} has returned, and the guest still has the device")
+        remove_mdevs()
+    for own in guests.values():
+        own.stop()
 
 
-class Hotplug:
-    """A guest for each way, booted once, into which devices come and from which they go."""
-
-    def __init__(self, lab: Lab, stack: contextlib.ExitStack) -> None:
-        import mdev_orchestrator as library
-
-        self.lab, self.library = lab, library
-        self.process, path = qemu(lab, "plain")
-        stack.callback(self.process.wait)
-        stack.callback(self.process.kill)
-        self.plain = Qmp(path)
-        asyncio.run(library.apply(library.parse(lab.spec("own", 1, []))))
-        stack.callback(lambda: asyncio.run(library.destroy("own", force=True, deadline=0)))
-        run(["virsh", "create", str(lab.domain("virt"))])
-        stack.callback(run, ["virsh", "destroy", "virt"])
-        self.virt = Qmp(lab.place / "virt.qmp")
-        # a guest answers when it has booted: the first device shows it, and is not measured
-        for way in WAYS:
-            self.turn(way, lambda *_: None)
-
-    def turn(self, way: str, note: Callable[[str, str, float], None]) -> None:
-        """One device in and out."""
-        from mdev_orchestrator.qemu.command import device_id
-
-        (uuid,) = self.lab.mdevs(1)
-        name = "hostdev0" if way == "virsh" else device_id(uuid)
-        file = self.lab.place / "device.xml"
-        file.write_text(HOSTDEV.format(uuid=uuid))
-        clock = Clock()
-        if way == "bare":
-            path = f"/sys/bus/mdev/devices/{uuid}"
-            options = {"driver": "vfio-pci", "id": name, "sysfsdev": path, "bus": "port0"}
-            self.plain.ask("device_add", **options)
-        elif way == "library":
-            asyncio.run(self.library.attach("own0", str(uuid)))
-        elif way == "mdo":
-            self.lab.mdo("attach", "own0", str(uuid))
-        else:
-            run(["virsh", "attach-device", "virt", str(file), "--live"])
-        note("attach", way, clock())
-        # the monitor for questions takes one client at a time
-        look = {"bare": self.plain, "virsh": self.virt}.get(way) or ours("own0")
-        wait_taken(look, name)
-        note("taken", way, clock())
-        if way in {"library", "mdo"}:
-            look.close()
-        clock = Clock()
-        if way == "bare":
-            self.plain.ask("device_del", id=name)
-            self.plain.event("DEVICE_DELETED")
-        elif way == "library":
-            asyncio.run(self.library.detach("own0", uuid))
-        elif way == "mdo":
-            self.lab.mdo("detach", "own0", str(uuid))
-        else:
-            run(["virsh", "detach-device", "virt", str(file), "--live"])
-        seconds = clock()
-        if way == "virsh" and name in json.dumps(self.virt.ask("query-pci")):
-            raise RuntimeError("virsh has returned, and the guest still has the device")
-        note("detach", way, seconds)
-        self.lab.remove_all()
-
-
-def start(lab: Lab, way: str, note: Callable[[str, str, float], None]) -> None:
+def start(figures: bench.Figures, place: Path) -> None:
     """One guest with a device, from nothing to its end."""
-    import mdev_orchestrator as library
-    from mdev_orchestrator.qemu.command import device_id
-
-    file = lab.place / "start.toml"
-    file.write_text(lab.spec("new", 1, []).rstrip() + f'\n[[guest.mdev]]\ntype = "{TYPE}"\n')
-    uuid = lab.mdevs(1)[0] if way in {"bare", "virsh"} else None
-    domain = lab.domain("new", uuid)
-    spec = library.load(str(file))
-    end: Callable[[], object]
-    clock = Clock()
-    if way == "bare":
-        process, path = qemu(lab, "new", uuid)
-        look, end = Qmp(path), process.kill
-    elif way == "virsh":
-        run(["virsh", "create", str(domain)])
-        end = lambda: run(["virsh", "destroy", "new"])  # noqa: E731
-    else:
-        if way == "library":
-            asyncio.run(library.apply(spec))
-        else:
-            lab.mdo("apply", str(file))
-        end = lambda: asyncio.run(library.destroy("new", force=True, deadline=0))  # noqa: E731
-    note("start", way, clock())
-    if way == "virsh":
-        look, name = Qmp(lab.place / "new.qmp"), "hostdev0"
-    elif uuid is not None:
-        name = device_id(uuid)
-    else:
-        look, name = (
-            ours("new0"),
-            device_id(UUID(next(Path("/sys/bus/mdev/devices").iterdir()).name)),
-        )
-    wait_taken(look, name)
-    note("booted", way, clock())
-    look.close()
-    end()
-    if way == "bare":
-        process.wait()
-    lab.remove_all()
+    for way in figures.turns("start", WAYS):
+        own = WAYS[way](place, f"{way}-new", 1, device=True)
+        begun = time.perf_counter()
+        own.start()
+        figures.note("start", way, time.perf_counter() - begun)
+        (mdev,) = MDEVS.iterdir()
+        with contextlib.closing(own.look()) as look:
+            wait_taken(look, own.id(UUID(mdev.name)))
+        figures.note("booted", way, time.perf_counter() - begun)
+        own.stop()
+        remove_mdevs()
 
 
-def together(lab: Lab, way: str, count: int, note: Callable[[str, str, float], None]) -> None:
+def together(figures: bench.Figures, place: Path, count: int) -> None:
     """So many guests with a device each."""
-    import mdev_orchestrator as library
-
     work = f"{count} together"
-    if way == "virsh":
-        domains = [lab.domain(f"all{n}", uuid) for n, uuid in enumerate(lab.mdevs(count))]
-        clock = Clock()
-        commands = [
-            subprocess.Popen(["virsh", "create", str(domain)], stdout=subprocess.DEVNULL)
-            for domain in domains
-        ]
-        if sum([command.wait() for command in commands]):
-            raise RuntimeError("virsh create failed")
-        note(work, way, clock())
-        for number in range(count):
-            run(["virsh", "destroy", f"all{number}"])
-        lab.remove_all()
-        return
-    text = lab.spec("all", count, [])
-    tables = text.split("[[guest]]")
-    device = f'[[guest.mdev]]\ntype = "{TYPE}"\n'
-    text = tables[0] + "".join(f"[[guest]]{table.rstrip()}\n{device}" for table in tables[1:])
-    file = lab.place / "all.toml"
-    file.write_text(text)
-    spec = library.load(str(file))
-    clock = Clock()
-    if way == "library":
-        asyncio.run(library.apply(spec))
-    else:
-        lab.mdo("apply", str(file))
-    note(work, way, clock())
-    asyncio.run(library.destroy("all", force=True, deadline=0))
+    for way in figures.turns(work, WAYS, warm=False):
+        own = WAYS[way](place, f"{way}-all", count, device=True)
+        with figures.timed(work, way):
+            own.start()
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        bench.say(f"{work} by {way}: {meminfo['MemAvailable'].strip()} of L1's memory are left")
+        own.stop()
+        remove_mdevs()
 
 
-WAYS = ("bare", "library", "mdo", "virsh")
-
-
-def inside(rounds: int, counts: list[int]) -> int:
+def inside(rounds: int, counts: list[int]) -> None:
     """Measure, in L1."""
-    place = Path(tempfile.mkdtemp(dir="/run"))
-    shutil.copytree(ROOT / "python", place / "python")
-    sys.path.insert(0, str(place / "python"))
-    os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
-    lab = Lab(place)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(libvirt(place))
-        hotplug = Hotplug(lab, stack)
-        for number in range(rounds):
-            for way in random.sample(WAYS, len(WAYS)):
-                hotplug.turn(way, lab.note)
-            print(f"hotplug: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        stack.pop_all().close()
-    with libvirt(place):
-        for number in range(rounds):
-            for way in random.sample(WAYS, len(WAYS)):
-                start(lab, way, lab.note)
-            for count in counts:
-                for way in random.sample(WAYS[1:], len(WAYS) - 1):
-                    together(lab, way, count, lab.note)
-            print(f"guests: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    report(lab.times, rounds)
-    return 0
-
-
-def report(times: dict[str, dict[str, list[float]]], rounds: int) -> None:
-    """Print the table and, for programs, one line of JSON."""
-    print(f"guests and hotplug, {rounds} rounds, medians; L1 is emulated, one processor")
-    for work, ways in times.items():
-        middle = {way: statistics.median(taken) for way, taken in ways.items()}
-        for way, seconds in middle.items():
-            words = f"{work:12} {way:8} {seconds:7.3f} s"
-            words += f" ({min(ways[way]):.3f} to {max(ways[way]):.3f})"
-            words += f"  {seconds / middle['library']:6.2f} x library"
-            if "bare" in middle:
-                words += f"  {seconds / middle['bare']:6.2f} x bare"
-            print(words)
-    print(json.dumps({"rounds": rounds, "seconds": times}))
+    place = bench.installed()
+    start_libvirt(place)
+    figures = bench.Figures("guests", rounds, ("bare",))
+    with asyncio.Runner() as Library.runner:
+        hotplug(figures, place)
+        start(figures, place)
+        for count in counts:
+            together(figures, place, count)
+    figures.report()
 
 
 def main() -> int:
     """Read the arguments."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--guests", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.inside:
-        return inside(arguments.rounds, arguments.guests)
-    return outside(sys.argv[1:])
+    parser = bench.arguments(__doc__, rounds=5)
+    parser.add_argument("--guests", type=int, nargs="*", default=[1, 4, 16], help="together")
+    given = parser.parse_args()
+    if given.inside:
+        inside(given.rounds, given.guests)
+        return 0
+    for program in ("virsh", "libvirtd", "virtlogd"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
+            print(f"there is no {program}: tools/setup bench installs it", file=sys.stderr)
+            return 2
+    return bench.in_lab(__file__, sys.argv[1:], mvgpu=MVGPU)
 
 
 if __name__ == "__main__":

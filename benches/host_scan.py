@@ -3,9 +3,7 @@
 
 Runs in the lab. ``plain`` devices are those of the kernel's sample mbochs, one parent with three
 types: a type, an IOMMU group and nothing else. ``grouped`` ones are mvgpu's, sixteen on each of up
-to 64 parents with eight types: each has three files of its own besides. In every round each way has
-its turn, in random order; what is printed are medians and their ratios, which travel between
-machines as times do not.
+to 64 parents with eight types: each has three files of its own besides.
 
 =========  =====================================================================================
 C          ``host_walk.c``: the same files and links, opened, read and forgotten; its own clock
@@ -13,93 +11,70 @@ library    ``scan()``, in a process that has imported it
 mdo        ``mdo host --json``, a process of its own, Python's start and imports included
 mdevctl    ``mdevctl list --dumpjson``; one round only where it lists thousands
 =========  =====================================================================================
-
-usage: host_scan.py [ROUNDS]
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 5
-SERIES = {
-    # the lab's mvgpu, the type, and the counts; mbochs-small takes 4 of mbochs's MiB
-    "plain": ("grid_parents=0 igd_parents=0", "mbochs-small", (16, 256, 4096)),
-    "grouped": ("grid_parents=64 igd_parents=0", "mvgpu-11", (1024,)),
-}
-POOL = "count=16384"  # MiB: the parameter is called so
+import bench
+
+GROUPED = 1024
+POOL = "count=16384"  # MiB, of which mbochs-small takes 4; the parameter is called so
 MANY = 1000  # devices; mdevctl takes minutes for them
-PARENTS = Path("/sys/class/mdev_bus")
-CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
+PARENTS, MDEVS = Path("/sys/class/mdev_bus"), Path("/sys/bus/mdev/devices")
+WALK = bench.ROOT / "build/host_walk"
 
 
-def outside(rounds: int) -> int:
-    """Build what is needed, and run each series in a lab of its own."""
-    sys.path.insert(0, str(ROOT / "python"))
+def outside(words: list[str]) -> int:
+    """Build what is needed, and run the rest in a lab."""
+    sys.path.insert(0, str(bench.ROOT / "python"))
     from mdev_orchestrator.lab import debian, samples
 
-    program = ROOT / "build/host_walk"
-    program.parent.mkdir(exist_ok=True)
-    source = ROOT / "benches/host_walk.c"
-    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
-    modules = samples.build(debian.fetch_kernel(debian.DEFAULT_SERIES))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    failed = 0
-    for series, (parameters, _, _) in SERIES.items():
-        lab = [sys.executable, "-c", CODE, "lab", "run", "--name", f"bench-{os.getpid()}"]
-        words = [*lab, "--mvgpu", parameters, "--", sys.executable, str(Path(__file__).resolve())]
-        words += ["--inside", series, str(rounds), str(modules / "mbochs.ko")]
-        failed |= subprocess.run(words, check=False, env=environment).returncode
-    return failed
+    bench.compiled(WALK.name)
+    samples.build(debian.fetch_kernel(debian.DEFAULT_SERIES))
+    return bench.in_lab(__file__, words, mvgpu="grid_parents=0 igd_parents=0")
 
 
-def inside(series: str, rounds: int, module: str) -> int:
+def inside(rounds: int, counts: list[int]) -> None:
     """Measure, in L1."""
-    place = Path(tempfile.mkdtemp(dir="/run"))
-    # the checkout is on an uncached file system, where an installed package is not
-    shutil.copytree(ROOT / "python", place / "python")
-    shutil.copy(ROOT / "build/host_walk", place)
-    sys.path.insert(0, str(place / "python"))
-    os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
+    place = bench.installed()
     # three events for each device, and minutes until all have been looked at for nothing
-    subprocess.run(["udevadm", "control", "--stop-exec-queue"], check=True)
-    _, type_, counts = SERIES[series]
-    if series == "plain":
-        subprocess.run(["insmod", module, POOL], check=True)
-    ways: dict[str, Callable[[int], float]] = {
-        "C": lambda count: walk(place / "host_walk", count),
-        "library": library,
-        "mdo": lambda count: listing([sys.executable, "-c", CODE, "host", "--json"], count),
-    }
-    if shutil.which("mdevctl"):
-        ways["mdevctl"] = lambda count: listing(["mdevctl", "list", "--dumpjson"], count)
-    made = 0
+    bench.run(["udevadm", "control", "--stop-exec-queue"])
+    figures = bench.Figures("host_scan", rounds, ("C",))
+    samples, modules = (Path(os.environ[f"MDO_LAB_{what}"]) for what in ("SAMPLES", "MODULES"))
+    bench.run(["insmod", samples / "mbochs.ko", POOL])
     for count in counts:
-        make(type_, count - made)
-        made = count
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(-1, rounds):
-            for name in random.sample(sorted(ways), len(ways)):
-                if name == "mdevctl" and count >= MANY and number != 0:
-                    continue
-                taken = ways[name](count)
-                if number >= 0:  # the first round fills the caches
-                    times[name].append(taken)
-            print(f"{count}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        report(series, count, times)
-    return 0
+        make("mbochs-small", count - len(os.listdir(MDEVS)))
+        measure(figures, f"{count} listed", place)
+    bench.run(["rmmod", "mbochs", "mvgpu"])
+    bench.run(["insmod", modules / "mvgpu.ko", "grid_parents=64", "igd_parents=0"])
+    make("mvgpu-11", GROUPED)
+    measure(figures, f"{GROUPED} of mvgpu listed", place)
+    figures.report()
+
+
+def measure(figures: bench.Figures, work: str, place: Path) -> None:
+    """All rounds of the devices that there are."""
+    uuids = frozenset(os.listdir(MDEVS))
+    ways: dict[str, Callable[[frozenset[str]], float]] = {
+        "C": partial(walk, Path(shutil.copy(WALK, place))),
+        "library": library,
+        "mdo host --json": partial(listing, [*bench.MDO, "host", "--json"]),
+        "mdevctl list --dumpjson": partial(listing, ["mdevctl", "list", "--dumpjson"]),
+    }
+    for way in figures.turns(work, ways):
+        done = not figures.counting or way in figures.seconds.get(work, {})
+        if "mdevctl" in way and len(uuids) >= MANY and done:
+            continue  # once takes minutes
+        figures.note(work, way, ways[way](uuids))
 
 
 def make(type_: str, count: int) -> None:
@@ -114,32 +89,31 @@ def make(type_: str, count: int) -> None:
         count -= 1
 
 
-def walk(program: Path, count: int) -> float:
+def walk(program: Path, uuids: frozenset[str]) -> float:
     """By C; seconds without the program's start."""
-    done = subprocess.run([program], check=True, capture_output=True, text=True)
-    values, seconds = done.stdout.split()
-    check(int(values) >= 2 * count, "C")
+    values, seconds = bench.run([program]).split()
+    check(int(values) >= 2 * len(uuids), "C")
     return float(seconds)
 
 
-def library(count: int) -> float:
+def library(uuids: frozenset[str]) -> float:
     """In this process; seconds."""
     from mdev_orchestrator.host.sysfs import scan
 
     begun = time.perf_counter()
     found = scan()
     taken = time.perf_counter() - begun
-    check(len(found.mdevs) == count and not any(mdev.damage for mdev in found.mdevs), "scan")
+    whole = {str(mdev.uuid) for mdev in found.mdevs if not mdev.damage}
+    check(whole == uuids, "scan")
     return taken
 
 
-def listing(words: list[str], count: int) -> float:
+def listing(words: list[str], uuids: frozenset[str]) -> float:
     """By a process of its own; seconds."""
     begun = time.perf_counter()
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    said = bench.run(words)
     taken = time.perf_counter() - begun
-    uuids = {name for name in os.listdir("/sys/bus/mdev/devices") if name in done.stdout}
-    check(len(uuids) == count, words[0])
+    check(all(uuid in said for uuid in uuids), words[0])
     return taken
 
 
@@ -149,22 +123,16 @@ def check(right: bool, who: str) -> None:
         raise RuntimeError(f"{who} did not list all devices")
 
 
-def report(series: str, count: int, times: dict[str, list[float]]) -> None:
-    """Print the table and, for programs, one line of JSON."""
-    middle = {name: statistics.median(taken) for name, taken in times.items()}
-    print(f"{count} {series} devices listed, medians; L1 is emulated, one processor")
-    for name, seconds in middle.items():
-        low, high = min(times[name]), max(times[name])
-        print(
-            f"{name:8} {seconds:8.4f} s ({low:.4f} to {high:.4f}, {len(times[name])} rounds)"
-            f"  {seconds / count * 1e3:6.3f} ms each  {seconds / middle['C']:6.2f} x C"
-            + (f"  mdevctl / it: {middle['mdevctl'] / seconds:5.1f}" if "mdevctl" in middle else "")
-        )
-    print(json.dumps({"series": series, "count": count, "seconds": times}), flush=True)
+def main() -> int:
+    """Read the arguments."""
+    parser = bench.arguments(__doc__, rounds=5)
+    parser.add_argument("--devices", type=int, nargs="*", default=[16, 256, 4096], help="so many")
+    given = parser.parse_args()
+    if given.inside:
+        inside(given.rounds, given.devices)
+        return 0
+    return outside(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--inside"]:
-        sys.exit(inside(arguments[1], int(arguments[2]), arguments[3]))
-    sys.exit(outside(int(arguments[0]) if arguments else ROUNDS))
+    sys.exit(main())

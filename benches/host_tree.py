@@ -13,7 +13,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
@@ -21,15 +20,17 @@ from uuid import UUID
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE / "python"), str(HERE / "tests")]
 
+import bench  # noqa: E402
+
 from mdev_orchestrator.host.sysfs import scan  # noqa: E402 - from the checkout
 from unit.fakesys import FakeSystem  # noqa: E402
 
 PARENTS, TYPES, DEVICES = 64, 8, 4096
-ROUNDS = 5
 HELP_LIMIT = 0.2  # seconds
 HOST_LIMIT = 0.5  # seconds
 MEMORY_LIMIT = 60.0  # MB
-CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
+PYTHON, WALK = "python3 -c pass", "bare walk"
+MDO = bench.MDO[1:]
 
 
 def build(root: Path) -> None:
@@ -73,14 +74,12 @@ def walk(root: Path) -> int:
     return entries
 
 
-def best(action: Callable[[], object]) -> float:
+def best(figures: bench.Figures, work: str, name: str, action: Callable[[], object]) -> float:
     """Seconds of the quickest of some rounds: the others are the machine's other work."""
-    times = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    for _ in range(figures.rounds):
+        with figures.timed(work, name):
+            action()
+    return min(figures.seconds[work][name])
 
 
 def command(root: Path, *arguments: str) -> Callable[[], object]:
@@ -93,34 +92,29 @@ def command(root: Path, *arguments: str) -> Callable[[], object]:
 
 def main() -> int:
     """Measure, print, judge."""
+    rounds = bench.arguments(__doc__, rounds=5).parse_args().rounds
+    figures = bench.Figures("host_tree", rounds, (PYTHON, WALK))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         build(root)
         # the largest child so far: only these two have run, and the help is the smaller
-        bare = best(command(root, "-c", "pass"))
-        help_ = best(command(root, "-c", CODE, "--help"))
-        host = best(command(root, "-c", CODE, "host"))
-        as_json = best(command(root, "-c", CODE, "host", "--json"))
+        best(figures, "a command", PYTHON, command(root, "-c", "pass"))
+        help_ = best(figures, "a command", "mdo --help", command(root, *MDO, "--help"))
+        host = max(
+            best(figures, "a command", "mdo host", command(root, *MDO, "host")),
+            best(figures, "a command", "mdo host --json", command(root, *MDO, "host", "--json")),
+        )
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        walked = best(lambda: walk(root))
-        scanned = best(lambda: scan(root))
-    print(f"{PARENTS} parents, {TYPES} types each, {DEVICES} devices; best of {ROUNDS}")
-    print(f"{'':24}{'seconds':>9}{'ratio':>8}  of")
-    for name, value, base, of in (
-        ("python3 -c pass", bare, bare, ""),
-        ("mdo --help", help_, bare, "python3 -c pass"),
-        ("mdo host", host, bare, "python3 -c pass"),
-        ("mdo host --json", as_json, bare, "python3 -c pass"),
-        ("bare walk", walked, walked, ""),
-        ("scan()", scanned, walked, "bare walk"),
-    ):
-        print(f"{name:24}{value:9.3f}{value / base:8.1f}  {of}")
-    print(f"{'memory of mdo host':24}{memory:6.0f} MB")
+        best(figures, "a scan", WALK, lambda: walk(root))
+        best(figures, "a scan", "library", lambda: scan(root))
+    print(f"{PARENTS} parents, {TYPES} types each, {DEVICES} devices")
+    figures.report()
+    print(f"memory of mdo host: {memory:.0f} MB")
     missed = [
         name
         for name, value, limit in (
             ("mdo --help", help_, HELP_LIMIT),
-            ("mdo host", max(host, as_json), HOST_LIMIT),
+            ("mdo host", host, HOST_LIMIT),
             ("memory", memory, MEMORY_LIMIT),
         )
         if value > limit

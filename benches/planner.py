@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE / "python"), str(HERE / "tests")]
 
+import bench  # noqa: E402
+
 from mdev_orchestrator.capacity.models import survey  # noqa: E402 - from the checkout
 from mdev_orchestrator.capacity.planner import Plan, Request, plan  # noqa: E402
 from mdev_orchestrator.spec import SizeCondition  # noqa: E402
 from unit.capacity import drivers  # noqa: E402
 
-PARENTS, REQUESTS, ROUNDS = 100, 1000, 9
+PARENTS, REQUESTS = 100, 1000
 LIMIT = 0.1  # seconds
+YARDSTICK = "a million additions"
 MAKERS = (drivers.grid, drivers.igd, drivers.mbochs, drivers.mtty, drivers.mdpy, drivers.nvidia)
 
 
@@ -60,14 +62,12 @@ def requests(rng: random.Random, *, scale: int) -> list[Request]:
     return made
 
 
-def best(measured: Callable[[], object]) -> float:
+def best(figures: bench.Figures, name: str, measured: Callable[[], object]) -> float:
     """The shortest of some rounds, in seconds: the others were disturbed."""
-    times = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        measured()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    for _ in range(figures.rounds):
+        with figures.timed("host of 100 parents", name):
+            measured()
+    return min(figures.seconds["host of 100 parents"][name])
 
 
 def additions() -> None:
@@ -83,11 +83,10 @@ def main() -> int:
     host = drivers.host(*parents(rng))
     found = survey(host)
     fitting, excess = requests(rng, scale=1), requests(rng, scale=4)
-    yardstick = best(additions)
-    rows: list[tuple[str, float, str]] = [
-        ("a million additions", yardstick, ""),
-        ("survey of 100 parents", best(lambda: survey(host)), ""),
-    ]
+    rounds = bench.arguments(__doc__, rounds=9).parse_args().rounds
+    figures = bench.Figures("planner", rounds, (YARDSTICK,))
+    best(figures, YARDSTICK, additions)
+    best(figures, "survey", lambda: survey(host))
     late = False
     for name, asked, policy in (
         ("1,000 requests, pack", fitting, "pack"),
@@ -95,13 +94,12 @@ def main() -> int:
         ("1,000 that do not fit", excess, "pack"),
     ):
         answer: Plan = plan(asked, found, "spread" if policy == "spread" else "pack")
-        seconds = best(lambda a=asked, p=policy: plan(a, found, p))  # type: ignore[misc]
+        seconds = best(figures, name, lambda a=asked, p=policy: plan(a, found, p))  # type: ignore[misc]
         said = "fits" if answer.fits else f"{len(answer.shortfalls)} requests do not fit"
         said += f", {len(answer.placements)} devices{'' if answer.proven else ', not proven'}"
-        rows.append((name, seconds, said))
+        print(f"{name}: {said}")
         late = late or (answer.fits and seconds > LIMIT)
-    for name, seconds, said in rows:
-        print(f"{name:26} {seconds * 1000:8.1f} ms {seconds / yardstick:6.2f} x  {said}".rstrip())
+    figures.report()
     print(f"limit of a plan that fits: {LIMIT * 1000:g} ms: {'PASSED OVER' if late else 'kept'}")
     return 1 if late else 0
 

@@ -13,13 +13,10 @@ The latter two are medians of many rounds, each of which starts every program on
 Their ratios are those of the same round, with half of the 95 % interval of the median. A second
 copy of the stock program, "stock again", shows how far two equal programs seem to be apart. Exits 1
 where the patched one is surely more than 1 % slower; on a busy machine the times cannot tell.
-
-usage: qemu_startup.py [--rounds N] [SERIES…]
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
@@ -36,6 +33,8 @@ from statistics import median, quantiles
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "python"))
+
+import bench  # noqa: E402
 
 from mdev_orchestrator.lab import qemubuild  # noqa: E402 - from the checkout
 
@@ -110,7 +109,7 @@ def ratio(values: list[float], base: list[float]) -> tuple[float, float]:
     return median(ratios), 1.57 * (high - low) / math.sqrt(len(ratios))  # McGill et al. 1978
 
 
-def compare(series: str, rounds: int, work: Path) -> bool:
+def compare(figures: bench.Figures, series: str, work: Path) -> bool:
     """Measure one series and print its table; returns whether it keeps the limit."""
     patched = qemubuild.build(series, progress=tell)
     stock = qemubuild.build_stock(series, progress=tell)
@@ -125,7 +124,7 @@ def compare(series: str, rounds: int, work: Path) -> bool:
         shutil.copy2(origin.binary, program.binary)
     for program in programs:
         program.start()  # from now on it is in memory
-    for _ in range(rounds):
+    for _ in range(figures.rounds):
         for program in random.sample(programs, len(programs)):
             program.measure()
     if shutil.which("valgrind"):
@@ -133,7 +132,11 @@ def compare(series: str, rounds: int, work: Path) -> bool:
             program.count(work / "valgrind.log")
     else:
         tell("instructions are not counted: apt-get install valgrind")
-    print(f"\nQEMU {stock.version}, start-up without mediated devices; {rounds} rounds")
+    for program in programs:
+        for clock, taken in (("processor", program.cpu_ms), ("wall", program.wall_ms)):
+            for milliseconds in taken:
+                figures.note(f"{series} {clock} time", program.name, milliseconds / 1000)
+    print(f"\nQEMU {stock.version}, start-up without mediated devices; {figures.rounds} rounds")
     return table(programs)
 
 
@@ -171,12 +174,13 @@ def tell(line: str) -> None:
 
 def main() -> int:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description="Start-up of the patched QEMU beside a stock one.")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="starts of each program")
+    parser = bench.arguments(__doc__, ROUNDS)
     parser.add_argument("series", nargs="*", default=qemubuild.series_known())
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        kept = [compare(series, given.rounds, Path(directory)) for series in given.series]
+        figures = bench.Figures("qemu_startup", given.rounds, ("stock",))
+        kept = [compare(figures, series, Path(directory)) for series in given.series]
+    figures.report()
     if not all(kept):
         print(f"over the limit: more than {LIMIT - 1:.0%} slower", file=sys.stderr)
     return 0 if all(kept) else 1

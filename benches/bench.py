@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the benches share: a lab to run in, turns in random order, and what was measured.
+
+A bench is a script of two halves. On the host it prepares, and starts a lab with itself inside; in
+L1 it measures, prints a table, and leaves ``build/bench/NAME.json``: every figure in seconds, and
+how it was taken. ``publish.py`` puts the tables into the docs and draws the chart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "build/bench"
+MDO = [
+    sys.executable,
+    "-c",
+    "from mdev_orchestrator.cli.main import main; raise SystemExit(main())",
+]
+VERSIONS = {
+    "QEMU": ["qemu-system-x86_64", "--version"],
+    "libvirt": ["virsh", "--version"],
+    "mdevctl": ["mdevctl", "--version"],
+}
+
+
+def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What every bench takes: ``--rounds``, and ``--inside`` for its half in L1."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each way")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+# ---- on the host --------------------------------------------------------------------------------
+
+
+def compiled(name: str, *flags: str) -> Path:
+    """The program of a C file of this directory."""
+    program = ROOT / "build" / name
+    program.parent.mkdir(exist_ok=True)
+    source = ROOT / "benches" / f"{name}.c"
+    subprocess.run(
+        ["gcc", "-O2", "-Wall", "-Werror", *flags, "-o", program, source, "-I", ROOT / "kernel"],
+        check=True,
+    )
+    return program
+
+
+def in_lab(script: str, words: Sequence[str], *, mvgpu: str) -> int:
+    """Run a bench's other half in a lab of its own; its exit status.
+
+    :param words: The bench's arguments.
+    :param mvgpu: Parameters of the driver.
+    """
+    sys.path.insert(0, str(ROOT / "python"))
+    from mdev_orchestrator.errors import MdoError
+    from mdev_orchestrator.lab import machine
+
+    result = RESULTS / f"{Path(script).stem}.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    load = os.getloadavg()[0]
+    command = [sys.executable, str(Path(script).resolve()), "--inside", *words]
+    try:
+        with machine.running(f"bench-{os.getpid()}", module_options=mvgpu, progress=say) as lab:
+            status = machine.execute(lab, command)
+    except MdoError as error:
+        say(f"{Path(script).name}: {error}")
+        return error.exit_code
+    if result.exists():
+        found = json.loads(result.read_text())
+        accel = {"tcg": "emulated by QEMU (TCG)", "kvm": "under KVM"}[lab.accel]
+        found["taken"] |= {"machine": f"L1 {accel}", "load": [load, os.getloadavg()[0]]}
+        write(result, found)
+    return status
+
+
+# ---- in L1 --------------------------------------------------------------------------------------
+
+
+def installed() -> Path:
+    """A directory in memory with an installed copy of the package, which is used from now on.
+
+    The checkout is on an uncached file system, where an installed package is not. The state
+    directory is new, too.
+    """
+    place = Path(tempfile.mkdtemp(dir="/run"))
+    shutil.copytree(ROOT / "python", place / "python")
+    sys.path.insert(0, str(place / "python"))
+    os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
+    return place
+
+
+def run(words: Sequence[str | Path], text: str | None = None) -> str:
+    """A process to its end; what it printed.
+
+    :param text: Its standard input.
+    :raise RuntimeError: It failed; with the end of what it said.
+    """
+    done = subprocess.run(words, check=False, capture_output=True, text=True, input=text)
+    if done.returncode:
+        said = done.stderr.strip()[-400:]
+        raise RuntimeError(f"{' '.join(map(str, words[-4:]))}: {said}")
+    return done.stdout
+
+
+# ---- what was measured --------------------------------------------------------------------------
+
+
+@dataclass
+class Figures:
+    """Seconds of each work by each way, one for each turn.
+
+    :ivar bases: What the others are compared with: of these ways the first that did the work.
+    """
+
+    name: str
+    rounds: int
+    bases: tuple[str, ...]
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+    counting: bool = True
+
+    def turns(self, what: str, ways: Iterable[str], *, warm: bool = True) -> Iterator[str]:
+        """Each way once a round, in random order.
+
+        :param warm: One more round comes first, which fills the caches and is not noted.
+        """
+        ways = list(ways)
+        for number in range(0 if warm else 1, self.rounds + 1):
+            self.counting = number > 0
+            yield from random.sample(ways, len(ways))
+            say(f"{what}: round {number} of {self.rounds}")
+
+    def note(self, work: str, way: str, seconds: float) -> None:
+        """One figure."""
+        if self.counting:
+            self.seconds.setdefault(work, {}).setdefault(way, []).append(seconds)
+
+    @contextlib.contextmanager
+    def timed(self, work: str, way: str) -> Iterator[None]:
+        """Note how long the block takes, if it ends well."""
+        begun = time.perf_counter()
+        yield
+        self.note(work, way, time.perf_counter() - begun)
+
+    def report(self) -> None:
+        """Print the table and write the result file."""
+        result = asdict(self) | {"taken": taken(self.load)}
+        print(table(result), flush=True)
+        write(RESULTS / f"{self.name}.json", result)
+
+
+def taken(load: float) -> dict[str, object]:
+    """How and on what: versions are those of what is installed."""
+    versions = {"Linux": platform.release(), "Python": platform.python_version()}
+    for name, words in VERSIONS.items():
+        if shutil.which(words[0]):
+            versions[name] = next(word for word in run(words).split() if word[0].isdigit())
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "machine": "host",
+        "processors": os.cpu_count(),
+        "load": [load, os.getloadavg()[0]],
+        "versions": versions,
+    }
+
+
+def write(file: Path, result: dict[str, object]) -> None:
+    """Leave a result for programs."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{json.dumps(result, indent=1)}\n")
+
+
+def middles(result: dict) -> dict[str, dict[str, float]]:  # type: ignore[type-arg]  # JSON
+    """The median of each work by each way."""
+    return {
+        work: {way: median(seconds) for way, seconds in ways.items()}
+        for work, ways in result["seconds"].items()
+    }
+
+
+def base(result: dict, ways: Iterable[str]) -> str:  # type: ignore[type-arg]
+    """Which way the others are compared with."""
+    found: str = next(way for way in result["bases"] if way in ways)
+    return found
+
+
+def table(result: dict) -> str:  # type: ignore[type-arg]
+    """Medians and their ratios as a Markdown table, and below it how they were taken."""
+    how, bases = result["taken"], " or ".join(result["bases"])
+    found = middles(result)
+    names = list(dict.fromkeys(way for ways in found.values() for way in ways))
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for work, ways in found.items():
+        one = ways[base(result, ways)]
+        cells = [f"{span(ways[n])} ({ways[n] / one:.3g})" if n in ways else "" for n in names]
+        lines.append(f"| {work} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {version}" for name, version in how["versions"].items())
+    begin, end = how["load"]
+    lines += [
+        "",
+        f"{how['date']}, {result['rounds']} rounds; in brackets: times {bases}.",
+        f"{how['machine']}, {how['processors']} CPU; load {begin:.1f} to {end:.1f}; {versions}.",
+    ]
+    return "\n".join(lines)
+
+
+def span(seconds: float) -> str:
+    """A time with three digits in the unit that fits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:#.3g}".removesuffix(".") + f" {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def say(line: str) -> None:
+    """How far it is, for who waits."""
+    print(line, file=sys.stderr, flush=True)
