@@ -29,6 +29,7 @@ INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
+/bin/busybox dmesg -n 1
 /bin/registers > /dev/ttyS0
 """
 
@@ -47,7 +48,7 @@ def outside(words: list[str]) -> int:
 
 def inside(rounds: int) -> None:
     """Measure, in L1."""
-    bench.installed()
+    log = bench.installed() / "qemu.log"
     from mdev_orchestrator.lab import l2
     from mdev_orchestrator.qemu import command
 
@@ -61,16 +62,18 @@ def inside(rounds: int) -> None:
         (BUS / parent / "mdev_supported_types" / type_ / "create").write_text(str(uuid))
         words += ["-device", f"vfio-pci,sysfsdev=/sys/bus/mdev/devices/{uuid}"]
     figures = bench.Figures("registers", rounds, ("mtty", "guest RAM"))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as guest:
-        said = []
-        for line in guest.stdout or ():
-            said.append(line)
-            if line.startswith("@bench "):
-                work, way, seconds = line.removeprefix("@bench ").split(";")
-                figures.note(work, way, float(seconds))
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True) as guest,
+    ):
+        said = list(guest.stdout or ())
+    for line in said:
+        if line.startswith("@bench "):
+            work, way, seconds = line.removeprefix("@bench ").split(";")
+            figures.note(work, way, float(seconds))
     counts = {len(seconds) for ways in figures.seconds.values() for seconds in ways.values()}
     if counts != {rounds}:
-        raise RuntimeError(f"the guest did not measure all: {''.join(said[-5:])}")
+        raise RuntimeError(f"it did not measure all: {said[-5:]}, {log.read_text()[-400:]}")
     figures.report()
 
 
