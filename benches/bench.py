@@ -127,11 +127,13 @@ class Figures:
     """Seconds of each work by each way, one for each turn.
 
     :ivar bases: What the others are compared with: of these ways the first that did the work.
+    :ivar ways: In the order of the table's columns; the bases come before them.
     """
 
     name: str
     rounds: int
     bases: tuple[str, ...]
+    ways: list[str] = field(default_factory=list)
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     load: float = field(default_factory=lambda: os.getloadavg()[0])
     counting: bool = True
@@ -142,6 +144,7 @@ class Figures:
         :param warm: One more round comes first, which fills the caches and is not noted.
         """
         ways = list(ways)
+        self.ways += [way for way in ways if way not in self.ways]
         for number in range(0 if warm else 1, self.rounds + 1):
             self.counting = number > 0
             yield from random.sample(ways, len(ways))
@@ -149,6 +152,8 @@ class Figures:
 
     def note(self, work: str, way: str, seconds: float) -> None:
         """One figure."""
+        if way not in self.ways:
+            self.ways.append(way)
         if self.counting:
             self.seconds.setdefault(work, {}).setdefault(way, []).append(seconds)
 
@@ -205,7 +210,7 @@ def table(result: dict) -> str:  # type: ignore[type-arg]
     """Medians and their ratios as a Markdown table, and below it how they were taken."""
     how, bases = result["taken"], " or ".join(result["bases"])
     found = middles(result)
-    names = list(dict.fromkeys(way for ways in found.values() for way in ways))
+    names = sorted(result["ways"], key=lambda way: way not in result["bases"])
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for work, ways in found.items():
         one = ways[base(result, ways)]

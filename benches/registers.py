@@ -67,10 +67,9 @@ def inside(rounds: int) -> None:
         subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True) as guest,
     ):
         said = list(guest.stdout or ())
-    for line in said:
-        if line.startswith("@bench "):
-            work, way, seconds = line.removeprefix("@bench ").split(";")
-            figures.note(work, way, float(seconds))
+    for line in sorted(line for line in said if line.startswith("@bench ")):
+        work, way, seconds = line.removeprefix("@bench ").split(";")
+        figures.note(work, way, float(seconds))
     counts = {len(seconds) for ways in figures.seconds.values() for seconds in ways.values()}
     if counts != {rounds}:
         raise RuntimeError(f"it did not measure all: {said[-5:]}, {log.read_text()[-400:]}")

@@ -11,6 +11,7 @@ RESULT = {
     "name": "work",
     "rounds": 3,
     "bases": ["C", "virsh"],
+    "ways": ["library", "C", "virsh"],
     "seconds": {
         "create": {"C": [0.2, 9.0, 0.1], "library": [0.4, 0.5, 0.3]},
         "start": {"library": [1.0, 2.0], "virsh": [3.0, 3.0]},
@@ -27,9 +28,9 @@ RESULT = {
 
 def test_a_table_has_medians_and_ratios_to_the_first_base_that_did_the_work() -> None:
     lines = bench.table(RESULT).splitlines()
-    assert lines[0] == "| | C | library | virsh |"
-    assert lines[2] == "| create | 200 ms (1) | 400 ms (2) |  |"
-    assert lines[3] == "| start |  | 1.50 s (0.5) | 3.00 s (1) |"
+    assert lines[0] == "| | C | virsh | library |"
+    assert lines[2] == "| create | 200 ms (1) |  | 400 ms (2) |"
+    assert lines[3] == "| start |  | 3.00 s (1) | 1.50 s (0.5) |"
     assert "3 rounds" in lines[5]
     assert "load 0.5 to 2.0" in lines[6]
 
@@ -43,6 +44,7 @@ def test_each_way_has_its_turn_in_each_round_and_the_warm_one_does_not_count() -
     assert all(sorted(order[at : at + 3]) == ["a", "b", "c"] for at in range(0, 15, 3))
     assert len(order) == 15
     assert figures.seconds == {"work": dict.fromkeys(order, [1.0] * 4)}
+    assert figures.ways == ["a", "b", "c"]
 
 
 def test_what_fails_is_not_timed() -> None:
