@@ -5,6 +5,7 @@
 # make test-qemu      the patched QEMUs, built and run with every driver
 # make test-crash     mdo killed before and after every step, in the lab
 # make test-faults    every step failing, for every reason, in the lab
+# make test-soak      everything at random, for an hour, in the lab
 # make test-fuzz      every parser fuzzed for ten minutes each
 # make test-fuzz-driver
 #                     mvgpu fuzzed on a kernel with checkers, built first
@@ -17,8 +18,8 @@
 MDO = .venv/bin/mdo
 BENCHES = planner host_tree host_scan devices guests registers qemu_startup
 
-.PHONY: setup demo test test-qemu test-crash test-faults test-fuzz test-fuzz-driver test-qemu-own
-.PHONY: check bench lab-shell clean
+.PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
+.PHONY: test-qemu-own check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -37,6 +38,9 @@ test-crash: setup
 
 test-faults: setup
 	@.venv/bin/python tools/run-tests faults-6.12
+
+test-soak: setup
+	@.venv/bin/python tools/run-tests soak-6.12
 
 test-fuzz:
 	@tools/setup fuzz

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from campaign import specs
 from campaign.command import Ended, Hook, mdo
 from campaign.conftest import EVERY, Tally
 from campaign.test_crash import DESTROY, done
-from campaign.world import Foreign, Look, clear, differences, look
+from campaign.world import Foreign, Look, clear, differences, look, small_disk
 from lab import vfio
 
 SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
@@ -351,29 +351,6 @@ def test_an_undo_fails_too(place: Path, empty: Look, campaign: Campaign) -> None
     left += differences(empty, look(campaign.others))
     campaign.failures += campaign.tally.count("undo fails", left, f"mdev {alone} is held")
     assert campaign.failures == []
-
-
-@contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[Callable[[], None]]:
-    """A state directory on a disk of its own; calling what it gives fills that."""
-    disk = place / "small"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M,mode=700", "small", disk], check=True)
-    before = os.environ["MDO_STATE_DIR"]
-    os.environ["MDO_STATE_DIR"] = str(disk / "state")
-    (disk / "state").mkdir(mode=0o700)
-
-    def fill() -> None:
-        with (disk / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(b"x" * 4096)
-
-    try:
-        yield fill
-    finally:
-        os.environ["MDO_STATE_DIR"] = before
-        subprocess.run(["umount", disk], check=True)
-        disk.rmdir()
 
 
 def test_the_disk_is_full(place: Path, others: Foreign, empty: Look, campaign: Campaign) -> None:

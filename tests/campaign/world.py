@@ -18,17 +18,17 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import uuid as uuids
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import vfio
-from mdev_orchestrator.engine.store import read_owned
+from mdev_orchestrator.engine.store import Owned, read_owned
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.model import Mdev
+from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu import process
-from mdev_orchestrator.state import journal_path, state_dir
 
 PATIENCE = 20.0
 """Seconds for what was killed to be gone: an emulated processor is slow."""
@@ -44,22 +44,29 @@ class Foreign:
     :ivar uuids: mdevs that are not ours; the first is open.
     :ivar pid: The QEMU that has it open.
     :ivar since: Number in mvgpu's log from which on nothing happens to them.
+    :ivar company: Further processes of the test's own; what they fork is theirs while they live.
     """
 
     uuids: tuple[str, ...]
     pid: int
     since: int = 0
+    company: set[int] = field(default_factory=set)
 
-    def look(self) -> list[object]:
+    @property
+    def known(self) -> set[int]:
+        """Processes that nobody needs to wonder about."""
+        return {self.pid, os.getpid(), *self.company}
+
+    def look(self, host: Host, held_by: Holders) -> list[object]:
         """What must stay as it is."""
         found: list[object] = []
         for uuid in self.uuids:
             path = vfio.MDEVS / uuid
-            mdev = next((one for one in sysfs.scan().mdevs if str(one.uuid) == uuid), None)
+            mdev = host.find(uuids.UUID(uuid))
             if mdev is None:
                 found.append(f"{uuid} is gone")
                 continue
-            held = sorted(one.pid for one in holders((mdev,)).of(mdev.uuid))
+            held = sorted(one.pid for one in held_by.of(mdev.uuid))
             inode = path.resolve().stat().st_ino
             group = str(mdev.group_uuid)
             found.append([uuid, inode, mdev.iommu_group, group, mdev.online, mdev.params, held])
@@ -97,36 +104,95 @@ def foreign() -> Iterator[Foreign]:
             vfio.remove(uuid)
 
 
+@contextlib.contextmanager
+def small_disk(place: Path, size: str = "2M") -> Iterator[Callable[[], None]]:
+    """A state directory on a disk of its own; calling what it gives fills that."""
+    disk = place / "small"
+    disk.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "small", disk], check=True
+    )
+    before = os.environ["MDO_STATE_DIR"]
+    os.environ["MDO_STATE_DIR"] = str(disk / "state")
+    (disk / "state").mkdir(mode=0o700)
+
+    def fill() -> None:
+        with (disk / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+
+    try:
+        yield fill
+    finally:
+        os.environ["MDO_STATE_DIR"] = before
+        subprocess.run(["umount", disk], check=True)
+        disk.rmdir()
+
+
 # ---------------------------------------------------------------- looking
 
 
-def look(others: Foreign) -> Look:
-    """All that a command may change, and what nothing may change."""
-    host = sysfs.scan()
+@dataclass(frozen=True)
+class Machine:
+    """What is there at one moment.
+
+    :ivar held: Who has each mdev open.
+    :ivar owned: What the journal says is ours.
+    """
+
+    host: Host
+    held: Holders
+    owned: Owned
+    guests: tuple[process.Guest, ...]
+
+    @classmethod
+    def now(cls) -> Machine:
+        """Read it."""
+        host = sysfs.scan()
+        owned = read_owned(_place() / "journal.db")
+        return cls(host, holders(host.mdevs), owned, _guests())
+
+
+def _place() -> Path:
+    """The state directory, without the checks that mdo makes each time."""
+    return Path(os.environ["MDO_STATE_DIR"])
+
+
+def _guests() -> tuple[process.Guest, ...]:
+    return tuple(process.list_guests(_place() / "guests"))
+
+
+def look(others: Foreign, machine: Machine | None = None) -> Look:
+    """All that a command may change, and what nothing may change.
+
+    :param machine: What was just read of it.
+    """
+    machine = machine or Machine.now()
+    host, held, owned = machine.host, machine.held, machine.owned
     known = set(others.uuids)
-    owned = read_owned()
+    runs, claims = _open()
     return {
-        "devices": [_device(mdev) for mdev in host.mdevs if str(mdev.uuid) not in known],
+        "devices": [_device(mdev, held) for mdev in host.mdevs if str(mdev.uuid) not in known],
         "available": {
             f"{type_.parent}/{type_.id}": type_.available_instances
             for parent in host.parents
             for type_ in parent.types
         },
         "links": {name: vfio.links(name) for name in ("grid0", "igd0")},
-        "guests": [_guest(guest) for guest in process.list_guests()],
+        "guests": [_guest(guest) for guest in machine.guests],
         "files": _files(),
         "our devices": sorted(f"{d.uuid} {d.owner} {d.spec}" for d in owned.devices.values()),
         "our guests": sorted(f"{g.name} {g.uuid} {g.spec}" for g in owned.guests.values()),
         "our specs": sorted(owned.specs),
-        "open runs": _rows("SELECT kind, title FROM run WHERE ended IS NULL"),
-        "claims": _rows("SELECT object FROM claim"),
-        "strays": _strays(others),
-        "foreign": others.look(),
+        "open runs": runs,
+        "claims": claims,
+        "strays": _strays(others, machine.guests),
+        "foreign": others.look(host, held),
     }
 
 
-def _device(mdev: Mdev) -> str:
-    held = sorted(one.guest or one.comm for one in holders((mdev,)).of(mdev.uuid))
+def _device(mdev: Mdev, held_by: Holders) -> str:
+    held = sorted(one.guest or one.comm for one in held_by.of(mdev.uuid))
     return (
         f"{mdev.parent} {mdev.type_id} {mdev.uuid} group={mdev.group_uuid} online={mdev.online} "
         f"params={mdev.params} held={held}"
@@ -139,47 +205,81 @@ def _guest(guest: process.Guest) -> str:
 
 def _files() -> list[str]:
     """What stands in the directories of guests."""
-    place = process.guests_dir()
+    place = _place() / "guests"
     return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
 
 
-def _rows(query: str) -> list[str]:
-    if not journal_path().exists():
-        return []
-    with contextlib.closing(sqlite3.connect(f"file:{journal_path()}?mode=ro", uri=True)) as db:
-        return [" ".join(map(str, row)) for row in db.execute(query)]
+def _open() -> tuple[list[str], list[str]]:
+    """Runs that have not come to their end, and what they claim."""
+    path = _place() / "journal.db"
+    if not path.exists() or not path.stat().st_size:
+        return [], []
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        runs = db.execute("SELECT kind, title FROM run WHERE ended IS NULL").fetchall()
+        claims = db.execute("SELECT object FROM claim").fetchall()
+    return [" ".join(row) for row in runs], [object_ for (object_,) in claims]
 
 
-def _strays(others: Foreign) -> list[str]:
+def _strays(others: Foreign, guests: tuple[process.Guest, ...]) -> list[str]:
     """Processes that nobody knows: QEMUs, shells that would become one, writers left behind."""
     end = time.monotonic() + PATIENCE
     while True:
-        known = {guest.record.pid for guest in process.list_guests() if guest.record}
+        known = {guest.record.pid for guest in guests if guest.record} | others.known
         found = [
             f"{pid} {line}"
             for pid, line in processes()
-            if pid not in known and pid not in {others.pid, os.getpid()}
+            if pid not in known and not (line == _OWN and parent_of(pid) in others.company)
         ]
         if not found or time.monotonic() > end:
             return found
         time.sleep(0.1)
+        guests = _guests()
+
+
+def _words(line: bytes) -> str:
+    """What a process was started with, as much of it as makes a line."""
+    return line.replace(b"\0", b" ").decode(errors="replace")[:100]
+
+
+_OWN = _words(Path("/proc/self/cmdline").read_bytes())
+"""What all processes look like that were forked from this one."""
+
+
+_KTHREADD = 2
+_KERNEL: set[str] = set()
+"""Threads of the kernel, which are many, and none of anybody's business."""
 
 
 def processes() -> list[tuple[int, str]]:
     """QEMUs, their gates, and processes that were forked from this one."""
-    own = Path("/proc/self/cmdline").read_bytes()
     found = []
-    for directory in Path("/proc").iterdir():
-        if not directory.name.isdecimal():
+    for name in os.listdir("/proc"):  # noqa: PTH208 - it is looked at thousands of times
+        if not name.isdecimal() or name in _KERNEL:
             continue
         try:
-            line = (directory / "cmdline").read_bytes()
+            line = Path("/proc", name, "cmdline").read_bytes()
         except OSError:
             continue
-        if line == own or b"qemu-system" in line.partition(b"\0")[0] or b"mdo-guest" in line:
-            words = line.replace(b"\0", b" ").decode(errors="replace")[:100]
-            found.append((int(directory.name), words))
+        if not line and parent_of(int(name)) == _KTHREADD:
+            _KERNEL.add(name)
+        words = _words(line)
+        if words == _OWN or b"qemu-system" in line.partition(b"\0")[0] or b"mdo-guest" in line:
+            found.append((int(name), words))
     return found
+
+
+def parent_of(pid: int) -> int:
+    """The process that forked another; 0 for one that has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def children(parent: int) -> list[int]:
+    """Processes that one has forked and not collected, ended ones too."""
+    path = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(pid) for pid in path.read_text().split()]
 
 
 def differences(wanted: Look, got: Look, *, shape: bool = False) -> list[str]:
@@ -215,16 +315,16 @@ def _only(one: object, other: object) -> object:
 def clear(others: Foreign) -> None:
     """Remove all that is not foreign, without any of the code that is tested."""
     for pid, _ in processes():
-        if pid not in {others.pid, os.getpid()}:
+        if pid not in others.known:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     end = time.monotonic() + PATIENCE
-    while [pid for pid, _ in processes() if pid not in {others.pid, os.getpid()}]:
+    while [pid for pid, _ in processes() if pid not in others.known]:
         assert time.monotonic() < end, processes()
         time.sleep(0.05)
     for mdev in sysfs.scan().mdevs:
         if str(mdev.uuid) not in others.uuids:
             with contextlib.suppress(FileNotFoundError):
                 vfio.remove(str(mdev.uuid))
-    for path in state_dir().iterdir():
+    for path in _place().iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()

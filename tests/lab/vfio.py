@@ -12,6 +12,7 @@ import array
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import os
 import re
 import signal
@@ -215,9 +216,10 @@ class Event:
 
 def events(since: int = 0) -> list[Event]:
     """The driver's log from a sequence number on."""
-    lines = (line.split() for line in (DEBUG / "log").read_text().splitlines())
-    found = (Event(int(a), int(b), c, d, e, int(f), int(g)) for a, b, c, d, e, f, g in lines)
-    return [event for event in found if event.sequence >= since]
+    lines = (line.split() for line in reversed((DEBUG / "log").read_text().splitlines()))
+    late = itertools.takewhile(lambda line: int(line[0]) >= since, lines)
+    found = [Event(int(a), int(b), c, d, e, int(f), int(g)) for a, b, c, d, e, f, g in late]
+    return found[::-1]
 
 
 def now() -> int:

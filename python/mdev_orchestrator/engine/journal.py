@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from uuid import UUID
 
 import msgspec
 
@@ -380,6 +381,32 @@ class Journal:
     async def put(self, change: Change) -> None:
         """Change what is ours outside of a run: what is adopted or forgotten."""
         await self._write(lambda: self._change(change))
+
+    async def forget(self, is_there: Callable[[UUID], bool]) -> list[UUID]:
+        """Note that devices which no spec asks for, and which are gone, are not ours any more.
+
+        Their driver was unloaded, or a removal was killed before its note. One that an open run has
+        claimed may come yet and is left alone.
+
+        :return: Which these are.
+        """
+
+        def gone() -> list[UUID]:
+            rows = self._db.execute(
+                "SELECT uuid FROM device WHERE json_extract(data, '$.spec') IS NULL"
+                " AND 'mdev:' || uuid NOT IN (SELECT object FROM claim)"
+            ).fetchall()
+            return [uuid for (text,) in rows if not is_there(uuid := UUID(text))]
+
+        def write() -> list[UUID]:
+            found = gone()  # who makes a device claims it first, and cannot while we write
+            self._put("device", "uuid", dict.fromkeys(found))
+            return found
+
+        with explained(self.path):
+            if not gone():
+                return []
+        return await self._write(write)
 
     async def take_over(self, run: Run) -> Run | None:
         """Make an open run of a process that has gone ours; ``None`` if somebody was quicker."""

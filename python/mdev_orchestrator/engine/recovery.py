@@ -9,6 +9,8 @@ A run is open when its process has gone before its end. Which way it goes:
 * a run of an earlier boot has nothing left to undo: mdevs and guests do not outlive the machine.
   Only what is ours becomes again what it was before, so that it can be brought back.
 
+And a device that no spec asks for and that is gone is forgotten: nobody will bring it back.
+
 Recovering is itself a crash away from being recovered: each undo is written down like each deed,
 and can be done twice. Two recoveries never take the same run: the journal gives it to one of them.
 """
@@ -102,6 +104,7 @@ async def recover(
             errors = await executor.undo(journal, run, entries, context, observe)
         words = tuple(str(step) for step in _begun(entries))
         done.append(Recovered(found, way, words, tuple(errors), why))
+    await journal.forget(lambda uuid: sysfs.directory(uuid, context.host) is not None)
     return done
 
 

@@ -214,6 +214,7 @@ def guests_dir() -> Path:
 def list_guests(root: Path | None = None) -> list[Guest]:
     """Return all guests of this state directory, by name; damaged ones too."""
     root = root or guests_dir()
+    _collect()
     try:
         names = sorted(
             entry.name
@@ -355,7 +356,23 @@ def _reap(descriptor: int) -> int | None:
         return None
     if result is None:
         return None
+    _children.discard(result.si_pid)
     return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+_children: set[int] = set()
+"""QEMUs that this process has started, whose exit status nobody has collected."""
+
+
+def _collect() -> None:
+    """Collect those that have ended by themselves: who lives long would have a zombie of each."""
+    for pid in [*_children]:
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # of the process that forked us, or somebody was quicker
+            ended = pid
+        if ended:
+            _children.discard(pid)
 
 
 async def _ended(descriptor: int, seconds: float | None) -> bool:
@@ -722,6 +739,7 @@ async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
         except BaseException:
             _kill_now(process)
             raise
+        _children.add(pid)  # from now on nobody waits for its status
     return Guest(spec.name, directory, State.RUNNING, record)
 
 

@@ -457,3 +457,21 @@ def test_a_guest_of_an_earlier_boot_is_ours_as_it_was(place: Place) -> None:
     place.sql("UPDATE run SET start_time = 1 WHERE ended IS NULL")
     rebooted(place)
     assert place.owned().guests == {"g": old}
+
+
+async def test_what_no_spec_asks_for_and_is_gone_is_forgotten(tmp_path: Path) -> None:
+    """A removal was killed before its note, or a driver was unloaded."""
+    place = Place(tmp_path)
+    place.system.parent("card0")
+    place.system.type("card0", "t-1", 100)
+    place.system.mdev("card0", "t-1", str(UUIDS[0]))
+    bare = {UUIDS[n]: OwnDevice(uuid=UUIDS[n], parent="card0", type="t-1") for n in (0, 1, 2)}
+    with Journal.open(place.journal) as journal:
+        await journal.put(Change(devices={**bare, UUIDS[3]: device(3)}))
+        run = await journal.begin("create", "1 x t-1", (), [f"mdev:{UUIDS[2]}"])
+        await recovery.recover(journal, context=place.context())
+        # one is there, one may come yet, one will be made again
+        assert set(journal.owned().devices) == {UUIDS[0], UUIDS[2], UUIDS[3]}
+        await journal.end(run, "done")
+        await recovery.recover(journal, context=place.context())
+    assert set(place.owned().devices) == {UUIDS[0], UUIDS[3]}

@@ -31,7 +31,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import start_time
+from mdev_orchestrator.host.process import has_ended, start_time
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
@@ -314,6 +314,20 @@ async def test_killed_while_qemu_starts(place: Path) -> None:
         await start(spec("/bin/true"), root=place / "guests")
     assert (await stop(guest, deadline=0, force=True)).how == "terminated"
     assert list((place / "guests").iterdir()) == []
+
+
+async def test_a_guest_that_ends_by_itself_leaves_its_starter_no_zombie(
+    qemu: str, place: Path
+) -> None:
+    """Found by the soak: a service that lives long had one for each QEMU that died."""
+    async with started(place, spec(qemu)) as guest:
+        assert guest.record
+        os.kill(guest.record.pid, signal.SIGKILL)
+        while not has_ended(guest.record.pid):
+            await asyncio.sleep(0.01)
+        assert Path(f"/proc/{guest.record.pid}").exists()
+        assert [one.state for one in list_guests(place)] == [State.GONE]
+        assert not Path(f"/proc/{guest.record.pid}").exists()
 
 
 async def test_the_gate_never_opens_for_a_starter_that_died(place: Path) -> None:

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A service as somebody might write it with the library: one process, one event loop, for hours.
+
+It is told what to do through a pipe, and follows events meanwhile. What the soak looks for in it is
+what an hour leaves behind: memory, descriptors, children, exceptions that nobody took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+from uuid import UUID, uuid5
+
+import pyudev
+
+import mdev_orchestrator as mdo
+from campaign.specs import EXTRA
+from mdev_orchestrator.engine import lifecycle, recovery
+from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.host.events import Monitor, Rescan, events
+from mdev_orchestrator.model import parse_uuid
+from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.command import GuestSpec
+
+LONGEST = 180.0
+"""Seconds after which a move hangs; none takes a tenth of that."""
+BUFFER = 4096
+"""Bytes of events that may wait for the service: a few."""
+DONE = "done"
+BARE = "bare exception"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How something ended.
+
+    :ivar kind: :data:`DONE`, the name of an error's class, or :data:`BARE`.
+    :ivar kinds: That, and the classes of :mod:`mdev_orchestrator.errors` that it is one of.
+    :ivar words: The error's message; a bare exception's traceback.
+    :ivar stray: What the event loop complained about since the last time.
+    """
+
+    kind: str
+    words: str = ""
+    value: Any = None
+    stray: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        return self.kind == DONE
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.words}" if self.words else self.kind
+
+
+class Worker:
+    """The service, from outside.
+
+    :ivar pid: Its process.
+    """
+
+    def __init__(self) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            self._pipe.close()
+            _serve(theirs)
+        theirs.close()
+
+    def call(self, name: str, *arguments: object) -> Outcome:
+        """Have something done, and wait for its end."""
+        self.tell(name, *arguments)
+        return self.answer()
+
+    def tell(self, name: str, *arguments: object) -> None:
+        """Have something done, and do not wait."""
+        self._pipe.send((name, arguments))
+
+    def answer(self) -> Outcome:
+        """The outcome of what it was told last."""
+        if not self._pipe.poll(LONGEST):
+            return Outcome(BARE, f"it has not ended within {LONGEST:g} s")
+        try:
+            outcome: Outcome = self._pipe.recv()
+        except EOFError:
+            return Outcome(BARE, "the service has ended")
+        return outcome
+
+    def end(self) -> None:
+        self._pipe.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def _serve(pipe: Connection) -> NoReturn:
+    status = 1
+    try:
+        asyncio.run(_Service(pipe).run())
+        status = 0
+    except BaseException:  # noqa: BLE001 - the end of a forked process
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+class _Service:
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.stray: list[str] = []
+        self.lost = 0
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: self.stray.append(str(context)))
+        requests: asyncio.Queue[tuple[str, tuple[Any, ...]] | None] = asyncio.Queue()
+
+        def readable() -> None:
+            try:
+                requests.put_nowait(self.pipe.recv())
+            except EOFError:
+                loop.remove_reader(self.pipe.fileno())
+                requests.put_nowait(None)
+
+        loop.add_reader(self.pipe.fileno(), readable)
+        follower = asyncio.create_task(self.follow())
+        while (request := await requests.get()) is not None:
+            name, arguments = request
+            self.pipe.send(await self.outcome(getattr(self, name)(*arguments)))
+        follower.cancel()
+
+    async def outcome(self, doing: Awaitable[Any]) -> Outcome:
+        kind, words, value = DONE, "", None
+        kinds: tuple[str, ...] = ()
+        try:
+            value = await doing
+        except MdoError as error:
+            kind = type(error).__name__
+            kinds = tuple(one.__name__ for one in type(error).__mro__)
+            words = " / ".join((str(error), *getattr(error, "__notes__", ())))
+        except Exception:  # noqa: BLE001 - that there is none is what is looked for
+            kind, words = BARE, traceback.format_exc()
+        stray, self.stray = tuple(self.stray), []
+        return Outcome(kind, words, value, stray, kinds)
+
+    async def follow(self) -> None:
+        """Events, through a socket that holds few of them."""
+        async for event in events(_narrow_monitor):
+            if isinstance(event, Rescan) and "lost" in event.reason:
+                self.lost += 1
+                mdo.scan()  # as one does
+
+    # ---- what it can be told --------------------------------------------------------------------
+
+    async def create(self, type_: str, uuids: list[str], group: str | None = None) -> None:
+        await mdo.create_devices(type_, uuids=uuids, group=group)
+
+    async def remove(self, uuids: list[str]) -> None:
+        async def detach(guest: str, uuid: UUID, deadline: float) -> None:
+            await lifecycle.detach(guest, uuid, deadline)
+
+        await mdo.remove_devices(uuids, detach=detach)
+
+    async def remove_idle(self, uuids: list[str]) -> None:
+        await mdo.remove_devices(uuids)
+
+    async def apply(self, path: str) -> bool:
+        return (await mdo.apply(mdo.load(path))).nothing
+
+    async def diff(self, path: str) -> int:
+        return len((await mdo.diff(mdo.load(path))).steps)
+
+    async def destroy(self, name: str) -> None:
+        await mdo.destroy(name, force=True, deadline=0)
+
+    async def attach(self, guest: str, what: str) -> str:
+        return str((await mdo.attach(guest, what)).uuid)
+
+    async def detach(self, guest: str, uuid: str, remove: bool) -> None:
+        await mdo.detach(guest, parse_uuid(uuid), remove=remove)
+
+    async def start(self, name: str, uuids: list[str]) -> None:
+        await lifecycle.sweep()
+        mdevs = [await lifecycle.usable_mdev(parse_uuid(uuid), 10) for uuid in uuids]
+        spec = GuestSpec(
+            name=name,
+            uuid=uuid5(UUID(int=5), name),
+            memory=16 << 20,
+            mdevs=tuple(mdevs),
+            extra=tuple(EXTRA),
+        )
+        await lifecycle.launch(spec)
+
+    async def stop(self, name: str) -> str:
+        ended = await lifecycle.end(process.find(name), deadline=0, force=True)
+        await lifecycle.sweep()
+        return ended.how
+
+    async def sweep(self) -> None:
+        await lifecycle.sweep()
+
+    async def recover(self) -> list[str]:
+        with Journal.open() as book:
+            done = await recovery.recover(book, context=Context(), again=True)
+        await lifecycle.sweep()
+        return [str(error) for run in done for error in run.errors]
+
+    async def stall(self, seconds: float) -> None:
+        """Look at nothing for a while: events overflow."""
+        time.sleep(seconds)  # noqa: ASYNC251 - it is what is to happen
+
+    async def losses(self) -> int:
+        """How often it was told that events were lost."""
+        return self.lost
+
+
+def _narrow_monitor() -> Monitor:
+    monitor: Monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+    monitor.set_receive_buffer_size(BUFFER)  # type: ignore[attr-defined]
+    monitor.start()  # type: ignore[attr-defined]
+    return monitor
