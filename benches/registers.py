@@ -27,10 +27,12 @@ DEVICES = {"grid0": "mvgpu-11", "mtty": "mtty-1"}
 IMAGE = bench.ROOT / "build/registers.img"
 INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
+exec > /dev/ttyS0 2>&1
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox dmesg -n 1
-/bin/registers > /dev/ttyS0
+/bin/registers
+/bin/busybox poweroff -f
 """
 
 
@@ -72,7 +74,8 @@ def inside(rounds: int) -> None:
         figures.note(work, way, float(seconds))
     counts = {len(seconds) for ways in figures.seconds.values() for seconds in ways.values()}
     if counts != {rounds}:
-        raise RuntimeError(f"it did not measure all: {said[-5:]}, {log.read_text()[-400:]}")
+        said += log.read_text().splitlines(keepends=True)
+        raise RuntimeError(f"the guest did not measure all: {''.join(said[-20:])}")
     figures.report()
 
 
