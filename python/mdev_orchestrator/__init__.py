@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mdev_orchestrator.host.sysfs import scan
     from mdev_orchestrator.spec import load, parse
 
+__version__ = "0.1.0"
+
 _PLACES = {
     "MdoError": "errors",
     "adopt": "engine.recovery",

@@ -19,10 +19,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import typer.main  # noqa: F401
-
 # much of this is only what a command imports when it runs: so that the children need not
 import mdev_orchestrator.cli.apply
+import mdev_orchestrator.cli.options
 import mdev_orchestrator.cli.recover
 import mdev_orchestrator.engine.apply
 import mdev_orchestrator.engine.recovery

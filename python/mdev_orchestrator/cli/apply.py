@@ -5,32 +5,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.cli.plan import Policy, policy_of
 from mdev_orchestrator.spec import Document, load
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.diff import Changes
 
-SpecArgument = Annotated[
-    str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")
-]
-PolicyOption = Annotated[
-    Policy, typer.Option(help="Fill parents one after the other, or all alike.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+SpecArgument = Annotated[str, Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")]
+PolicyOption = Annotated[Policy, Option(help="Fill parents one after the other, or all alike.")]
+JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
 
 
 def apply(
     spec: SpecArgument,
     *,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Restart guests where a change needs it.")
+        bool, Option("--restart", help="Restart guests where a change needs it.")
+    ] = False,
+    force: Annotated[
+        bool, Option("--force", help="End guests that must stop and do not power down in time.")
     ] = False,
     policy: PolicyOption = Policy.PACK,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for each device.")] = 30.0,
+    deadline: Annotated[float, Option(min=0.1, help="Seconds for each device.")] = 30.0,
     json: JsonOption = False,
 ) -> None:
     """Make a spec true, all of it or nothing; where it is true already, do nothing."""
@@ -42,6 +40,7 @@ def apply(
             document,
             policy=policy_of(policy),
             restart=restart,
+            force=force,
             host=output.host_root(),
             deadline=deadline,
             observe=output.progress,
@@ -55,10 +54,10 @@ def diff(
     *,
     policy: PolicyOption = Policy.PACK,
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="End with 1 if there is something to do.")
+        bool, Option("--exit-code", help="End with 1 if there is something to do.")
     ] = False,
     json: JsonOption = False,
-) -> None:
+) -> int:
     """Show what apply would do; changes nothing."""
     changes = output.run(_diff(load(spec), policy))
     if json:
@@ -70,8 +69,7 @@ def diff(
             output.say(f"guest {name} needs a restart: {why}")
         if not changes.steps:
             output.say(f"{changes.name}: nothing to do")
-    if exit_code and changes.steps:
-        raise typer.Exit(1)
+    return 1 if exit_code and changes.steps else 0
 
 
 async def _diff(document: Document, policy: Policy) -> Changes:
@@ -82,15 +80,13 @@ async def _diff(document: Document, policy: Policy) -> Changes:
 
 def destroy(
     spec: Annotated[
-        str, typer.Argument(metavar="SPEC|NAME", help="The file, or the name that it was given.")
+        str, Argument(metavar="SPEC|NAME", help="The file, or the name that it was given.")
     ],
     *,
     force: Annotated[
-        bool, typer.Option("--force", help="End guests that do not power down in time.")
+        bool, Option("--force", help="End guests that do not power down in time.")
     ] = False,
-    deadline: Annotated[
-        float, typer.Option(min=0, help="Seconds for a guest to power down.")
-    ] = 60.0,
+    deadline: Annotated[float, Option(min=0, help="Seconds for a guest to power down.")] = 60.0,
     json: JsonOption = False,
 ) -> None:
     """Remove all that a spec has brought: its guests and devices."""

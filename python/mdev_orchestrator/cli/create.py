@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-import typer
-
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.host import mdev_shape
+from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.engine import learned
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
@@ -18,25 +17,23 @@ from mdev_orchestrator.host.sysfs import scan
 
 
 def create(
-    type_id: Annotated[
-        str, typer.Argument(metavar="TYPE", help="Id of a type; mdo host lists them.")
-    ],
+    type_id: Annotated[str, Argument(metavar="TYPE", help="Id of a type; mdo host lists them.")],
     *,
-    count: Annotated[int | None, typer.Option("-n", "--count", help="How many devices.")] = None,
-    parent: Annotated[str | None, typer.Option(help="Parent, when several offer the type.")] = None,
+    count: Annotated[int | None, Option("-n", "--count", help="How many devices.")] = None,
+    parent: Annotated[str | None, Option(help="Parent, when several offer the type.")] = None,
     uuid: Annotated[
-        list[str] | None, typer.Option(help="UUID to use; may be given again. Others are random.")
+        list[str] | None, Option(help="UUID to use; may be given again. Others are random.")
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option(metavar="UUID|NAME", help="Start group that they are put into."),
+        Option(metavar="UUID|NAME", help="Start group that they are put into."),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
+        Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
     ] = None,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for each device.")] = DEADLINE,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    deadline: Annotated[float, Option(min=0.1, help="Seconds for each device.")] = DEADLINE,
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Create devices of one type, all or none; prints their UUIDs, one a line."""
     root = output.host_root()

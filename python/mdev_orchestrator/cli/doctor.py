@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Option
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import doctor as host_doctor
 from mdev_orchestrator.host.doctor import Finding
@@ -17,9 +16,9 @@ from mdev_orchestrator.qemu import doctor as qemu_doctor
 
 def doctor(
     *,
-    qemu: Annotated[str, typer.Option(help="QEMU binary to look at.")] = qemu_doctor.QEMU,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-) -> None:
+    qemu: Annotated[str, Option(help="QEMU binary to look at.")] = qemu_doctor.QEMU,
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+) -> int:
     """Look at modules, nodes, permissions and QEMU; every fault is shown with its remedy."""
     findings = output.run(_examine(qemu))
     if json:
@@ -30,8 +29,8 @@ def doctor(
             ("level", "subject", "finding", "remedy"),
             [(f.level, f.subject, f.message, f.remedy) for f in findings],
         )
-    if any(finding.level == "fault" for finding in findings):
-        raise typer.Exit(HostError.exit_code)
+    faulty = any(finding.level == "fault" for finding in findings)
+    return HostError.exit_code if faulty else 0
 
 
 async def _examine(qemu: str) -> list[Finding]:

@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 
 if TYPE_CHECKING:
     from mdev_orchestrator.model import Host
@@ -17,14 +16,11 @@ if TYPE_CHECKING:
     from mdev_orchestrator.qemu.process import Ended, Guest
     from mdev_orchestrator.qemu.status import Report
 
-app = typer.Typer(add_completion=False, help="List, start and stop guests, and open their console.")
-
 NONE = "-"
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the guest.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+NameArgument = Annotated[str, Argument(metavar="NAME", help="Name of the guest.")]
+JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
 
 
-@app.command("list")
 def list_(*, json: JsonOption = False) -> None:
     """Show all guests, with what they hold."""
     from mdev_orchestrator.host.sysfs import scan
@@ -56,41 +52,38 @@ async def sweep() -> None:
         output.say(str(swept))
 
 
-@app.command()
 def start(
     name: NameArgument,
     *,
-    kernel: Annotated[Path | None, typer.Option(help="Linux image to boot.")] = None,
-    initrd: Annotated[Path | None, typer.Option(help="Its initial file system.")] = None,
+    kernel: Annotated[Path | None, Option(help="Linux image to boot.")] = None,
+    initrd: Annotated[Path | None, Option(help="Its initial file system.")] = None,
     append: Annotated[
-        str | None, typer.Option(help="Kernel parameters; console=ttyS0 if not given.")
+        str | None, Option(help="Kernel parameters; console=ttyS0 if not given.")
     ] = None,
-    disk: Annotated[Path | None, typer.Option(help="Image of its first disk.")] = None,
-    disk_format: Annotated[str, typer.Option(help="Format of the image: raw, qcow2…")] = "raw",
-    memory: Annotated[str, typer.Option(help="Such as 512M or 2G.")] = "512M",
-    cpus: Annotated[int, typer.Option(help="Number of CPUs.")] = 1,
+    disk: Annotated[Path | None, Option(help="Image of its first disk.")] = None,
+    disk_format: Annotated[str, Option(help="Format of the image: raw, qcow2…")] = "raw",
+    memory: Annotated[str, Option(help="Such as 512M or 2G.")] = "512M",
+    cpus: Annotated[int, Option(help="Number of CPUs.")] = 1,
     mdev: Annotated[
-        list[str] | None, typer.Option(metavar="UUID", help="A device it gets; may be repeated.")
+        list[str] | None, Option(metavar="UUID", help="A device it gets; may be repeated.")
     ] = None,
-    hotplug_ports: Annotated[int, typer.Option(help="Root ports kept free for attach.")] = 4,
+    hotplug_ports: Annotated[int, Option(help="Root ports kept free for attach.")] = 4,
     hotplug_window: Annotated[
-        str, typer.Option(help="Memory window of each port, a power of two.")
+        str, Option(help="Memory window of each port, a power of two.")
     ] = "256M",
-    uuid: Annotated[str | None, typer.Option(help="The guest's UUID; random if not given.")] = None,
-    qemu: Annotated[
-        str, typer.Option(envvar="MDO_QEMU", help="QEMU's program.")
-    ] = "qemu-system-x86_64",
+    uuid: Annotated[str | None, Option(help="The guest's UUID; random if not given.")] = None,
+    qemu: Annotated[str, Option(envvar="MDO_QEMU", help="QEMU's program.")] = "qemu-system-x86_64",
     firmware: Annotated[
-        Path | None, typer.Option(envvar="MDO_QEMU_FIRMWARE", help="Its firmware directory (-L).")
+        Path | None, Option(envvar="MDO_QEMU_FIRMWARE", help="Its firmware directory (-L).")
     ] = None,
-    machine: Annotated[str, typer.Option(help="QEMU's machine type.")] = "q35",
+    machine: Annotated[str, Option(help="QEMU's machine type.")] = "q35",
     accel: Annotated[
-        str, typer.Option(envvar="MDO_ACCEL", help="kvm, tcg, or auto: KVM where QEMU can.")
+        str, Option(envvar="MDO_ACCEL", help="kvm, tcg, or auto: KVM where QEMU can.")
     ] = "auto",
     arg: Annotated[
-        list[str] | None, typer.Option(help="One more argument for QEMU; may be repeated.")
+        list[str] | None, Option(help="One more argument for QEMU; may be repeated.")
     ] = None,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until QEMU answers.")] = 60.0,
+    deadline: Annotated[float, Option(min=0.1, help="Seconds until QEMU answers.")] = 60.0,
     json: JsonOption = False,
 ) -> None:
     """Start a guest; it goes on running when this command ends."""
@@ -145,37 +138,34 @@ async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
     return await look(guest)
 
 
-@app.command()
 def stop(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the guest.")] = None,
+    name: Annotated[str | None, Argument(metavar="NAME", help="Name of the guest.")] = None,
     *,
     all_: Annotated[
-        bool, typer.Option("--all", help="Every guest that runs, all at the same time.")
+        bool, Option("--all", help="Every guest that runs, all at the same time.")
     ] = False,
-    deadline: Annotated[
-        float, typer.Option(min=0, help="Seconds for the guest to power down.")
-    ] = 60.0,
+    deadline: Annotated[float, Option(min=0, help="Seconds for the guest to power down.")] = 60.0,
     force: Annotated[
-        bool, typer.Option("--force", help="Then end it without asking; --deadline 0: at once.")
+        bool, Option("--force", help="Then end it without asking; --deadline 0: at once.")
     ] = False,
     json: JsonOption = False,
-) -> None:
+) -> int:
     """Power a guest down and remove its files. One that has ended is only tidied up."""
     from mdev_orchestrator.errors import RequestError
 
     if (name is None) != all_:
         raise RequestError("name one guest, or give --all", "mdo guest list shows what there is")
     if name is None:
-        _stop_all(deadline, force=force, json=json)
-        return
+        return _stop_all(deadline, force=force, json=json)
     ended = output.run(_stop(name, deadline, force=force))
     if json:
         output.emit_json({"name": ended.name, "how": ended.how})
     else:
         output.emit(f"{name} {HOW[ended.how]}")
+    return 0
 
 
-def _stop_all(deadline: float, *, force: bool, json: bool) -> None:
+def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
     from mdev_orchestrator.engine.restore import power_down
 
     ended = output.run(power_down(deadline=deadline, force=force, host=output.host_root()))
@@ -201,8 +191,7 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> None:
     for guest in ended:
         if guest.error is not None:
             output.say_error(guest.error)
-    if any(guest.error for guest in ended):
-        raise typer.Exit(1)
+    return 1 if any(guest.error for guest in ended) else 0
 
 
 async def _stop(name: str, deadline: float, *, force: bool) -> Ended:
@@ -223,12 +212,11 @@ HOW = {
 }
 
 
-@app.command()
 def console(
     name: NameArgument,
     *,
     log: Annotated[
-        bool, typer.Option("--log", help="Print what the guest has printed so far, and end.")
+        bool, Option("--log", help="Print what the guest has printed so far, and end.")
     ] = False,
 ) -> None:
     """Connect the terminal to the guest's first serial port; ctrl-] ends it."""
@@ -310,3 +298,6 @@ def _plugged_shape(plugged: Plugged, host: Host) -> dict[str, Any]:
 
 def _pid(guest: Guest) -> int | None:
     return guest.record.pid if guest.record and guest.alive else None
+
+
+COMMANDS = {"list": list_, "start": start, "stop": stop, "console": console}

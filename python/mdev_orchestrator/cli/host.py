@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Option
 from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.model import Host, Mdev
@@ -25,7 +24,7 @@ STATES = {None: NONE, False: "offline", True: "online"}
 
 def host(
     *,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Show parents, their types with free and used instances, and devices with their holders."""
     root = output.host_root()

@@ -5,26 +5,25 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.guest import sweep
+from mdev_orchestrator.cli.options import Argument, Option
 
-GuestArgument = Annotated[str, typer.Argument(metavar="GUEST", help="Name of a running guest.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+GuestArgument = Annotated[str, Argument(metavar="GUEST", help="Name of a running guest.")]
+JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
 
 
 def attach(
     guest: GuestArgument,
     what: Annotated[
-        str, typer.Argument(metavar="UUID|TYPE", help="A device, or a type to create one of.")
+        str, Argument(metavar="UUID|TYPE", help="A device, or a type to create one of.")
     ],
     *,
-    parent: Annotated[str | None, typer.Option(help="Parent, when several offer the type.")] = None,
+    parent: Annotated[str | None, Option(help="Parent, when several offer the type.")] = None,
     wait_guest: Annotated[
-        bool, typer.Option("--wait-guest", help="Return when the guest has taken the device.")
+        bool, Option("--wait-guest", help="Return when the guest has taken the device.")
     ] = False,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for the whole.")] = 30.0,
+    deadline: Annotated[float, Option(min=0.1, help="Seconds for the whole.")] = 30.0,
     json: JsonOption = False,
 ) -> None:
     """Plug a device into a running guest."""
@@ -58,14 +57,12 @@ def attach(
 
 def detach(
     guest: GuestArgument,
-    uuid: Annotated[str, typer.Argument(metavar="UUID", help="The device.")],
+    uuid: Annotated[str, Argument(metavar="UUID", help="The device.")],
     *,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Remove the device from the host afterwards.")
+        bool, Option("--remove", help="Remove the device from the host afterwards.")
     ] = False,
-    deadline: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for the guest to let go.")
-    ] = 60.0,
+    deadline: Annotated[float, Option(min=0.1, help="Seconds for the guest to let go.")] = 60.0,
     json: JsonOption = False,
 ) -> None:
     """Unplug a device from a running guest; returns when QEMU has closed it."""

@@ -9,22 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from mdev_orchestrator.cli.options import Argument, Option
 
 if TYPE_CHECKING:
     from mdev_orchestrator.lab.demo import Row
 
-app = typer.Typer(no_args_is_help=True, help="The nested machine that runs everything for real.")
-
-Name = Annotated[str, typer.Option("--name", help="Which lab; several can be up.")]
+Name = Annotated[str, Option("--name", help="Which lab; several can be up.")]
 Series = Annotated[
     str,
-    typer.Option("--kernel", help="Kernel series of L1: 6.12, 6.1, or 6.12-debug with checkers."),
+    Option("--kernel", help="Kernel series of L1: 6.12, 6.1, or 6.12-debug with checkers."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Memory = Annotated[str, typer.Option(help="Memory of L1.")]
+Json = Annotated[bool, Option("--json", help="Machine-readable output.")]
+Memory = Annotated[str, Option(help="Memory of L1.")]
 Options = Annotated[
-    str, typer.Option("--mvgpu", help="Parameters of the driver, for instance 'igd_parents=4'.")
+    str, Option("--mvgpu", help="Parameters of the driver, for instance 'igd_parents=4'.")
+]
+Command = Annotated[
+    list[str],
+    Argument(metavar="COMMAND...", rest=True, help="The command and its arguments."),
 ]
 
 
@@ -48,7 +50,6 @@ def _signals_unwind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@app.command()
 def up(
     name: Name = "default",
     series: Series = "6.12",
@@ -56,7 +57,7 @@ def up(
     mvgpu: Options = "",
     systemd: Annotated[
         Path | None,
-        typer.Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
+        Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
     ] = None,
 ) -> None:
     """Bring a lab up; it stays until 'mdo lab down'."""
@@ -73,28 +74,24 @@ def up(
     sys.stdout.write(f"lab {lab.name} is up with kernel {lab.release}\n")
 
 
-@app.command(
-    "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
-)
 def execute(
-    command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
+    command: Command,
     name: Name = "default",
-    tty: Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal.")] = False,
-) -> None:
+    tty: Annotated[bool, Option("--tty", "-t", help="Give it a terminal.")] = False,
+) -> int:
     """Run a command inside; input, output, signals and exit status pass through."""
     from mdev_orchestrator.lab import machine
 
-    raise typer.Exit(machine.execute(machine.find(name), command, terminal=tty))
+    return machine.execute(machine.find(name), command, terminal=tty)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
-    command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
+    command: Command,
     name: Name = "run",
     series: Series = "6.12",
     memory: Memory = "4G",
     mvgpu: Options = "",
-) -> None:
+) -> int:
     """Run one command in a lab of its own, which ends with it."""
     from mdev_orchestrator.lab import machine
 
@@ -104,21 +101,16 @@ def run(
             name, series=series, memory=memory, module_options=mvgpu, progress=_progress
         ) as lab,
     ):
-        status = machine.execute(lab, command)
-    raise typer.Exit(status)
+        return machine.execute(lab, command)
 
 
-@app.command()
-def shell(name: Name = "default") -> None:
+def shell(name: Name = "default") -> int:
     """Open a shell inside."""
     from mdev_orchestrator.lab import machine
 
-    raise typer.Exit(
-        machine.execute(machine.find(name), ["bash", "-i"], terminal=sys.stdin.isatty())
-    )
+    return machine.execute(machine.find(name), ["bash", "-i"], terminal=sys.stdin.isatty())
 
 
-@app.command()
 def status(json: Json = False) -> None:
     """List the labs that are up."""
     from dataclasses import asdict
@@ -140,10 +132,9 @@ def status(json: Json = False) -> None:
         output.say("no lab is up")
 
 
-@app.command()
 def down(
     name: Name = "default",
-    every: Annotated[bool, typer.Option("--all", help="Every lab.")] = False,
+    every: Annotated[bool, Option("--all", help="Every lab.")] = False,
 ) -> None:
     """End a lab; a second time does nothing."""
     from mdev_orchestrator.lab import machine
@@ -154,14 +145,11 @@ def down(
             machine.down(lab)
 
 
-@app.command()
 def demo(
     series: Series = "6.12",
     json: Json = False,
-    svg: Annotated[
-        Path | None, typer.Option(help="Also write the closing table as a picture.")
-    ] = None,
-) -> None:
+    svg: Annotated[Path | None, Option(help="Also write the closing table as a picture.")] = None,
+) -> int:
     """Run the main job from end to end in a lab of its own, and say what came of it."""
     from mdev_orchestrator.cli import output
     from mdev_orchestrator.lab.demo import demo as run_demo
@@ -181,7 +169,7 @@ def demo(
         output.emit_table("What was done", HEADERS, [_cells(row) for row in rows])
     if svg:
         _draw(rows, svg)
-    raise typer.Exit(status)
+    return status
 
 
 HEADERS = ("step", "result", "seconds", "")
@@ -203,3 +191,14 @@ def _draw(rows: list[Row], target: Path) -> None:
     console = Console(record=True, width=120, file=StringIO())
     console.print(table)
     console.save_svg(str(target), title="make demo")
+
+
+COMMANDS = {
+    "up": up,
+    "exec": execute,
+    "run": run,
+    "shell": shell,
+    "status": status,
+    "down": down,
+    "demo": demo,
+}

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.engine.store import read_owned
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
 from mdev_orchestrator.host.sysfs import scan
@@ -18,24 +17,24 @@ from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.spec import load, to_plain, to_toml
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+Json = Annotated[bool, Option("--json", help="One JSON document.")]
 
 
 def import_(
     uuids: Annotated[
-        list[str] | None, typer.Argument(metavar="UUID…", help="Devices; all without any.")
+        list[str] | None, Argument(metavar="UUID…", help="Devices; all without any.")
     ] = None,
     *,
-    parent: Annotated[str | None, typer.Option(help="Only those on this parent.")] = None,
+    parent: Annotated[str | None, Option(help="Only those on this parent.")] = None,
     from_: Annotated[
         Path | None,
-        typer.Option("--from", metavar="DIR", help="Definitions; /etc/mdevctl.d without it."),
+        Option("--from", metavar="DIR", help="Definitions; /etc/mdevctl.d without it."),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
+        Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace FILE.")] = False,
     json: Json = False,
 ) -> None:
     """Make a spec of mdevctl's definitions: a pool for each device. Changes nothing of theirs."""
@@ -67,15 +66,15 @@ def import_(
 def export(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; ours without any."),
+        Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; ours without any."),
     ] = None,
     *,
     to: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
+        Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace definitions that are different.")
+        bool, Option("--force", help="Replace definitions that are different.")
     ] = False,
     json: Json = False,
 ) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -118,6 +119,20 @@ def say(text: str) -> None:
     with suppress(BrokenPipeError):
         sys.stderr.write(f"mdo: {one_line(text)}\n")
         sys.stderr.flush()
+
+
+def confirm(question: str) -> None:
+    """Ask on standard error; whatever is not yes ends the program with 1.
+
+    :raise SystemExit: The answer is no, or there is none.
+    """
+    sys.stderr.write(f"{question} [y/N]: ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline()
+    if answer.strip().lower() not in {"y", "yes"}:
+        if not answer.endswith("\n"):
+            sys.stderr.write("\n")
+        raise SystemExit(1)
 
 
 def progress(event: Event) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-import typer
-
 from mdev_orchestrator.capacity.models import Confidence
 from mdev_orchestrator.capacity.planner import ParentPlan, Plan
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.engine.apply import diff
 from mdev_orchestrator.engine.diff import Changes, Existing, MisfitError
 from mdev_orchestrator.spec import Document, GuestMdev, key, load
@@ -31,12 +30,12 @@ def policy_of(policy: Policy) -> Literal["pack", "spread"]:
 
 
 def plan(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
+    spec: Annotated[str, Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
     *,
     policy: Annotated[
-        Policy, typer.Option(help="Fill parents one after the other, or all alike.")
+        Policy, Option(help="Fill parents one after the other, or all alike.")
     ] = Policy.PACK,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Show where the devices of a spec would go and what capacity would remain; changes nothing.
 

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.probe import TOGETHER, Candidates, Probed, candidates
 from mdev_orchestrator.engine.probe import probe as learn
@@ -19,11 +18,11 @@ from mdev_orchestrator.errors import RequestError
 def probe(
     parents: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PARENT...", help="Parents; all that have no devices without one."),
+        Argument(metavar="PARENT...", help="Parents; all that have no devices without one."),
     ] = None,
     *,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Learn how parents fill, by creating devices on them and removing them again.
 
@@ -53,7 +52,7 @@ def _announce(chosen: Candidates, *, yes: bool) -> None:
     """Say what will happen, and ask whether it may.
 
     :raise RequestError: There is nobody to ask.
-    :raise Abort: It may not.
+    :raise SystemExit: It may not.
     """
     if chosen.busy:
         output.say(f"left out, since they have devices: {', '.join(chosen.busy)}")
@@ -65,7 +64,7 @@ def _announce(chosen: Candidates, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise RequestError("mdo probe creates and removes devices", "--yes says that it may")
-    typer.confirm("Go on?", abort=True, err=True)
+    output.confirm("Go on?")
 
 
 def _shape(probed: Probed) -> dict[str, Any]:

@@ -7,20 +7,17 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from mdev_orchestrator.cli.options import Argument, Option
 
-app = typer.Typer(no_args_is_help=True, help="Build a QEMU that starts and stops groups itself.")
-
-Series = Annotated[str, typer.Option("--series", help="Series of QEMU: 10.0 or 10.2.")]
+Series = Annotated[str, Option("--series", help="Series of QEMU: 10.0 or 10.2.")]
 
 
-@app.command()
 def build(
     series: Series = "10.0",
     source: Annotated[
-        Path | None, typer.Option(help="A source tree to take instead of Debian's; it is copied.")
+        Path | None, Option(help="A source tree to take instead of Debian's; it is copied.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Compilers at a time; 0: one a processor.")] = 0,
+    jobs: Annotated[int, Option(min=0, help="Compilers at a time; 0: one a processor.")] = 0,
 ) -> None:
     """Fetch, patch and build a series; quick when only our files have changed."""
     from mdev_orchestrator.cli import output
@@ -33,9 +30,8 @@ def build(
     output.emit(str(done.binary))
 
 
-@app.command("list")
 def list_(
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    json: Annotated[bool, Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """List the series that there are patches for, and what is built of them."""
     from mdev_orchestrator.cli import output
@@ -73,9 +69,8 @@ def list_(
     )
 
 
-@app.command()
 def export(
-    directory: Annotated[Path, typer.Argument(help="Where to write the patches.")],
+    directory: Annotated[Path, Argument(metavar="DIRECTORY", help="Where to write the patches.")],
     series: Series = "10.0",
 ) -> None:
     """Write the complete series, new files included, for 'git am' or quilt."""
@@ -84,3 +79,6 @@ def export(
 
     for path in qemubuild.export(series, directory):
         output.emit(str(path))
+
+
+COMMANDS = {"build": build, "list": list_, "export": export}

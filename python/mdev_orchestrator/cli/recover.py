@@ -5,23 +5,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.recovery import Adopted, Recovered
 
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
 
 
 def recover(
     *,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; changes nothing.")
+        bool, Option("--dry-run", help="Say what would be done; changes nothing.")
     ] = False,
     json: JsonOption = False,
-) -> None:
+) -> int:
     """Undo or finish what a command that was killed left open.
 
     Ends with 1 if something could not be undone.
@@ -46,8 +45,7 @@ def recover(
     for run in done:
         for error in run.errors:
             output.say_error(error)
-    if any(run.errors for run in done):
-        raise typer.Exit(1)
+    return 1 if any(run.errors for run in done) else 0
 
 
 async def _recover(*, dry_run: bool) -> list[Recovered]:
@@ -88,14 +86,12 @@ def _shape(run: Recovered) -> dict[str, Any]:
 
 def adopt(
     what: Annotated[
-        list[str] | None, typer.Argument(metavar="GUEST|UUID...", help="Guests and devices.")
+        list[str] | None, Argument(metavar="GUEST|UUID...", help="Guests and devices.")
     ] = None,
     *,
     all_: Annotated[
         bool,
-        typer.Option(
-            "--all", help="All guests of this state directory, and the devices they have."
-        ),
+        Option("--all", help="All guests of this state directory, and the devices they have."),
     ] = False,
     json: JsonOption = False,
 ) -> None:

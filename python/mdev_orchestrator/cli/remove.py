@@ -6,23 +6,22 @@ from __future__ import annotations
 from typing import Annotated
 from uuid import UUID
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import remove_devices
 
 
 def remove(
-    uuids: Annotated[list[str], typer.Argument(metavar="UUID...", help="Devices to remove.")],
+    uuids: Annotated[list[str], Argument(metavar="UUID...", help="Devices to remove.")],
     *,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Take a device out of the guest that holds it first.")
+        bool, Option("--detach", help="Take a device out of the guest that holds it first.")
     ] = False,
     deadline: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for each device, and again for each detach.")
+        float, Option(min=0.1, help="Seconds for each device, and again for each detach.")
     ] = DEADLINE,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Remove devices. One that a guest holds is refused at once, and none is removed then."""
     removed = output.run(

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Argument, Option
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.restore import Restored
@@ -15,14 +14,14 @@ if TYPE_CHECKING:
 
 def restore(
     spec: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Specs; all without any.")
+        list[str] | None, Argument(metavar="NAME...", help="Specs; all without any.")
     ] = None,
     *,
     wait: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for parents that are not there yet.")
+        float, Option(min=0, help="Seconds to wait for parents that are not there yet.")
     ] = 60.0,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-) -> None:
+    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+) -> int:
     """Bring back every spec that was applied: devices with their UUIDs, and guests.
 
     Ends with 1 if one of them could not be brought back; the others are nevertheless.
@@ -45,8 +44,7 @@ def restore(
     for one in done:
         if one.error is not None:
             output.say_error(one.error)
-    if any(one.error for one in done):
-        raise typer.Exit(1)
+    return 1 if any(one.error for one in done) else 0
 
 
 def _shape(one: Restored) -> dict[str, Any]:

@@ -7,32 +7,23 @@ import shutil
 import sys
 from pathlib import Path
 
-import typer
-
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.host import service
 from mdev_orchestrator.state import cache_dir, state_dir
 
-app = typer.Typer(
-    no_args_is_help=True, help="Have systemd bring guests back at boot, and power them down."
-)
 
-
-@app.command()
 def install() -> None:
     """Write the units and the udev rule, for this mdo and this state directory; again to renew."""
     runs = service.install(_files(), output.host_root())
     output.emit(f"{service.GUESTS} " + ("runs" if runs else "will run when systemd boots"))
 
 
-@app.command()
 def remove() -> None:
     """Remove them again; guests that run go on running."""
     done = service.remove(output.host_root())
     output.emit(f"{service.GUESTS} " + ("is removed" if done else "is not installed"))
 
 
-@app.command()
 def show() -> None:
     """Print what install would write."""
     for path, text in _files().items():
@@ -51,3 +42,6 @@ def _mdo() -> list[str]:
     if called is not None and Path(called).name == "mdo":
         return [str(Path(called).absolute())]
     return [sys.executable, "-m", "mdev_orchestrator.cli.main"]
+
+
+COMMANDS = {"install": install, "remove": remove, "show": show}

@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-import typer
-
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.options import Option
 from mdev_orchestrator.host.events import (
     Event,
     MdevEvent,
@@ -31,7 +30,7 @@ from mdev_orchestrator.qemu.events import (
 
 def watch(
     *,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document a line.")] = False,
+    json: Annotated[bool, Option("--json", help="One JSON document a line.")] = False,
 ) -> None:
     """Print events of parents, devices, VFIO nodes and guests as they happen, until ctrl-C."""
     output.run(_watch(json=json))
