@@ -16,8 +16,8 @@ last of them together with the end of the run. Every one of these writes is on t
 ``synchronous=FULL``) when it returns. Concurrent writes share one transaction, so sixty-four
 devices that are created at once cost a handful of flushes.
 
-A run belongs to the process that began it. When that process has gone and the run is open, it is
-:mod:`.recovery`'s.
+A run belongs to the process that began it, as long as it has the journal open that it began it by.
+When that process has gone, or goes on without it, and the run is open, it is :mod:`.recovery`'s.
 
 What the file holds is checked when it is read: it may be damaged, of a newer version, or not ours.
 """
@@ -128,6 +128,10 @@ class Run:
         return f"mdo {self.kind} {self.title}".rstrip() + f" (process {self.process.pid})"
 
 
+_at_work: set[tuple[Path, int]] = set()
+"""The runs that this process began, by a journal that it still has open."""
+
+
 class Journal:
     """An open journal; also a context manager that closes it.
 
@@ -140,6 +144,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, "journal")
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
+        self._begun: set[tuple[Path, int]] = set()
         self._closed = False
 
     # ---- opening --------------------------------------------------------------------------------
@@ -177,6 +182,7 @@ class Journal:
         self._closed = True
         self._thread.shutdown()
         self._db.close()
+        _at_work.difference_update(self._begun)
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -195,6 +201,15 @@ class Journal:
                     " WHERE ended IS NULL ORDER BY id"
                 )
             ]
+
+    def is_at_work(self, run: Run) -> bool:
+        """Whether somebody is at an open run: another process that lives, or this one.
+
+        One that lives long may have given up a run that it could not close, when the disk was full.
+        """
+        if run.process != Process.this():
+            return run.process.alive
+        return (self.path.absolute(), run.id) in _at_work
 
     def steps(self, run: Run) -> list[Entry]:
         """The steps of a run as they were written, in their order."""
@@ -251,6 +266,7 @@ class Journal:
                 (kind, title, process.pid, process.start_time, process.boot_id, began),
             )
             run = Run(cursor.lastrowid or 0, kind, title, process, began)
+            self._is_ours(run)
             self._insert(run, steps, claims, change)
             written.append(run)
             return run
@@ -298,6 +314,10 @@ class Journal:
             [(claim, run.id) for claim in sorted(claims)],
         )
         self._change(change)
+
+    def _is_ours(self, run: Run) -> None:
+        self._begun.add((self.path.absolute(), run.id))
+        _at_work.update(self._begun)
 
     async def _claiming(self, write: Callable[[], T], wait: float) -> T:
         """Write what claims objects, as soon as nobody else has them."""
@@ -426,6 +446,8 @@ class Journal:
                     run.process.boot_id,
                 ),
             )
+            if cursor.rowcount == 1:
+                self._is_ours(run)
             return cursor.rowcount == 1
 
         if not await self._write(write):

@@ -64,7 +64,7 @@ def pending(journal: Journal) -> list[Recovered]:
     return [
         Recovered(run, _way(run, entries), tuple(str(step) for step in _begun(entries)))
         for run in journal.open_runs()
-        if not run.process.alive
+        if not journal.is_at_work(run)
         for entries in [journal.steps(run)]
     ]
 
@@ -83,7 +83,7 @@ async def recover(
     done = []
     # the newest first: a later run may rest upon what an earlier one did
     for found in reversed(journal.open_runs()):
-        if found.process.alive:
+        if journal.is_at_work(found):
             continue
         entries = journal.steps(found)
         way = _way(found, entries)

@@ -558,6 +558,22 @@ async def test_a_journal_that_fails_in_the_end_undoes_all(
     machine.untouched()
 
 
+async def test_a_process_that_lives_on_recovers_what_it_could_not_write(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service whose disk was full: its next command closes what the last one left open."""
+    full = breaks(machine, monkeypatch, Moment.ACTED, 0)
+    with Journal.open(machine.journal.path) as book, monkeypatch.context() as patch:
+        patch.setattr(machine, "journal", book)
+        with pytest.raises(HostError):
+            await execute(book, "apply", "lab", [create(0)], machine.context, observe=full)
+        with Journal.open(book.path) as other:  # who is at it is left alone
+            assert await recovery.recover(other, context=machine.context) == []
+    (done,) = await recovery.recover(machine.journal, context=machine.context)
+    assert (done.way, done.errors) == ("undo", ())
+    machine.untouched()
+
+
 # ---- interrupted ----
 
 
