@@ -47,7 +47,7 @@ PORTS = 4
 MVGPU = "grid_parents=2 igd_parents=0"
 MDEVS = Path("/sys/bus/mdev/devices")
 ROM = 6  # QEMU's number of the BAR that is the expansion ROM
-PATIENCE = 300  # seconds
+PATIENCE = 1800  # seconds: nothing is measured by it, and a busy machine is slow
 LIBVIRT = """
 security_driver = "none"
 user = "root"
