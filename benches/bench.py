@@ -9,6 +9,7 @@ how it was taken. ``publish.py`` puts the tables into the docs and draws the cha
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import json
 import os
@@ -96,11 +97,12 @@ def in_lab(script: str, words: Sequence[str], *, mvgpu: str) -> int:
 def installed() -> Path:
     """A directory in memory with an installed copy of the package, which is used from now on.
 
-    The checkout is on an uncached file system, where an installed package is not. The state
-    directory is new, too.
+    The checkout is on an uncached file system, where an installed package is not, and may have no
+    bytecode. The state directory is new, too.
     """
     place = Path(tempfile.mkdtemp(dir="/run"))
     shutil.copytree(ROOT / "python", place / "python")
+    compileall.compile_dir(place / "python", quiet=2)  # as pip does
     sys.path.insert(0, str(place / "python"))
     os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
     return place
