@@ -32,13 +32,14 @@ from campaign.command import Ended, kill_at, mdo
 from campaign.world import Foreign, Look
 from lab import vfio
 from lab.kernel_log import KernelLog
+from mdev_orchestrator.host.process import has_ended
 from soak.invariants import COUNT, State
 from soak.samples import Samples
 from soak.worker import DONE, Outcome, Worker
 
-LIGHT = 30
+LIGHT = 20
 """Light moves between two heavy ones."""
-PATIENCE = 15.0
+PATIENCE = 60.0
 """Seconds until what was asked shows everywhere: the kernel gives some things back later."""
 SPECS: dict[str, tuple[Callable[[Path], str], ...]] = {
     "": (specs.three, specs.known, specs.plain),
@@ -50,7 +51,7 @@ SPECS: dict[str, tuple[Callable[[Path], str], ...]] = {
 }
 """What can be applied, by what is: without waiting for guests to power down, which these do not."""
 TYPES = ("mvgpu-128M", "mvgpu-12", "mvgpu-256M", "mvgpu-512M")
-CHANGE = b"change"
+SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
 
 
 @dataclass
@@ -328,7 +329,7 @@ class Soak(RuleBasedStateMachine):
     # ---- guests ---------------------------------------------------------------------------------
 
     @rule(which=st.lists(st.integers(0, 30), max_size=2))
-    @when(lambda self: len(self.state.running - self.state.of_spec) < 2 and self.light % 5 == 4)
+    @when(lambda self: len(self.state.running - self.state.of_spec) < 2)
     def start(self, which: list[int]) -> None:
         name, uuids = self._guest(which)
         began = time.monotonic()
@@ -362,6 +363,8 @@ class Soak(RuleBasedStateMachine):
         assert record is not None
         began = time.monotonic()
         os.kill(record.pid, signal.SIGKILL)
+        while not has_ended(record.pid):
+            time.sleep(0.01)
         self.killed.add(name)
         self.moved("kill QEMU", began, Outcome(DONE), down=[name], spec=name in self.state.of_spec)
 
@@ -508,8 +511,12 @@ class Soak(RuleBasedStateMachine):
             outcome = self.call("create", type_, uuids)
         finally:
             self.arena.make_room()
-        errors = ("HostError", "CapacityError")
-        self.moved("full disk, create", began, outcome, errors=errors, come=uuids)
+        kind = "full disk, create"
+        if "mdo recover" in outcome.words:  # that it was undone could not be written down either
+            self.recover(kind, began)
+        else:
+            errors = ("HostError", "CapacityError")
+            self.moved(kind, began, outcome, errors=errors, come=uuids)
 
     def _command(  # noqa: PLR0911 - one for each command
         self, which: int, number: int
@@ -574,7 +581,7 @@ class Soak(RuleBasedStateMachine):
         self.moved("driver refuses", began, outcome, errors=("MdoError", "CapacityError"))
 
     @rule(number=st.integers(0, 30), point=st.sampled_from(("start", "open", "region")))
-    @when(lambda self: self.state.idle and self.light % 5 == 4)
+    @when(lambda self: self.state.idle)
     def start_fails(self, number: int, point: str) -> None:
         if len(self.state.running) > 3:
             self.otherwise()
@@ -604,10 +611,36 @@ class Soak(RuleBasedStateMachine):
     @when(always)
     def unload_in_use(self) -> None:
         """mvgpu is in use all the time: by the foreign QEMU."""
+        self._unload_in_use("mvgpu")
+
+    def _unload_in_use(self, module: str) -> None:
         began = time.monotonic()
-        ended = subprocess.run(["rmmod", "mvgpu"], check=False, capture_output=True, text=True)
+        ended = subprocess.run(["rmmod", module], check=False, capture_output=True, text=True)
         outcome = Outcome(DONE if "in use" in ended.stderr else "unloaded", ended.stderr.strip())
         self.moved("unload refused", began, outcome)
+
+    @rule(held=st.booleans())
+    @when(lambda self: SAMPLES and self.light > LIGHT)
+    def unload(self, held: bool) -> None:
+        """The kernel's own mtty comes, has devices, and goes; unless somebody has one open."""
+        self.heavy()
+        began, uuids = time.monotonic(), self.fresh(2)
+        subprocess.run(["insmod", f"{SAMPLES}/mtty.ko"], check=True)
+        try:
+            self.moved("load", began, Outcome(DONE))
+            began = time.monotonic()
+            self.moved("create", began, self.call("create", "mtty-1", uuids, None), come=uuids)
+            name, _ = self._guest([])
+            if held:
+                began = time.monotonic()
+                self.moved("guest start", began, self.call("start", name, uuids[:1]), up=[name])
+                self._unload_in_use("mtty")
+                began = time.monotonic()
+                self.moved("guest stop", began, self.call("stop", name), down=[name])
+        finally:
+            began = time.monotonic()
+            subprocess.run(["rmmod", "mtty"], check=True)
+        self.moved("unload", began, self.call("recover"), gone=uuids)
 
     # ---- events ---------------------------------------------------------------------------------
 

@@ -32,8 +32,10 @@ from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
 
-LONGEST = 180.0
-"""Seconds after which a move hangs; none takes a tenth of that."""
+LONGEST = 900.0
+"""Seconds after which a move hangs; none takes a tenth of that, unless the machine is very busy."""
+SLOW = 300.0
+"""Seconds for a QEMU to start: who is late because the machine is busy has done nothing wrong."""
 BUFFER = 4096
 """Bytes of events that may wait for the service: a few."""
 DONE = "done"
@@ -199,7 +201,7 @@ class _Service:
             mdevs=tuple(mdevs),
             extra=tuple(EXTRA),
         )
-        await lifecycle.launch(spec)
+        await lifecycle.launch(spec, deadline=SLOW)
 
     async def stop(self, name: str) -> str:
         ended = await lifecycle.end(process.find(name), deadline=0, force=True)
