@@ -30,7 +30,7 @@ from soak.worker import Worker
 
 SECONDS = float(os.environ.get("MDO_TEST_SECONDS", "3600"))
 SEED = int(os.environ.get("MDO_TEST_SEED", "1"))
-EPISODES = 10
+EPISODES = 9
 """Of one run of hypothesis, which begins each with the simplest that there is."""
 STEPS = 100
 """Moves of an episode."""
