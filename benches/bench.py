@@ -168,7 +168,7 @@ class Figures:
         self.note(work, way, time.perf_counter() - begun)
 
     def report(self) -> None:
-        """Write the result file and print the table; of a lab its host knows more, and prints it."""
+        """Write the result file and print the table; that of a lab is printed by its host."""
         result = asdict(self) | {"taken": taken(self.load)}
         if "MDO_LAB" not in os.environ:
             print(table(result), flush=True)
