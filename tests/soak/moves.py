@@ -745,7 +745,9 @@ def _unlike(
     return wrong
 
 
-_PASSING = frozenset(("files",))
+_PASSING = frozenset(("files", "guests"))
+"""What even a failure may tidy up: who starts a guest clears away what an ended one of its name left.
+The guests that run are looked at apart."""
 
 
 def _same(before: State, now: State, *, spec: bool) -> list[str]:
@@ -753,4 +755,7 @@ def _same(before: State, now: State, *, spec: bool) -> list[str]:
     if spec:
         return _unlike(before, now, (), (), (), (), spec=True)
     keys = before.look.keys() - _PASSING
-    return world.differences({key: before.look[key] for key in sorted(keys)}, now.look)
+    wrong = world.differences({key: before.look[key] for key in sorted(keys)}, now.look)
+    if before.running != now.running:
+        wrong.append(f"guests: {sorted(before.running)} wanted, {sorted(now.running)} found")
+    return wrong
