@@ -746,8 +746,8 @@ def _unlike(
 
 
 _PASSING = frozenset(("files", "guests"))
-"""What even a failure may tidy up: who starts a guest clears away what an ended one of its name left.
-The guests that run are looked at apart."""
+"""What even a failure may tidy up: who starts a guest clears away an ended one of its name. The
+guests that run are looked at apart."""
 
 
 def _same(before: State, now: State, *, spec: bool) -> list[str]:
