@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
@@ -37,6 +38,10 @@ VERSIONS = {
     "libvirt": ["virsh", "--version"],
     "mdevctl": ["mdevctl", "--version"],
 }
+
+
+Result = dict[str, Any]
+"""What a result file holds: :class:`Figures` by its fields, and how they were taken."""
 
 
 def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -196,7 +201,7 @@ def write(file: Path, result: dict[str, object]) -> None:
     file.write_text(f"{json.dumps(result, indent=1)}\n")
 
 
-def middles(result: dict) -> dict[str, dict[str, float]]:  # type: ignore[type-arg]  # JSON
+def middles(result: Result) -> dict[str, dict[str, float]]:
     """The median of each work by each way."""
     return {
         work: {way: median(seconds) for way, seconds in ways.items()}
@@ -204,13 +209,13 @@ def middles(result: dict) -> dict[str, dict[str, float]]:  # type: ignore[type-a
     }
 
 
-def base(result: dict, ways: Iterable[str]) -> str:  # type: ignore[type-arg]
+def base(result: Result, ways: Iterable[str]) -> str:
     """Which way the others are compared with."""
     found: str = next(way for way in result["bases"] if way in ways)
     return found
 
 
-def table(result: dict) -> str:  # type: ignore[type-arg]
+def table(result: Result) -> str:
     """Medians and their ratios as a Markdown table, and below it how they were taken."""
     how, bases = result["taken"], " or ".join(result["bases"])
     found = middles(result)
