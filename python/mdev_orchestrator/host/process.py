@@ -45,3 +45,14 @@ def has_ended(pid: int) -> bool:
         return bool(poll.poll(0))
     finally:
         os.close(descriptor)
+
+
+def reap(children: set[int]) -> None:
+    """Collect those that have ended, without waiting; they are taken out of the set."""
+    for pid in [*children]:
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # of the process that forked us, or somebody was quicker
+            ended = pid
+        if ended:
+            children.discard(pid)

@@ -30,6 +30,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, finalize
 
+from mdev_orchestrator.host.process import reap
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -325,11 +327,11 @@ class _Pool:
         for child in self.idle:
             self._close(child)
         self.idle.clear()
-        self.call_later(_IDLE_SECONDS, _reap)
+        self.call_later(_IDLE_SECONDS, reap, _children)
 
     def _fork(self) -> None:
         """Make a child: it has one end of a socket, and nothing else of ours."""
-        _reap()
+        reap(_children)
         ours, theirs = (
             end.detach() for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         )
@@ -394,18 +396,7 @@ def _close_all(pids: dict[int, int]) -> None:
     for child in pids:
         with contextlib.suppress(OSError):
             os.close(child)
-    _reap()
-
-
-def _reap() -> None:
-    """Collect the children that have ended."""
-    for pid in [*_children]:
-        try:
-            ended, _ = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # of the process that forked us
-            ended = pid
-        if ended:
-            _children.discard(pid)
+    reap(_children)
 
 
 def _child(channel: int, parent: int) -> None:

@@ -54,7 +54,7 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import boot_id, has_ended, start_time
+from mdev_orchestrator.host.process import boot_id, has_ended, reap, start_time
 from mdev_orchestrator.host.service import scope
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
@@ -214,7 +214,7 @@ def guests_dir() -> Path:
 def list_guests(root: Path | None = None) -> list[Guest]:
     """Return all guests of this state directory, by name; damaged ones too."""
     root = root or guests_dir()
-    _collect()
+    reap(_children)  # who lives long would have a zombie of each
     try:
         names = sorted(
             entry.name
@@ -362,17 +362,6 @@ def _reap(descriptor: int) -> int | None:
 
 _children: set[int] = set()
 """QEMUs that this process has started, whose exit status nobody has collected."""
-
-
-def _collect() -> None:
-    """Collect those that have ended by themselves: who lives long would have a zombie of each."""
-    for pid in [*_children]:
-        try:
-            ended, _ = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # of the process that forked us, or somebody was quicker
-            ended = pid
-        if ended:
-            _children.discard(pid)
 
 
 async def _ended(descriptor: int, seconds: float | None) -> bool:
