@@ -6,11 +6,11 @@ guest lets go; a vendor's ``create`` may take as long as it likes. A thread woul
 does not end before its last thread does. So such writes are made by children that share nothing
 with us but the file they write.
 
-A child writes one thing after the other, as it is told. Only when it has no answer within
-:data:`PATIENCE` is the next write given to another one: a driver that answers at once costs one
-fork, which in an emulated machine takes as long as making some devices, and one that takes seconds
-is asked by up to :data:`CHILDREN` at a time. For the same reason a child is told several writes at
-once as long as they go fast, and gives back what it has not begun when one was slow.
+A child writes one thing after the other, as it is told, and says how long it had to wait for the
+driver. There are more of them, up to :data:`CHILDREN`, only when that saves more than a fork costs,
+which in an emulated machine takes as long as making some devices; or when no answer has come within
+:data:`PATIENCE`. For the same reason a child is told several writes at once as long as they go
+fast, and gives back what it has not begun when one was slow.
 
 A child outlives a parent that is killed, and who repairs things after that must not be overtaken by
 its write. It first opens a descriptor that names the file (``O_PATH``, which opens nothing), then
@@ -24,6 +24,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,14 +43,17 @@ CHILDREN = 16
 """Writes at the same time; a driver's own lock makes more of them pointless."""
 FINE = frozenset((0,))
 """The result of a write that was not refused."""
+AT_ONCE = 16
+"""Writes that a child is told in one message."""
 PATIENCE = 0.05
 """Seconds until a write that waits for another one gets a child of its own."""
 
-_AT_ONCE = 16  # writes that a child is told in one message
 _AT_ONCE_BYTES = 1 << 15
 _MAX_FD = 1 << 20
 _MAX_MESSAGE = 1 << 16
 _UNKNOWN = 255  # no errno
+_WAITED = struct.Struct("=d")
+"""What an answer begins with: the seconds that a child did not compute; results follow."""
 _IDLE_SECONDS = 0.5
 _KILL_SECONDS = 1.0  # for a killed child to end, so that what it did is known; a driver may hold it
 
@@ -125,6 +129,7 @@ class Batch:
         self._waiting = deque(range(len(lines)))
         self._under_way: dict[int, float] = {}
         self._since = time.monotonic()
+        self._wait = 0.0  # of one write, as it was lately
         self._stopped = False
         self._size = 1
         self._pool = _pools.get(loop) or _pools.setdefault(loop, _Pool(loop))
@@ -161,11 +166,16 @@ class Batch:
         """Whether something is left for a child to do."""
         return bool(self._waiting)
 
-    def take(self) -> tuple[int, ...]:
-        """What a child is to do next; few at first, more when that goes fast."""
+    def gain(self, children: int) -> float:
+        """How many seconds sooner it would be done if there were one more child."""
+        return len(self._waiting) * self._wait / (children * (children + 1))
+
+    def take(self, children: int) -> tuple[int, ...]:
+        """What one of so many children is to do next; few at first, more when that goes fast."""
         taken: list[int] = []
         size = 0
-        while self._waiting and len(taken) < self._size:
+        most = min(self._size, -(-len(self._waiting) // children))
+        while len(taken) < most:
             size += len(self.lines[self._waiting[0]])
             if taken and size > _AT_ONCE_BYTES:
                 break
@@ -180,11 +190,13 @@ class Batch:
             self._waiting.extendleft(reversed(taken))
 
     def answered(self, taken: Sequence[int], answer: bytes) -> None:
-        """Note what a child says: a byte for each that it has written; nothing when it died."""
+        """Note what a child says of each that it has written; nothing when it died."""
         self._since = time.monotonic()
-        results = answer or bytes([_UNKNOWN]) * len(taken)
+        results = answer[_WAITED.size :] or bytes([_UNKNOWN]) * len(taken)
+        if answer:
+            self._wait = _WAITED.unpack_from(answer)[0] / len(results)
         done, rest = taken[: len(results)], taken[len(results) :]
-        self._size = max(len(done), 1) if rest else min(2 * self._size, _AT_ONCE)
+        self._size = max(len(done), 1) if rest else min(2 * self._size, AT_ONCE)
         self._forget(done)
         if not self._fine.issuperset(results):
             self._let_no_more_begin()
@@ -275,6 +287,7 @@ class _Pool:
         self.idle: list[int] = []
         self.working: dict[int, _Task] = {}
         self.pids: dict[int, int] = {}
+        self.cost = 0.0  # of the last fork, in seconds
         self.growing: asyncio.TimerHandle | None = None
         self.resting: asyncio.TimerHandle | None = None
         finalize(self, _close_all, self.pids)
@@ -298,7 +311,7 @@ class _Pool:
             if not batch.has_more:
                 self.waiting.popleft()
                 continue
-            child, taken = self.idle.pop(), batch.take()
+            child, taken = self.idle.pop(), batch.take(len(self.pids))
             try:
                 os.write(child, b"\0".join([batch.lines[index] for index in taken]))
             except OSError:  # it was killed from outside; its end of file says so too
@@ -335,12 +348,13 @@ class _Pool:
         ours, theirs = (
             end.detach() for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         )
-        parent = os.getpid()
+        parent, began = os.getpid(), time.monotonic()
         # fork and not exec: the child makes a handful of system calls and takes no lock, and
         # starting an interpreter costs a hundred times as much inside an emulated machine.
         pid = os.fork()
         if pid == 0:
             _child(theirs, parent)
+        self.cost = time.monotonic() - began
         os.close(theirs)
         _children.add(pid)
         self.pids[ours] = pid
@@ -362,6 +376,8 @@ class _Pool:
             _children.discard(pid)
         if task is not None:
             task.batch.answered(task.taken, answer)
+            while 0 < len(self.pids) < CHILDREN and task.batch.gain(len(self.pids)) > self.cost:
+                self._fork()
             if task.batch.has_more and task.batch not in self.waiting:
                 self.waiting.appendleft(task.batch)
         if self.waiting and not self.pids:
@@ -415,13 +431,14 @@ def _child(channel: int, parent: int) -> None:
 def _perform(message: bytes, parent: int) -> bytes:
     """Write one thing after the other, up to the first that is refused, or was slow."""
     results = bytearray()
-    end = time.monotonic() + PATIENCE / 2
+    began, computed = time.monotonic(), time.process_time()
     words = message.split(b"\0")
     for path, data in zip(words[::2], words[1::2], strict=True):
         results.append(_perform_one(path, data, parent))
-        if results[-1] or time.monotonic() > end:
+        if results[-1] or time.monotonic() - began > PATIENCE / 2:
             break
-    return bytes(results)
+    waited = time.monotonic() - began - (time.process_time() - computed)
+    return _WAITED.pack(max(waited, 0.0)) + results
 
 
 def _perform_one(path: bytes, data: bytes, parent: int) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.host.writer import CHILDREN, Batch, Separately, write_apart
+from mdev_orchestrator.host import writer
+from mdev_orchestrator.host.writer import AT_ONCE, CHILDREN, Batch, Separately, write_apart
 
 Make = Callable[[Sequence[tuple[str, bytes]], Callable[[int, int], None]], Batch | Separately]
 
@@ -31,6 +32,11 @@ def files(place: Path, count: int) -> list[tuple[str, bytes]]:
         (place / f"{number}").touch()
         lines.append((str(place / f"{number}"), f"data {number}".encode()))
     return lines
+
+
+def children() -> set[str]:
+    """The processes that this one has started and that have not ended."""
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
 async def written(batch: Batch | Separately) -> None:
@@ -86,15 +92,15 @@ async def test_nothing_is_written_at_once(make: Make) -> None:
 
 @both
 async def test_what_is_refused_is_the_last_that_begins(tmp_path: Path, make: Make) -> None:
-    lines = files(tmp_path, 100)
+    lines = files(tmp_path, 500)
     lines[20] = (str(tmp_path / "missing"), b"x")
     batch = make(lines, lambda *_: None)
     await written(batch)
     assert batch.results[20] == errno.ENOENT
     assert {*batch.results[:20]} <= {0, None}  # one child may be there before another
     begun = [index for index, number in enumerate(batch.results) if number is not None]
-    assert len(begun) <= 20 + CHILDREN
-    assert all(not Path(lines[index][0]).read_bytes() for index in {*range(100)} - {*begun, 20})
+    assert len(begun) <= 20 + CHILDREN * AT_ONCE
+    assert all(not Path(lines[index][0]).read_bytes() for index in {*range(500)} - {*begun, 20})
 
 
 async def test_a_slow_driver_is_asked_by_many(tmp_path: Path) -> None:
@@ -111,6 +117,28 @@ async def test_a_slow_driver_is_asked_by_many(tmp_path: Path) -> None:
         threading.Thread(target=fifo.read_bytes, daemon=True).start()
     await asyncio.wait_for(asyncio.shield(batch.ended), 20)
     assert batch.results == [0] * 8
+
+
+async def test_more_children_come_as_soon_as_they_save_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when one is late: a driver that takes a moment for each is asked by several."""
+    monkeypatch.setattr(writer, "PATIENCE", 60.0)
+    fifos = [tmp_path / f"{number}" for number in range(40)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    before = children()
+    batch = Batch([(str(fifo), b"x") for fifo in fifos])
+    batch.begin()
+    most, answered = 0, set[int]()
+    while not batch.ended.done():
+        most = max(most, len(children() - before))
+        await asyncio.sleep(0.02)
+        for index in batch.unknown - answered:
+            answered.add(index)
+            threading.Thread(target=fifos[index].read_bytes, daemon=True).start()
+    assert batch.results == [0] * 40
+    assert most > 1
 
 
 async def test_what_stands_behind_a_slow_write_is_done_by_others(tmp_path: Path) -> None:
