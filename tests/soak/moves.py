@@ -588,21 +588,27 @@ class Soak(RuleBasedStateMachine):
             return
         name, uuids = self._guest([number])
         began = time.monotonic()
-        with vfio.fault(point, f"errno=5 times=-1 uuid={uuids[0]}"):
+        with vfio.fault(point, f"errno=5 times=-1 uuid={self._failing(uuids[0], point)}"):
             outcome = self.call("start", name, uuids)
         if outcome.done:
             outcome = Outcome("started in spite of a fault")
         errors = ("MdoError", "QemuError", "CapacityError", "BusyError")
         self.moved(f"driver refuses {point}", began, outcome, errors=errors)
 
+    def _failing(self, uuid: str, point: str) -> str:
+        """What is to fail when a device is opened: it, or its group, whichever member starts it."""
+        group = self.state.ours[uuid].group_uuid
+        return str(group) if group is not None and point == "start" else uuid
+
     @rule(number=st.integers(0, 30), point=st.sampled_from(("start", "open", "region")))
     @when(lambda self: self.state.running and self.state.idle)
     def attach_fails(self, number: int, point: str) -> None:
         name, uuid = _pick(sorted(self.state.running), number), _pick(self.state.idle, number)
         began = time.monotonic()
-        with vfio.fault(point, f"errno=5 times=-1 uuid={uuid}"):
+        is_started = point == "start" and self.state.ours[uuid].online  # the guest has a member
+        with vfio.fault(point, f"errno=5 times=-1 uuid={self._failing(uuid, point)}"):
             outcome = self.call("attach", name, uuid)
-        if outcome.done:
+        if outcome.done and not is_started:
             outcome = Outcome("attached in spite of a fault")
         errors = ("MdoError", "RequestError", "BusyError", "CapacityError", "CommandError")
         self.moved(f"driver refuses {point}, hotplug", began, outcome, errors=errors)

@@ -76,7 +76,9 @@ _AT_ONCE: dict[type, int] = {Launch: 4}
 _DEVICES_AT_ONCE = 16
 """A driver's own lock makes more of them pointless."""
 _NOTE_SECONDS = 0.2
-"""Between two notes of how many of the devices that come together are there."""
+"""Between two notes of how many of the devices that come together are there, if a step waits."""
+_PROGRESS_SECONDS = 0.5
+"""Between two such notes if only the user does."""
 _GOODBYE_SECONDS = 1.0
 """For what is under way to take notice of a second interruption."""
 _OPEN = "mdo recover undoes what was done"
@@ -349,10 +351,12 @@ class _Work:
                 self.progress[numbers[index]] = Progress.FAILED
 
         steps = [self.planned[number].step for number in numbers]
+        needed = {need for planned in self.planned for need in planned.needs}
+        pause = _PROGRESS_SECONDS if needed.isdisjoint(numbers) else _NOTE_SECONDS
         making = asyncio.ensure_future(make_all(steps, self.context, told))
         try:
             while made or not making.done():  # more may come while some are written down
-                await asyncio.wait((making,), timeout=_NOTE_SECONDS)
+                await asyncio.wait((making,), timeout=pause)
                 done, made[:] = [*made], []
                 await self._done(done, ready)
         except BaseException:

@@ -6,11 +6,11 @@ guest lets go; a vendor's ``create`` may take as long as it likes. A thread woul
 does not end before its last thread does. So such writes are made by children that share nothing
 with us but the file they write.
 
-A child writes one thing after the other, as it is told, and says how long it had to wait for the
-driver. There are more of them, up to :data:`CHILDREN`, only when that saves more than a fork costs,
-which in an emulated machine takes as long as making some devices; or when no answer has come within
-:data:`PATIENCE`. For the same reason a child is told several writes at once as long as they go
-fast, and gives back what it has not begun when one was slow.
+A child writes one thing after the other, as it is told, and says how long it slept meanwhile,
+waiting for the driver. There are more of them, up to :data:`CHILDREN`, only when that saves more
+time than a child costs, which in an emulated machine is that of several devices; or when no answer
+has come within :data:`PATIENCE`. For the same reason a child is told several writes at once as long
+as they go fast, and gives back what it has not begun when one was slow.
 
 A child outlives a parent that is killed, and who repairs things after that must not be overtaken by
 its write. It first opens a descriptor that names the file (``O_PATH``, which opens nothing), then
@@ -52,8 +52,9 @@ _AT_ONCE_BYTES = 1 << 15
 _MAX_FD = 1 << 20
 _MAX_MESSAGE = 1 << 16
 _UNKNOWN = 255  # no errno
-_WAITED = struct.Struct("=d")
-"""What an answer begins with: the seconds that a child did not compute; results follow."""
+_SLEPT = struct.Struct("=d")
+"""What an answer begins with: the seconds that a child slept; results follow."""
+_DEARER = 2  # than its fork is a child in all: it copies the pages that it touches, and its answers
 _IDLE_SECONDS = 0.5
 _KILL_SECONDS = 1.0  # for a killed child to end, so that what it did is known; a driver may hold it
 
@@ -129,7 +130,7 @@ class Batch:
         self._waiting = deque(range(len(lines)))
         self._under_way: dict[int, float] = {}
         self._since = time.monotonic()
-        self._wait = 0.0  # of one write, as it was lately
+        self._sleep = 0.0  # of one write, as it was lately
         self._stopped = False
         self._size = 1
         self._pool = _pools.get(loop) or _pools.setdefault(loop, _Pool(loop))
@@ -168,7 +169,7 @@ class Batch:
 
     def gain(self, children: int) -> float:
         """How many seconds sooner it would be done if there were one more child."""
-        return len(self._waiting) * self._wait / (children * (children + 1))
+        return len(self._waiting) * self._sleep / (children * (children + 1))
 
     def take(self, children: int) -> tuple[int, ...]:
         """What one of so many children is to do next; few at first, more when that goes fast."""
@@ -192,9 +193,9 @@ class Batch:
     def answered(self, taken: Sequence[int], answer: bytes) -> None:
         """Note what a child says of each that it has written; nothing when it died."""
         self._since = time.monotonic()
-        results = answer[_WAITED.size :] or bytes([_UNKNOWN]) * len(taken)
+        results = answer[_SLEPT.size :] or bytes([_UNKNOWN]) * len(taken)
         if answer:
-            self._wait = _WAITED.unpack_from(answer)[0] / len(results)
+            self._sleep = _SLEPT.unpack_from(answer)[0] / len(results)
         done, rest = taken[: len(results)], taken[len(results) :]
         self._size = max(len(done), 1) if rest else min(2 * self._size, AT_ONCE)
         self._forget(done)
@@ -287,7 +288,7 @@ class _Pool:
         self.idle: list[int] = []
         self.working: dict[int, _Task] = {}
         self.pids: dict[int, int] = {}
-        self.cost = 0.0  # of the last fork, in seconds
+        self.cost = 0.0  # of a child, in seconds
         self.growing: asyncio.TimerHandle | None = None
         self.resting: asyncio.TimerHandle | None = None
         finalize(self, _close_all, self.pids)
@@ -354,7 +355,7 @@ class _Pool:
         pid = os.fork()
         if pid == 0:
             _child(theirs, parent)
-        self.cost = time.monotonic() - began
+        self.cost = _DEARER * (time.monotonic() - began)
         os.close(theirs)
         _children.add(pid)
         self.pids[ours] = pid
@@ -422,23 +423,41 @@ def _child(channel: int, parent: int) -> None:
         os.closerange(channel + 1, _MAX_FD)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        busy = _Busy()
         while message := os.read(channel, _MAX_MESSAGE):
-            os.write(channel, _perform(message, parent))
+            os.write(channel, _perform(message, parent, busy))
     finally:
         os._exit(0)
 
 
-def _perform(message: bytes, parent: int) -> bytes:
+class _Busy:
+    """For how long this process has run, or waited for a processor; the rest it sleeps."""
+
+    def __init__(self) -> None:
+        self._file = -1
+        with contextlib.suppress(OSError):  # a kernel without it: how long it sleeps is not known
+            self._file = os.open("/proc/self/schedstat", os.O_RDONLY)
+
+    def seconds(self) -> float | None:
+        """Since it began."""
+        if self._file < 0:
+            return None
+        running, waiting = os.pread(self._file, 100, 0).split()[:2]
+        return (int(running) + int(waiting)) / 1e9
+
+
+def _perform(message: bytes, parent: int, busy: _Busy) -> bytes:
     """Write one thing after the other, up to the first that is refused, or was slow."""
     results = bytearray()
-    began, computed = time.monotonic(), time.process_time()
+    began, before = time.monotonic(), busy.seconds()
     words = message.split(b"\0")
     for path, data in zip(words[::2], words[1::2], strict=True):
         results.append(_perform_one(path, data, parent))
         if results[-1] or time.monotonic() - began > PATIENCE / 2:
             break
-    waited = time.monotonic() - began - (time.process_time() - computed)
-    return _WAITED.pack(max(waited, 0.0)) + results
+    passed, after = time.monotonic() - began, busy.seconds()
+    slept = 0.0 if before is None or after is None else passed - (after - before)
+    return _SLEPT.pack(max(slept, 0.0)) + results
 
 
 def _perform_one(path: bytes, data: bytes, parent: int) -> int:

@@ -378,7 +378,7 @@ def test_a_signal_in_the_middle_rolls_back_and_says_so(
 ) -> None:
     machine.system.block[U2] = asyncio.Event()  # until it is cancelled, and answered then
     err = tmp_path / "err"
-    pid = in_child(machine, ["apply", machine.spec(), "--deadline", "0.5"], err)
+    pid = in_child(machine, ["apply", machine.spec(), "--deadline", "1.5"], err)
     until(lambda: U1 in machine.system.uuids() and "[1/2]" in err.read_text())
     os.kill(pid, number)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
