@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
 MDO = [
-    sys.executable,
+    f"{sys.base_prefix}/bin/python3",  # not that of the virtual environment, which has more in it
     "-c",
     "from mdev_orchestrator.cli.main import main; raise SystemExit(main())",
 ]
@@ -101,17 +103,29 @@ def in_lab(script: str, words: Sequence[str], *, mvgpu: str) -> int:
 
 
 def installed() -> Path:
-    """A directory in memory with an installed copy of the package, which is used from now on.
+    """A directory in memory with all that an installation has, which is used from now on.
 
-    The checkout is on an uncached file system, where an installed package is not, and may have no
-    bytecode. The state directory is new, too.
+    The checkout and its virtual environment are on an uncached file system, where what is installed
+    is not; the package may have no bytecode there. The state directory is new, too.
     """
     place = Path(tempfile.mkdtemp(dir="/run"))
     shutil.copytree(ROOT / "python", place / "python")
+    for name in needed("mdev-orchestrator"):
+        for file in metadata.files(name) or ():
+            if ".." not in file.parts and file.suffix != ".pyc":
+                (place / "python" / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file.locate(), place / "python" / file)
     compileall.compile_dir(place / "python", quiet=2)  # as pip does
     sys.path.insert(0, str(place / "python"))
     os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
     return place
+
+
+def needed(name: str) -> set[str]:
+    """The distributions that one needs, without its extras."""
+    asked = [one for one in metadata.requires(name) or () if "extra ==" not in one]
+    names = {re.split(r"[^\w.-]", one)[0] for one in asked}
+    return names.union(*map(needed, names))
 
 
 def run(words: Sequence[str | Path], text: str | None = None) -> str:

@@ -209,6 +209,11 @@ class Guests:
         """The observer's monitor of the first guest."""
         return Qmp(self.place / f"{self.names[0]}.look")
 
+    def say(self, command: str) -> None:
+        """Give the first guest's QEMU a command, by the observer's monitor."""
+        with contextlib.closing(self.look()) as look:
+            look.ask(command)
+
     def id(self, uuid: UUID) -> str:
         """What QEMU calls the device."""
         from mdev_orchestrator.qemu.command import device_id
@@ -404,12 +409,17 @@ def start_libvirt(place: Path) -> None:
 
 
 def hotplug(figures: bench.Figures, place: Path) -> None:
-    """One device in and out of a guest that has booted; the first turn waits until it has."""
+    """One device in and out of a guest that has booted; the first turn waits until it has.
+
+    Once they have booted, the guests of the other ways are paused meanwhile: even one that does
+    nothing wants a share of L1's processor, the larger the longer a way computes.
+    """
     guests = {way: make(place, f"{way}-plug", 1, device=False) for way, make in WAYS.items()}
     for own in guests.values():
         own.start()
     for way in figures.turns("hotplug", WAYS):
         own = guests[way]
+        own.say("cont")
         (uuid,) = make_mdevs(1)
         begun = time.perf_counter()
         own.attach(uuid)
@@ -425,6 +435,7 @@ def hotplug(figures: bench.Figures, place: Path) -> None:
             if wait_gone(look, own.id(uuid)):
                 seconds = time.perf_counter() - begun
         figures.note("detach", way, seconds)
+        own.say("stop")
         remove_mdevs()
     for own in guests.values():
         own.stop()
