@@ -185,12 +185,13 @@ class Launch(Step, frozen=True, tag="launch"):
     async def make(self, context: Context) -> None:  # noqa: D102
         found = _guest(self.guest.name, context)
         if found is not None and found.alive and found.record is not None:
-            if context.repairing and found.record.uuid == self.guest.uuid:
+            if not context.repairing or found.record.uuid != self.guest.uuid:
+                raise BusyError(
+                    f"{found.who} runs already, as process {found.record.pid}",
+                    f"mdo guest stop {self.guest.name}, or take another name",
+                )
+            if not await process.obeys(found):
                 return
-            raise BusyError(
-                f"{found.who} runs already, as process {found.record.pid}",
-                f"mdo guest stop {self.guest.name}, or take another name",
-            )
         await lifecycle.launch(
             guest_spec(self.guest, [_usable(uuid, context) for uuid in self.devices]),
             deadline=self.deadline,

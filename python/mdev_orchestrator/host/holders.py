@@ -60,7 +60,7 @@ def holders(mdevs: Iterable[Mdev], root: Path = ROOT) -> Holders:
     mdevs = tuple(mdevs)
     if not mdevs:
         return Holders()
-    by_node, unseen = _open_files(os.path.join(root, "proc"), _GROUP)
+    by_node, unseen = _open_files(os.path.join(root, "proc"), _GROUP, opened=True)
     if not by_node:
         return Holders(unseen=unseen)
     with_cdev = any(node.startswith(_CDEV) for node in by_node)
@@ -100,8 +100,12 @@ def guest_name(arguments: list[str]) -> str | None:
     return name or None
 
 
-def _open_files(proc: str, prefix: str) -> tuple[dict[str, set[int]], int]:
-    """Pids by file that begins with ``prefix``, and how many processes cannot be looked into."""
+def _open_files(proc: str, prefix: str, *, opened: bool = False) -> tuple[dict[str, set[int]], int]:
+    """Pids by file that begins with ``prefix``, and how many processes cannot be looked into.
+
+    :param opened: Leave out descriptors that only name a file (``O_PATH``), as udev has them of
+        every new device.
+    """
     nodes: dict[str, set[int]] = {}
     unseen = 0
     try:
@@ -122,9 +126,18 @@ def _open_files(proc: str, prefix: str) -> tuple[dict[str, set[int]], int]:
                 target = os.readlink(f"{directory}/{descriptor}")
             except OSError:
                 continue  # closed meanwhile
-            if target.startswith(prefix):
+            if target.startswith(prefix) and not (opened and _only_names(proc, pid, descriptor)):
                 nodes.setdefault(target, set()).add(int(pid))
     return nodes, unseen
+
+
+def _only_names(proc: str, pid: str, descriptor: str) -> bool:
+    try:
+        with open(f"{proc}/{pid}/fdinfo/{descriptor}", encoding="ascii") as file:
+            flags = next(line.split()[1] for line in file if line.startswith("flags:"))
+        return bool(int(flags, 8) & os.O_PATH)
+    except (OSError, ValueError, StopIteration):
+        return False  # it is not known: it may be open
 
 
 def _holder(pid: int, root: Path) -> Holder:

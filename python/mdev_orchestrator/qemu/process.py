@@ -77,6 +77,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 PRESS_AGAIN_SECONDS = 10.0
 """Between two presses of a guest's power button."""
+OBEY_SECONDS = 30.0
+"""For a guest to end after its button was pressed: nothing tells that it is about to."""
 KILL_SECONDS = 15.0
 LOCK_SECONDS = 10.0
 MAX_SUN_PATH = 107
@@ -94,6 +96,9 @@ CONSOLE = "console.sock"
 CONSOLE_LOG = "console.log"
 QEMU_LOG = "qemu.log"
 STARTED = "started"
+ASKED = "asked"
+"""A file in a guest's directory that is touched before its power button is pressed, and goes when
+whoever waits for it gives up: one that is left is of somebody who was interrupted."""
 
 # $0 is shown by ps while the gate is closed. The shell becomes QEMU, with the same pid.
 GATE = 'cd / && read -r _ && exec "$@" </dev/null'
@@ -823,6 +828,23 @@ async def stop(
     return Ended(guest.name, how)
 
 
+async def obeys(guest: Guest) -> bool:
+    """Wait whether a guest ends because somebody asked it to; ``False`` at once if nobody did.
+
+    A button cannot be taken back: who comes after one that was killed while he waited, or undoes
+    what he did, must know whether the guest will run on.
+    """
+    asked = guest.directory / ASKED
+    try:
+        passed = time.time() - asked.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    if await wait_ended(guest, min(OBEY_SECONDS, OBEY_SECONDS - passed)):
+        return True
+    asked.unlink(missing_ok=True)
+    return False
+
+
 async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> str:
     """Escalate until the process has ended; return what it took."""
     from mdev_orchestrator.qemu import monitor
@@ -831,6 +853,8 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
     end = loop.time() + deadline
     refusal = ""
     while not refusal and (left := end - loop.time()) > 0:
+        with contextlib.suppress(OSError):  # on a full disk it is stopped all the same
+            (guest.directory / ASKED).touch()
         try:
             async with (
                 asyncio.timeout(left),
@@ -844,6 +868,7 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
         if await _ended(process, max(min(end - loop.time(), patience), 0)):
             return "powerdown"
     if not force:
+        (guest.directory / ASKED).unlink(missing_ok=True)
         raise DeadlineError(
             f"{guest.who} did not power down within {deadline:g} s" + (refusal and f": {refusal}"),
             f"it still runs; mdo guest stop --force {guest.name} ends it without asking",

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -323,3 +325,25 @@ async def test_of_two_guests_one_that_fails_stops_the_other(
         await module.apply(document(bad), host=machine.root, guests=real)
     assert process.list_guests(real) == []
     assert read_owned().guests == {}
+
+
+async def test_a_guest_that_obeys_after_all_is_started_again(
+    machine: FakeSystem, real: Path
+) -> None:
+    """Its button was pressed and cannot be taken back: a destroy was interrupted meanwhile."""
+    await module.apply(document(GUEST), host=machine.root, guests=real)
+    first = process.find_running("g", real)
+    destroying = asyncio.ensure_future(module.destroy("lab", host=machine.root, guests=real))
+    while not (first.directory / process.ASKED).exists():
+        await asyncio.sleep(0.01)
+    destroying.cancel()
+    await asyncio.sleep(0.1)
+    assert first.record is not None
+    os.kill(first.record.pid, signal.SIGTERM)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await destroying
+    assert caught.value.__notes__ == ["all was undone"]
+    second = process.find_running("g", real)
+    assert second.record is not None
+    assert (second.record.uuid, second.record.pid == first.record.pid) == (first.record.uuid, False)
+    assert not (second.directory / process.ASKED).exists()

@@ -55,6 +55,16 @@ def test_a_holder_of_the_newer_character_device(two: FakeSystem) -> None:
     assert found(two, U2) == []
 
 
+def test_who_only_names_a_node_does_not_hold_it(two: FakeSystem) -> None:
+    """udev has such a descriptor of every new node for a moment."""
+    worker = two.process(3, "(udev-worker)", ["udev"], ["/dev/vfio/1", "/dev/vfio/2"])
+    (worker / "fdinfo").mkdir()
+    (worker / "fdinfo" / "0").write_text("pos:\t0\nflags:\t012000000\nmnt_id:\t26\n")
+    (worker / "fdinfo" / "1").write_text("pos:\t0\nflags:\t02100002\nmnt_id:\t26\n")
+    assert found(two, U1) == []
+    assert found(two, U2) == ["(udev-worker) (pid 3)"]
+
+
 def test_a_process_that_ends_meanwhile(two: FakeSystem) -> None:
     link(two.root / "proc" / "77", two.root / "nowhere")
     assert found(two, U1) == []

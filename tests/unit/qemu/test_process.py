@@ -409,6 +409,34 @@ async def test_the_power_button_is_pressed_again(
             await stopping
 
 
+async def test_whether_a_guest_obeys_is_waited_for(
+    qemu: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked it was interrupted."""
+    monkeypatch.setattr(process, "OBEY_SECONDS", 0.5)
+    async with started(place, spec(qemu)) as guest:
+        assert not await process.obeys(guest)  # nobody has asked it
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await stop(guest)
+        assert (guest.directory / process.ASKED).exists()
+        assert not await process.obeys(guest)
+        assert not (guest.directory / process.ASKED).exists()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await stop(guest)
+        assert guest.record
+        os.kill(guest.record.pid, signal.SIGTERM)
+        assert await process.obeys(guest)
+
+
+async def test_who_gives_up_waiting_has_asked_nothing(qemu: str, place: Path) -> None:
+    async with started(place, spec(qemu)) as guest:
+        with pytest.raises(DeadlineError, match="did not power down"):
+            await stop(guest, deadline=0.3)
+        assert not (guest.directory / process.ASKED).exists()
+
+
 async def test_a_qemu_that_is_stopped(qemu: str, place: Path) -> None:
     """SIGSTOP is the worst a monitor can meet: it accepts and never answers."""
     async with started(place, spec(qemu)) as guest:
