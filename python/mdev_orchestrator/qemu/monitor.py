@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate, protocol, qmp_client
 from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message
+from qemu.qmp.util import pretty_traceback
 
 from mdev_orchestrator.errors import CommandError, DeadlineError, QemuError
 
@@ -46,7 +47,18 @@ MAX_EVENTS = 64
 """Events that wait to be looked at; a listener hears one device's, so a flood is a fault."""
 
 # qemu.qmp logs what it also raises; without a handler, logging would print it twice.
-logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+_LOG = logging.getLogger("qemu.qmp")
+_LOG.addHandler(logging.NullHandler())
+
+
+def _traceback(prefix: str = "  | ") -> str:
+    return pretty_traceback(prefix) if _LOG.isEnabledFor(logging.DEBUG) else ""
+
+
+# It formats a traceback for each connection that it loses, whether anybody reads its log or not:
+# Python parses the source again for that, and the memory of a process that lives long gets holes.
+for _module in (protocol, qmp_client):
+    vars(_module)["pretty_traceback"] = _traceback
 
 
 class Event(msgspec.Struct, frozen=True):

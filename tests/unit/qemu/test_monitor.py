@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -135,6 +138,30 @@ async def test_it_hangs_up(serve: Serve, early: bytes) -> None:
     async with serve(script) as path:
         with pytest.raises(QemuError, match=r"hung up|no QMP|Broken pipe|reset"):
             await ask(path)
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
+async def test_a_traceback_is_made_for_who_reads_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, level: int
+) -> None:
+    """A service loses a connection for each guest that ends: what that costs stays small."""
+    made: list[str] = []
+    format_exception = traceback.format_exception
+
+    def counted(*what: Any, **how: Any) -> list[str]:  # noqa: ANN401 - as the original
+        made.append("one")
+        return format_exception(*what, **how)
+
+    async def script(_: Peer) -> None:
+        """Hang up."""
+
+    with caplog.at_level(level, "qemu.qmp"):
+        monkeypatch.setattr(traceback, "format_exception", counted)
+        async with serve(script) as path:
+            with pytest.raises(QemuError):
+                await ask(path)
+        monkeypatch.undo()
+    assert bool(made) == (level == logging.DEBUG)
 
 
 async def test_it_hangs_up_on_a_command(serve: Serve) -> None:
