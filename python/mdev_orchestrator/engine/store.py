@@ -258,6 +258,8 @@ def explained(path: Path) -> Iterator[None]:
         raise _damaged(path, text) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
+    except MemoryError as error:
+        raise _damaged(path, "SQLite wants more memory for it than there is") from error
     except OSError as error:
         raise HostError(f"the journal {path} cannot be used: {error.strerror}") from error
 
