@@ -15,7 +15,7 @@ import os
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -200,6 +200,7 @@ class Refusal:
     """What was said when the block of :func:`refused` has ended."""
 
     text: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -211,6 +212,7 @@ def refused(kind: type[BaseException], *words: str) -> Iterator[Refusal]:
         yield refusal
     except kind as error:
         refusal.text = str(error)
+        refusal.notes = getattr(error, "__notes__", [])
         raised = True
     assert raised, f"no {kind.__name__} was raised"
     for word in words:

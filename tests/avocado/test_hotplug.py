@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from guests import (
     GuestTest,
     appears,
@@ -19,13 +21,14 @@ from guests import (
     use,
 )
 
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import lifecycle, plug
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.lab.story import counts
 from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu.monitor import connect
 
 SMALL = "mvgpu-128M"
 PORTS = 4
@@ -71,6 +74,22 @@ class HotPlug(GuestTest):
             await use(program, fifth, seed=5)
             seen = await functions(program)
             assert seen.keys() == {mdev.uuid for mdev in devices} - {second.uuid}
+
+            # Whoever asks the guest to let go cannot take that back; interrupted, it plugs in anew.
+            running = process.find_running("ports")
+            async with connect(running.watch_socket, running.who) as qmp:
+                with qmp.events(("DEVICE_DELETED",), lambda data: "device" in data) as events:
+                    detaching = asyncio.ensure_future(plug.detach("ports", fifth.uuid))
+                    while not any(running.directory.glob("asked-*")):
+                        assert not detaching.done()
+                        await asyncio.sleep(0.01)
+                    detaching.cancel()
+                    with refused(asyncio.CancelledError) as undone:
+                        await detaching
+                    assert undone.notes == ["all was undone"]
+                    assert await events.next(0), "the guest has not let go yet"
+            await appears(program, fifth)
+            await use(program, fifth, seed=6)
 
     async def test_guest_that_ignores_an_unplug(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,):

@@ -268,7 +268,7 @@ class Attach(Step, frozen=True, tag="attach"):
             if context.repairing:
                 return  # a guest that has gone has no devices to give back
             raise RequestError(f"guest {self.guest.name} does not run", "mdo apply starts it")
-        if context.repairing and await _has(found, self.uuid, self.deadline):
+        if context.repairing and await hotplug.keeps(found, self.uuid, deadline=self.deadline):
             return
         context.ports[self.uuid] = await lifecycle.attach(
             found,
@@ -398,7 +398,3 @@ def _alive(own: OwnGuest, context: Context) -> Guest | None:
     if found is None or not found.alive or found.record is None:
         return None
     return found if found.record.uuid == own.uuid else None
-
-
-async def _has(guest: Guest, uuid: UUID, deadline: float) -> bool:
-    return uuid in {plugged.uuid for plugged in await hotplug.mdevs_of(guest, deadline=deadline)}

@@ -20,12 +20,16 @@ for it, so it is asked for, often at first and then a few times a second.
 
 **Detached** means ``DEVICE_DELETED``: QEMU has closed the device. ``device_del`` only asks the
 guest. One without an operating system never answers, and what was asked before it booted may be
-lost, so the question is repeated; it may also refuse (``DEVICE_UNPLUG_GUEST_ERROR``).
+lost, so the question is repeated; it may also refuse (``DEVICE_UNPLUG_GUEST_ERROR``). The question
+cannot be taken back: while it is open there is a mark in the guest's directory, and one that is
+left tells whoever comes later that the guest may let go yet.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -45,7 +49,7 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
-from mdev_orchestrator.qemu.process import Guest, find_running, list_guests
+from mdev_orchestrator.qemu.process import ASKED, Guest, find_running, list_guests
 from mdev_orchestrator.qemu.remedies import remedy
 
 if TYPE_CHECKING:
@@ -57,6 +61,8 @@ QUERY_SECONDS = 5.0
 ASK_AGAIN_SECONDS = 10.0
 """Longer than the five seconds in which a second press of a PCIe attention button takes the first
 one back; QEMU refuses to press it earlier anyway."""
+OBEY_SECONDS = 30.0
+"""For a guest to let go after it was last asked to: nothing tells that it is about to."""
 LOOK_SECONDS = 0.2
 FIRST_LOOK_SECONDS = 0.02
 
@@ -419,7 +425,8 @@ async def detach(
                 f"{found.who}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
                 "stop the guest",
             )
-        await _unplug(qmp, device, end, deadline)
+        with _asking(found, uuid) as mark:
+            await _unplug(qmp, device, end, deadline, mark)
 
 
 async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS) -> None:
@@ -439,11 +446,68 @@ async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS)
         await _unplug(qmp, device_id, end, deadline)
 
 
-async def _unplug(qmp: Monitor, device_id: str, end: float, deadline: float) -> None:
-    loop = asyncio.get_running_loop()
+def _mark(guest: Guest, uuid: UUID) -> Path:
+    """Touched when a guest is asked to let go of an mdev."""
+    return guest.directory / f"{ASKED}-{uuid}"
+
+
+def _leave(mark: Path) -> None:
+    with contextlib.suppress(OSError):  # on a full disk it is unplugged all the same
+        mark.touch()
+
+
+@contextlib.contextmanager
+def _asking(guest: Guest, uuid: UUID) -> Iterator[Path]:
+    """Take the mark away when the guest has answered or was waited for; not when interrupted."""
+    mark = _mark(guest, uuid)
+    try:
+        yield mark
+    except Exception:
+        mark.unlink(missing_ok=True)
+        raise
+    mark.unlink(missing_ok=True)
+
+
+async def keeps(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) -> bool:
+    """Whether a guest has an mdev, and will keep it.
+
+    One that was asked to let go by somebody who was interrupted meanwhile is waited for.
+
+    :param deadline: Seconds for QEMU to answer.
+    :raise QemuError: QEMU cannot be reached, or ended meanwhile.
+    """
+    from mdev_orchestrator.qemu.monitor import connect
+
+    mark = _mark(guest, uuid)
+    held = {plugged.uuid: plugged for plugged in await mdevs_of(guest, deadline=deadline)}
+    kept = uuid in held
+    try:
+        left = min(OBEY_SECONDS, OBEY_SECONDS - (time.time() - mark.stat().st_mtime))
+    except FileNotFoundError:
+        return kept
+    device = held[uuid].device_id if kept else None
+    if device is not None and left > 0:
+        async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+            with _answers(qmp, device) as events, contextlib.suppress(BusyError):
+                kept = device in await _children(qmp, PERIPHERAL) and not await _gone(
+                    qmp, device, events, left
+                )
+    mark.unlink(missing_ok=True)
+    return kept
+
+
+def _answers(qmp: Monitor, device_id: str) -> contextlib.AbstractContextManager[Events]:
+    """What a guest may answer when it is asked to let go."""
     names = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
-    with qmp.events(names, lambda data: data.get("device") == device_id) as events:
-        while await _ask_to_let_go(qmp, device_id):
+    return qmp.events(names, lambda data: data.get("device") == device_id)
+
+
+async def _unplug(
+    qmp: Monitor, device_id: str, end: float, deadline: float, mark: Path | None = None
+) -> None:
+    loop = asyncio.get_running_loop()
+    with _answers(qmp, device_id) as events:
+        while await _ask_to_let_go(qmp, device_id, mark):
             left = end - loop.time()
             if await _gone(qmp, device_id, events, max(min(left, ASK_AGAIN_SECONDS), 0)):
                 return
@@ -457,8 +521,10 @@ async def _unplug(qmp: Monitor, device_id: str, end: float, deadline: float) -> 
     )
 
 
-async def _ask_to_let_go(qmp: Monitor, device_id: str) -> bool:
+async def _ask_to_let_go(qmp: Monitor, device_id: str, mark: Path | None) -> bool:
     """``device_del``; whether there is anything to wait for."""
+    if mark is not None:
+        _leave(mark)
     try:
         await qmp.execute("device_del", object, {"id": device_id})
     except CommandError as error:

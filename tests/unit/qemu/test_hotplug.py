@@ -181,12 +181,15 @@ class Fake:
         self.on_add: list[dict[str, object]] = []
         self.on_del: list[list[dict[str, object]]] = []
         self.asked_to_go = 0
+        self.looked = 0
+        self.peer: Peer | None = None
         self.added = asyncio.Event()
         self.answer_add = asyncio.Event()
         self.answer_add.set()
 
     async def __call__(self, peer: Peer) -> None:
         await peer.greet()
+        self.peer = peer
         while True:
             command = await peer.command()
             name = command["execute"].replace("-", "_")
@@ -196,6 +199,7 @@ class Fake:
     async def qom_list(self, _peer: Peer, path: str) -> dict[str, object]:
         match path.split("/")[2:]:
             case ["peripheral"]:
+                self.looked += 1
                 found = [(name, f"child<{kind}>") for name, kind in self.devices.items()]
             case ["peripheral", "port0", "port0"]:
                 inside = [kind for name, kind in self.devices.items() if name != "port0"]
@@ -407,6 +411,74 @@ async def test_asked_again_when_the_guest_did_not_hear(
     async with faked(serve, plugged) as found:
         await hotplug.unplug(found, DEVICE)
     assert plugged.asked_to_go == 3
+
+
+@asynccontextmanager
+async def asked(serve: Serve, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guest]:
+    """A guest that was asked to let go by somebody who was interrupted then."""
+    async with faked(serve, fake) as found:
+        (found.directory / "query.sock").symlink_to(found.qmp_socket)
+        monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
+        detaching = asyncio.ensure_future(hotplug.detach("g", M1))
+        while not fake.asked_to_go:
+            await asyncio.sleep(0.01)
+        detaching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await detaching
+        assert marks(found) == [f"asked-{M1}"]
+        yield found
+        (found.directory / "query.sock").unlink()
+
+
+def marks(found: Guest) -> list[str]:
+    return [path.name for path in found.directory.glob("asked-*")]
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+async def test_a_guest_answers_when_who_asked_was_interrupted(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch, lets_go: bool
+) -> None:
+    """What it was asked cannot be taken back, so it is waited for."""
+    async with asked(serve, plugged, monkeypatch) as found:
+        looked = plugged.looked
+        keeping = asyncio.ensure_future(hotplug.keeps(found, M1))
+        while plugged.looked < looked + 2:
+            await asyncio.sleep(0.01)
+        assert plugged.peer
+        await plugged.peer.send(
+            event("DEVICE_DELETED" if lets_go else "DEVICE_UNPLUG_GUEST_ERROR", DEVICE)
+        )
+        assert await keeping is not lets_go
+        assert marks(found) == []
+        assert plugged.asked_to_go == 1
+        if lets_go:
+            del plugged.devices[DEVICE]
+        assert await hotplug.keeps(found, M1) is not lets_go  # of this nobody has to wait
+
+
+@pytest.mark.parametrize("late", [0.0, 1.0])
+async def test_a_guest_that_does_not_answer_keeps_what_it_has(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch, late: float
+) -> None:
+    """Neither to who looks soon, and waits, nor to who looks later."""
+    monkeypatch.setattr(hotplug, "OBEY_SECONDS", 0.5)
+    async with asked(serve, plugged, monkeypatch) as found:
+        await asyncio.sleep(late)
+        assert await hotplug.keeps(found, M1)
+        assert marks(found) == []
+
+
+async def test_who_gives_up_has_asked_nothing(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with faked(serve, plugged) as found:
+        monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
+        with pytest.raises(DeadlineError):
+            await hotplug.detach("g", M1, 0.2)
+        assert marks(found) == []
+        plugged.on_del = [[event("DEVICE_DELETED", DEVICE)]]
+        await hotplug.detach("g", M1)
+        assert marks(found) == []
 
 
 @pytest.mark.parametrize(
