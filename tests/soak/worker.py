@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid5
 
 import pyudev
@@ -32,6 +34,7 @@ from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
 
+TESTS = Path(__file__).resolve().parents[1]
 LONGEST = 900.0
 """Seconds after which a move hangs; none takes a tenth of that, unless the machine is very busy."""
 SLOW = 300.0
@@ -49,7 +52,7 @@ class Outcome:
     :ivar kind: :data:`DONE`, the name of an error's class, or :data:`BARE`.
     :ivar kinds: That, and the classes of :mod:`mdev_orchestrator.errors` that it is one of.
     :ivar words: The error's message; a bare exception's traceback.
-    :ivar stray: What the event loop complained about since the last time.
+    :ivar stray: What the event loop complained about since the last time, or who tidied up.
     """
 
     kind: str
@@ -74,10 +77,15 @@ class Worker:
 
     def __init__(self) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            self._pipe.close()
-            _serve(theirs)
+        number = theirs.fileno()
+        # a Python of its own: what pytest keeps of warnings and logs is not the service's memory
+        program = f"from soak.worker import serve; serve({number})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error::ResourceWarning", "-c", program],
+            pass_fds=[number],
+            env=os.environ | {"PYTHONPATH": str(TESTS)},
+        )
+        self.pid = self._process.pid
         theirs.close()
 
     def call(self, name: str, *arguments: object) -> Outcome:
@@ -101,19 +109,13 @@ class Worker:
 
     def end(self) -> None:
         self._pipe.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        self._process.kill()
+        self._process.wait()
 
 
-def _serve(pipe: Connection) -> NoReturn:
-    status = 1
-    try:
-        asyncio.run(_Service(pipe).run())
-        status = 0
-    except BaseException:  # noqa: BLE001 - the end of a forked process
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def serve(descriptor: int) -> None:
+    """Be the service, for who holds the other end of this pipe."""
+    asyncio.run(_Service(Connection(descriptor)).run())
 
 
 class _Service:
@@ -125,6 +127,7 @@ class _Service:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: self.stray.append(str(context)))
+        sys.unraisablehook = lambda unraisable: self.stray.append(str(unraisable.exc_value))
         requests: asyncio.Queue[tuple[str, tuple[Any, ...]] | None] = asyncio.Queue()
 
         def readable() -> None:

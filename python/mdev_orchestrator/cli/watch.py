@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -27,12 +28,16 @@ from mdev_orchestrator.qemu.events import (
     guest_events,
 )
 
+EVERY = (700, 10, 10)
+"""How often garbage is looked for: Python's own numbers, because this command lives long."""
+
 
 def watch(
     *,
     json: Annotated[bool, Option("--json", help="One JSON document a line.")] = False,
 ) -> None:
     """Print events of parents, devices, VFIO nodes and guests as they happen, until ctrl-C."""
+    gc.set_threshold(*EVERY)
     output.run(_watch(json=json))
 
 

@@ -24,6 +24,7 @@ import asyncio
 import logging
 import socket
 import textwrap
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -155,6 +156,7 @@ class Monitor:
             ) from error
         except QMPError as error:
             cause = _cause(await _close(self._client, self._sock))
+            _forget_frames(error)
             raise QemuError(f"{self.who}: {command}: {cause}") from error
         return _convert(value, reply, command, self.who)
 
@@ -266,7 +268,18 @@ async def _close(client: QMPClient, sock: socket.socket) -> BaseException | None
     finally:
         guard.cancel()
         error = closing.exception() if closing.done() else None
+    if error is not None:
+        _forget_frames(error)
     return error
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Empty the frames that an error of qemu.qmp has passed.
+
+    They name the error, or the tasks that died of it, and it names them: circles, which a process
+    that lives long would keep, one for each guest that ends, until Python looks for such.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 @asynccontextmanager

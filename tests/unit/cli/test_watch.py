@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import gc
 from uuid import UUID
 
+import pytest
+
+from mdev_orchestrator.cli import main, output, watch
 from mdev_orchestrator.cli.watch import line, shape
 from mdev_orchestrator.host.events import MdevEvent
 from mdev_orchestrator.qemu.events import StateChange, Unwatched, Watched
@@ -53,3 +57,15 @@ def test_a_start_that_was_refused_has_a_reason_and_a_group_of_its_own_no_uuid() 
 def test_a_guest_that_is_watched_and_no_more() -> None:
     assert line(Watched("g")) == "guest   watched  g"
     assert line(Unwatched("g")) == "guest   unwatched  g"
+
+
+def test_it_lives_long_and_looks_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that do not never look for it, which takes as long as some of them."""
+    before = gc.get_threshold()
+    gc.set_threshold(main.GARBAGE)
+    try:
+        monkeypatch.setattr(output, "run", lambda endless: endless.close())
+        watch.watch()
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*before)

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import socket
 import traceback
+import weakref
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from qemu.qmp import QMPClient
 
 from mdev_orchestrator.errors import CommandError, DeadlineError, MdoError, QemuError
+from mdev_orchestrator.qemu import monitor
 from mdev_orchestrator.qemu.monitor import MAX_EVENTS, Monitor, connect
 from unit.qemu.conftest import GREETING, Peer, Script, Serve
 
@@ -162,6 +167,58 @@ async def test_a_traceback_is_made_for_who_reads_it(
                 await ask(path)
         monkeypatch.undo()
     assert bool(made) == (level == logging.DEBUG)
+
+
+async def ends(qmp: Monitor) -> None:
+    """QEMU is killed, and nobody had asked it anything."""
+    with contextlib.suppress(QemuError):
+        await listen(qmp, 1)
+
+
+async def asks(qmp: Monitor) -> None:
+    with contextlib.suppress(QemuError):
+        await qmp.execute("query-x", object)
+
+
+async def leaves(qmp: Monitor) -> None:
+    """All is well."""
+
+
+@pytest.mark.parametrize("use", [ends, asks, leaves])
+async def test_a_connection_leaves_no_circles(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, use: Callable[[Monitor], Awaitable[None]]
+) -> None:
+    """They would stay until Python looks for such, in a process that has one for each guest."""
+    made: list[weakref.ref[QMPClient]] = []
+
+    class Client(monitor._Client):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(weakref.ref(self))
+
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        if use is ends:
+            await peer.answer({})
+        elif use is asks:
+            await peer.command()
+        else:
+            await peer.hang()
+
+    monkeypatch.setattr(monitor, "_Client", Client)
+    monkeypatch.setattr(logging.getLogger("qemu.qmp"), "propagate", False)  # pytest keeps it all
+    gc.disable()
+    try:
+        async with serve(script) as path:
+            async with connect(path, "guest g") as qmp:
+                await use(qmp)
+            del qmp
+            async with asyncio.timeout(LONG):
+                while made[0]() is not None:  # its transport goes a few turns of the loop later
+                    await asyncio.sleep(0.01)
+            assert len(made) == 1
+    finally:
+        gc.enable()
 
 
 async def test_it_hangs_up_on_a_command(serve: Serve) -> None:
