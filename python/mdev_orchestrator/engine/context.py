@@ -16,10 +16,10 @@ from mdev_orchestrator.host.holders import Holder, Holders, holders
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import (
     FINE,
-    AnyBatch,
     Batch,
     Separately,
     Writer,
+    Writes,
     write_apart,
     write_or_kill,
 )
@@ -59,7 +59,7 @@ class Context:
         lines: Sequence[tuple[str, bytes]],
         told: Callable[[int, int], None],
         fine: frozenset[int] = FINE,
-    ) -> AnyBatch:
+    ) -> Writes:
         """Several writes, by ``write`` or as it would make them."""
         make = Batch if self.write is write_apart else partial(Separately, self.write)
         return make(lines, told, fine)

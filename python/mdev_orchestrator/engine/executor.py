@@ -130,13 +130,11 @@ async def execute(
     ]
     # those that are about to act have done nothing yet
     progress = [Progress.PLANNED if entry.needs else Progress.FAILED for entry in planned]
-    if run is None:
-        run = await journal.begin(
-            kind, title, entries, wanted, change=intent, refused=refused, wait=wait
-        )
-        work = _Work(journal, run, planned, context, observe, progress)
-    else:
-        work = _Work(journal, run, planned, context, observe, progress)
+    begun = run or await journal.begin(
+        kind, title, entries, wanted, change=intent, refused=refused, wait=wait
+    )
+    work = _Work(journal, begun, planned, context, observe, progress)
+    if run is not None:
         try:
             await journal.plan(run, entries, wanted, change=intent, wait=wait)
         except asyncio.CancelledError as error:

@@ -29,7 +29,7 @@ from mdev_orchestrator.host.events import until
 from mdev_orchestrator.host.groups import join
 from mdev_orchestrator.host.holders import creators, holders
 from mdev_orchestrator.host.readiness import missing, wait_ready
-from mdev_orchestrator.host.writer import AnyBatch
+from mdev_orchestrator.host.writer import Writes
 from mdev_orchestrator.model import GROUP_FILE, Mdev, parse_uuid
 
 T = TypeVar("T")
@@ -239,7 +239,7 @@ def _refusal(device: OwnDevice, number: int, root: Path) -> MdoError:
     return sysfs.refusal(device.parent, device.type, device.uuid, number, root)
 
 
-async def _written(batch: AnyBatch, context: Context, told: Told) -> BaseException | None:
+async def _written(batch: Writes, context: Context, told: Told) -> BaseException | None:
     """Have a batch written, and tell of those that were not begun.
 
     :return: Why it was given up, if it was; what had begun then was waited for.
@@ -258,7 +258,7 @@ async def _written(batch: AnyBatch, context: Context, told: Told) -> BaseExcepti
     return cause
 
 
-async def _answered(batch: AnyBatch, deadline: float) -> None:
+async def _answered(batch: Writes, deadline: float) -> None:
     """Wait for the end of a batch.
 
     :raise TimeoutError: One of its writes took longer than ``deadline``, in seconds.

@@ -28,7 +28,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, finalize
 
 from mdev_orchestrator.host.process import reap
@@ -95,15 +95,17 @@ async def _write(path: str, data: bytes, *, kill: bool) -> int:
     return _UNKNOWN if number is None else number
 
 
-class Batch:
+class Writes:
     """Several writes that do not need each other; the first that is refused is the last.
 
-    Those that other children have begun by then come to their end too.
+    Those that have begun by then come to their end too.
 
     :ivar results: 0 or an errno for each that has ended; ``None`` for one that has not, or never
         begun.
     :ivar ended: Done when nothing of it is under way, and nothing more will begin.
     """
+
+    ended: asyncio.Future[Any]
 
     def __init__(
         self,
@@ -117,18 +119,53 @@ class Batch:
         :param told: Called on the event loop with a write's index and result, as it becomes known.
         :param fine: Results that are no refusal.
         """
-        import asyncio
-
-        if any(b"\0" in data for _, data in lines):
-            raise ValueError("data with a null byte")
-        loop = asyncio.get_running_loop()
-        self.lines = [os.fsencode(path) + b"\0" + data for path, data in lines]
         self.results: list[int | None] = [None] * len(lines)
-        self.ended: asyncio.Future[None] = loop.create_future()
         self._told = told
         self._fine = fine
         self._waiting = deque(range(len(lines)))
         self._under_way: dict[int, float] = {}
+
+    def begin(self) -> None:
+        """Have it done."""
+        raise NotImplementedError
+
+    def stop(self) -> bool:
+        """Let nothing more begin; whether nothing of it is under way."""
+        self._waiting.clear()
+        return not self._under_way
+
+    @property
+    def unknown(self) -> frozenset[int]:
+        """Those that were begun, and of which no result is known."""
+        return frozenset(self._under_way)
+
+    @property
+    def longest(self) -> float:
+        """For how many seconds something of it waits for an answer."""
+        raise NotImplementedError
+
+    def _result(self, index: int, number: int) -> None:
+        self.results[index] = number
+        self._told(index, number)
+
+
+class Batch(Writes):
+    """Writes by children that are told several at once."""
+
+    def __init__(
+        self,
+        lines: Sequence[tuple[str, bytes]],
+        told: Callable[[int, int], None] = lambda _index, _number: None,
+        fine: frozenset[int] = FINE,
+    ) -> None:
+        import asyncio
+
+        super().__init__(lines, told, fine)
+        if any(b"\0" in data for _, data in lines):
+            raise ValueError("data with a null byte")
+        loop = asyncio.get_running_loop()
+        self.lines = [os.fsencode(path) + b"\0" + data for path, data in lines]
+        self.ended: asyncio.Future[None] = loop.create_future()
         self._since = time.monotonic()
         self._sleep = 0.0  # of one write, as it was lately
         self._stopped = False
@@ -151,11 +188,6 @@ class Batch:
     def kill(self) -> None:
         """Kill the children that are at it."""
         self._pool.kill(self)
-
-    @property
-    def unknown(self) -> frozenset[int]:
-        """Those that a child was told to write, and has not answered for."""
-        return frozenset(self._under_way)
 
     @property
     def longest(self) -> float:
@@ -203,8 +235,7 @@ class Batch:
             self._let_no_more_begin()
         self.give_back(rest)
         for index, number in zip(done, results, strict=False):
-            self.results[index] = number
-            self._told(index, number)
+            self._result(index, number)
         self._end()
 
     def _forget(self, indices: Sequence[int]) -> None:
@@ -220,8 +251,8 @@ class Batch:
             self.ended.set_result(None)
 
 
-class Separately:
-    """What a :class:`Batch` is, by a writer that makes one write at a time."""
+class Separately(Writes):
+    """Writes by a writer that makes one at a time."""
 
     def __init__(
         self,
@@ -230,35 +261,19 @@ class Separately:
         told: Callable[[int, int], None],
         fine: frozenset[int] = FINE,
     ) -> None:
-        """Prepare writes, as for a batch."""
+        super().__init__(lines, told, fine)
         self.lines = lines
-        self.results: list[int | None] = [None] * len(lines)
-        self.ended: asyncio.Future[list[None]]
         self._write = write
-        self._told = told
-        self._fine = fine
-        self._waiting = deque(range(len(lines)))
-        self._under_way: dict[int, float] = {}
 
     def begin(self) -> None:
-        """Have it done."""
+        """Have it done, so many at a time as there would be children."""
         import asyncio
 
         self.ended = asyncio.gather(*(self._work() for _ in range(CHILDREN)))
 
-    def stop(self) -> bool:
-        """Let nothing more begin; whether nothing of it is under way."""
-        self._waiting.clear()
-        return not self._under_way
-
-    @property
-    def unknown(self) -> frozenset[int]:
-        """Those that are being written."""
-        return frozenset(self._under_way)
-
     @property
     def longest(self) -> float:
-        """For how many seconds a write is under way now; 0 when none is."""
+        """For how many seconds a write is under way; none ever waits for long."""
         now = time.monotonic()
         return now - min(self._under_way.values(), default=now)
 
@@ -268,13 +283,9 @@ class Separately:
             self._under_way[index] = time.monotonic()
             number = await self._write(*self.lines[index])
             del self._under_way[index]
-            self.results[index] = number
             if number not in self._fine:
                 self._waiting.clear()
-            self._told(index, number)
-
-
-AnyBatch = Batch | Separately
+            self._result(index, number)
 
 
 class _Pool:

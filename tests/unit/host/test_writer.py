@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from mdev_orchestrator.host import writer
-from mdev_orchestrator.host.writer import AT_ONCE, CHILDREN, Batch, Separately, write_apart
+from mdev_orchestrator.host.writer import AT_ONCE, CHILDREN, Batch, Separately, Writes, write_apart
 
-Make = Callable[[Sequence[tuple[str, bytes]], Callable[[int, int], None]], Batch | Separately]
+Make = Callable[[Sequence[tuple[str, bytes]], Callable[[int, int], None]], Writes]
 
 
 def separately(lines: Sequence[tuple[str, bytes]], told: Callable[[int, int], None]) -> Separately:
@@ -39,7 +39,7 @@ def children() -> set[str]:
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
-async def written(batch: Batch | Separately) -> None:
+async def written(batch: Writes) -> None:
     batch.begin()
     await asyncio.wait_for(asyncio.shield(batch.ended), 20)
 
