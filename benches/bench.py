@@ -128,6 +128,12 @@ def needed(name: str) -> set[str]:
     return names.union(*map(needed, names))
 
 
+def rest() -> None:
+    """Wait until udev has come to rest: it works on what others made long after they have ended."""
+    if "MDO_LAB" in os.environ:
+        run(["udevadm", "settle"])
+
+
 def run(words: Sequence[str | Path], text: str | None = None) -> str:
     """A process to its end; what it printed.
 
@@ -182,6 +188,7 @@ class Figures:
     @contextlib.contextmanager
     def timed(self, work: str, way: str) -> Iterator[None]:
         """Note how long the block takes, if it ends well."""
+        rest()
         begun = time.perf_counter()
         yield
         self.note(work, way, time.perf_counter() - begun)

@@ -421,6 +421,7 @@ def hotplug(figures: bench.Figures, place: Path) -> None:
         own = guests[way]
         own.say("cont")
         (uuid,) = make_mdevs(1)
+        bench.rest()
         begun = time.perf_counter()
         own.attach(uuid)
         figures.note("attach", way, time.perf_counter() - begun)
@@ -445,6 +446,7 @@ def start(figures: bench.Figures, place: Path) -> None:
     """One guest with a device, from nothing to its end."""
     for way in figures.turns("start", WAYS):
         own = WAYS[way](place, f"{way}-new", 1, device=True)
+        bench.rest()
         begun = time.perf_counter()
         own.start()
         figures.note("start", way, time.perf_counter() - begun)
