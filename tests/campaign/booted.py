@@ -9,8 +9,10 @@ from pathlib import Path
 from uuid import UUID
 
 from campaign import specs
+from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu.monitor import connect
 
 NAME = "alive"
 BOOT_SECONDS = 400.0
@@ -38,21 +40,37 @@ def answers() -> int:
 async def _answers() -> int:
     guest = process.find_running(NAME)
     assert guest.record is not None
-    async with l2.program(NAME, guest.console_socket, BOOT_SECONDS) as program:
-        plugged = {mdev.uuid for mdev in await hotplug.mdevs_of(guest)}
-        for uuid in plugged:
-            await program.ask(f"wait {uuid} {GUEST_SECONDS}", GUEST_SECONDS + 10)
-        found: set[UUID] = set()
-        try:
+    plugged = {mdev.uuid for mdev in await hotplug.mdevs_of(guest)}
+    found: set[UUID] = set()
+    try:
+        async with l2.program(NAME, guest.console_socket, BOOT_SECONDS) as program:
+            for uuid in plugged:
+                await program.ask(f"wait {uuid} {GUEST_SECONDS}", GUEST_SECONDS + 10)
             async with asyncio.timeout(GUEST_SECONDS):
-                while True:
+                while found != plugged:
                     listed = (await program.ask("list", GUEST_SECONDS))["functions"]
                     found = {UUID(one["uuid"]) for one in listed if one["uuid"]}
-                    if found == plugged:
-                        return guest.record.pid
-                    await asyncio.sleep(0.5)
-        except TimeoutError:
-            last = guest.console_log.read_text(errors="replace")[-2000:]
-            raise AssertionError(
-                f"QEMU has {plugged}, the guest uses {found}; its console: {last}"
-            ) from None
+    except (TimeoutError, DeadlineError) as error:
+        last = guest.console_log.read_text(errors="replace")[-1000:]
+        raise AssertionError(
+            f"{error}: QEMU has {plugged}, the guest uses {found}; its console: {last}; "
+            f"{await _how_it_hangs(guest)}"
+        ) from None
+    return guest.record.pid
+
+
+async def _how_it_hangs(guest: process.Guest) -> str:
+    """What the processor of a guest does that does not answer, and where QEMU's threads wait."""
+    assert guest.record is not None
+    said = []
+    async with connect(guest.query_socket, guest.who) as qmp:
+        for _ in range(2):
+            for line in ("info registers", "info lapic", "info irq"):
+                arguments = {"command-line": line}
+                text = await qmp.execute("human-monitor-command", str, arguments)
+                said.append(f"{line}: {text}")
+            await asyncio.sleep(2)
+    for thread in Path(f"/proc/{guest.record.pid}/task").iterdir():
+        stack = (thread / "stack").read_text()
+        said.append(f"thread {(thread / 'comm').read_text().strip()}: {stack}")
+    return "\n".join(said)
