@@ -16,7 +16,7 @@
 # make clean          forget what was built; the cache stays
 
 MDO = .venv/bin/mdo
-BENCHES = planner host_tree host_scan devices guests registers qemu_startup
+BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
 .PHONY: test-qemu-own check bench lab-shell clean

@@ -79,7 +79,8 @@ HOSTDEV = """<hostdev mode='subsystem' type='mdev' managed='no' model='vfio-pci'
 class Qmp:
     """The least that talks to a monitor."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pause: float = 0.01) -> None:
+        """:param pause: Seconds between two looks whether QEMU listens."""
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(PATIENCE)
         end = time.monotonic() + PATIENCE
@@ -90,7 +91,7 @@ class Qmp:
             except OSError:
                 if time.monotonic() > end:
                     raise
-                time.sleep(0.01)
+                time.sleep(pause)
         self.file = self.socket.makefile("rwb")
         self.file.readline()
         self.ask("qmp_capabilities")
