@@ -25,6 +25,7 @@ MDO = [
     "import sys; from mdev_orchestrator.cli.main import main; sys.exit(main())",
 ]
 NAME = f"reboot-{os.getpid()}"
+SERIES = os.environ.get("MDO_TEST_KERNEL", "6.12")
 SECONDS = 300
 """For anything; a busy machine takes many times as long as an idle one."""
 
@@ -84,7 +85,7 @@ def inside(script: str) -> str:
 
 
 def up(disk: Path) -> None:
-    done = mdo("lab", "up", "--name", NAME, "--systemd", str(disk))
+    done = mdo("lab", "up", "--name", NAME, "--kernel", SERIES, "--systemd", str(disk))
     assert done.returncode == 0, done.stderr
 
 
