@@ -21,9 +21,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from avocado import Test
+from lab.hang import where_it_hangs
 from lab.kernel_log import KernelLog
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
+from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.lab.story import as_guest_mdev, counts, settled
@@ -105,11 +107,12 @@ async def started(what: GuestSpec) -> AsyncIterator[Guest]:
 @contextlib.asynccontextmanager
 async def guest(name: str, *devices: Mdev) -> AsyncIterator[l2.Program]:
     """A guest that has booted: the program in it."""
-    async with (
-        started(spec(name, *devices)) as running,
-        l2.program(name, running.console_socket, BOOT_SECONDS) as program,
-    ):
-        yield program
+    async with started(spec(name, *devices)) as running:
+        try:
+            async with l2.program(name, running.console_socket, BOOT_SECONDS) as program:
+                yield program
+        except DeadlineError as error:
+            raise AssertionError(f"{error}: {await where_it_hangs(running)}") from None
 
 
 @contextlib.asynccontextmanager

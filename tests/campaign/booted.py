@@ -9,10 +9,10 @@ from pathlib import Path
 from uuid import UUID
 
 from campaign import specs
+from lab.hang import where_it_hangs
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.qemu import hotplug, process
-from mdev_orchestrator.qemu.monitor import connect
 
 NAME = "alive"
 BOOT_SECONDS = 400.0
@@ -54,23 +54,6 @@ async def _answers() -> int:
         last = guest.console_log.read_text(errors="replace")[-1000:]
         raise AssertionError(
             f"{error}: QEMU has {plugged}, the guest uses {found}; its console: {last}; "
-            f"{await _how_it_hangs(guest)}"
+            f"{await where_it_hangs(guest)}"
         ) from None
     return guest.record.pid
-
-
-async def _how_it_hangs(guest: process.Guest) -> str:
-    """What the processor of a guest does that does not answer, and where QEMU's threads wait."""
-    assert guest.record is not None
-    said = []
-    async with connect(guest.query_socket, guest.who) as qmp:
-        for _ in range(2):
-            for line in ("info registers", "info lapic", "info irq"):
-                arguments = {"command-line": line}
-                text = await qmp.execute("human-monitor-command", str, arguments)
-                said.append(f"{line}: {text}")
-            await asyncio.sleep(2)
-    for thread in Path(f"/proc/{guest.record.pid}/task").iterdir():
-        stack = (thread / "stack").read_text()
-        said.append(f"thread {(thread / 'comm').read_text().strip()}: {stack}")
-    return "\n".join(said)
