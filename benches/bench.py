@@ -138,11 +138,11 @@ def run(words: Sequence[str | Path], text: str | None = None) -> str:
     """A process to its end; what it printed.
 
     :param text: Its standard input.
-    :raise RuntimeError: It failed; with the end of what it said.
+    :raise RuntimeError: It failed; with the last line that it said.
     """
     done = subprocess.run(words, check=False, capture_output=True, text=True, input=text)
     if done.returncode:
-        said = done.stderr.strip()[-400:]
+        said = done.stderr.strip().rpartition("\n")[2][:400]
         raise RuntimeError(f"{' '.join(map(str, words[-4:]))}: {said}")
     return done.stdout
 
