@@ -2,7 +2,7 @@
 """Devices created and made ready, and removed: by mdo and by what people use today.
 
 Runs in the lab on mvgpu, four parents of sixteen: 1, 8 and 64 devices, and as many
-``slow`` ones: the driver takes 10 ms to create each, as real ones do, and mvgpu does not.
+``slow`` ones: the driver takes 10 ms to create each, which mvgpu does not.
 
 ===========  =======================================================================================
 C            ``bare_writes.c``: one process, an open and a write each; not even ready
