@@ -24,7 +24,7 @@ async def where_it_hangs(guest: Guest) -> str:
                 arguments = {"command-line": line}
                 text = await qmp.execute("human-monitor-command", str, arguments)
                 said.append(f"{line}: {text}")
-            await asyncio.sleep(2)
+            await asyncio.sleep(2)  # whether anything has moved
     for thread in Path(f"/proc/{guest.record.pid}/task").iterdir():
         stack = (thread / "stack").read_text()
         said.append(f"thread {(thread / 'comm').read_text().strip()}: {stack}")

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -49,7 +48,7 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
-from mdev_orchestrator.qemu.process import ASKED, Guest, find_running, list_guests
+from mdev_orchestrator.qemu.process import ASKED, Guest, find_running, list_guests, time_left
 from mdev_orchestrator.qemu.remedies import remedy
 
 if TYPE_CHECKING:
@@ -462,7 +461,7 @@ def _asking(guest: Guest, uuid: UUID) -> Iterator[Path]:
     mark = _mark(guest, uuid)
     try:
         yield mark
-    except Exception:
+    except Exception:  # not CancelledError
         mark.unlink(missing_ok=True)
         raise
     mark.unlink(missing_ok=True)
@@ -481,9 +480,8 @@ async def keeps(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) ->
     mark = _mark(guest, uuid)
     held = {plugged.uuid: plugged for plugged in await mdevs_of(guest, deadline=deadline)}
     kept = uuid in held
-    try:
-        left = min(OBEY_SECONDS, OBEY_SECONDS - (time.time() - mark.stat().st_mtime))
-    except FileNotFoundError:
+    left = time_left(mark, OBEY_SECONDS)
+    if left is None:
         return kept
     device = held[uuid].device_id if kept else None
     if device is not None and left > 0:

@@ -828,6 +828,15 @@ async def stop(
     return Ended(guest.name, how)
 
 
+def time_left(mark: Path, seconds: float) -> float | None:
+    """Of so many seconds since a mark was touched, those that are left; ``None`` without a mark."""
+    try:
+        passed = time.time() - mark.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return min(seconds, seconds - passed)  # a clock that was set back makes nobody wait for longer
+
+
 async def obeys(guest: Guest) -> bool:
     """Wait whether a guest ends because somebody asked it to; ``False`` at once if nobody did.
 
@@ -835,11 +844,10 @@ async def obeys(guest: Guest) -> bool:
     what he did, must know whether the guest will run on.
     """
     asked = guest.directory / ASKED
-    try:
-        passed = time.time() - asked.stat().st_mtime
-    except FileNotFoundError:
+    left = time_left(asked, OBEY_SECONDS)
+    if left is None:
         return False
-    if await wait_ended(guest, min(OBEY_SECONDS, OBEY_SECONDS - passed)):
+    if await wait_ended(guest, left):
         return True
     asked.unlink(missing_ok=True)
     return False
