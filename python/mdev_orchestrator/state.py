@@ -78,28 +78,38 @@ def _check_ours(path: Path) -> None:
 
     :raise HostError: It is otherwise.
     """
-    for place in dict.fromkeys((path, *path.parents, *Path(os.path.realpath(path)).parents)):
-        above = place != path
-        try:
-            status = place.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise HostError(f"cannot look at {place}: {error.strerror}") from error
-        if not above and not stat.S_ISDIR(status.st_mode):
-            raise HostError(f"{path} is not a directory", "remove it or set MDO_STATE_DIR")
-        if status.st_uid not in {os.geteuid(), 0 if above else os.geteuid()}:
-            raise HostError(
-                f"{place} belongs to user {status.st_uid}, not to you",
-                "set MDO_STATE_DIR to a directory of your own",
-            )
-        sticky = above and status.st_mode & stat.S_ISVTX
-        if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022 and not sticky:
-            raise HostError(
-                f"{place} can be written by others (mode {stat.S_IMODE(status.st_mode):04o}), "
-                "and mdo believes what stands there",
-                f"chmod go-w {place}, or set MDO_STATE_DIR to a directory of your own",
-            )
+    linked = _check_place(path, path)
+    for place in path.parents:
+        linked |= _check_place(path, place)
+    if linked:
+        for place in Path(os.path.realpath(path)).parents:
+            _check_place(path, place)
+
+
+def _check_place(path: Path, place: Path) -> bool:
+    """Look at a directory, or at one thing that it stands in; whether that is a link."""
+    above = place != path
+    try:
+        status = place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise HostError(f"cannot look at {place}: {error.strerror}") from error
+    if not above and not stat.S_ISDIR(status.st_mode):
+        raise HostError(f"{path} is not a directory", "remove it or set MDO_STATE_DIR")
+    if status.st_uid not in {os.geteuid(), 0 if above else os.geteuid()}:
+        raise HostError(
+            f"{place} belongs to user {status.st_uid}, not to you",
+            "set MDO_STATE_DIR to a directory of your own",
+        )
+    sticky = above and status.st_mode & stat.S_ISVTX
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022 and not sticky:
+        raise HostError(
+            f"{place} can be written by others (mode {stat.S_IMODE(status.st_mode):04o}), "
+            "and mdo believes what stands there",
+            f"chmod go-w {place}, or set MDO_STATE_DIR to a directory of your own",
+        )
+    return stat.S_ISLNK(status.st_mode)
 
 
 def decode(data: bytes, type_: type[T]) -> T:

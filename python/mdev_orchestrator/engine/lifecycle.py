@@ -101,19 +101,15 @@ class Swept(Struct, frozen=True):
 
 
 async def usable_mdev(uuid: UUID, deadline: float, host: Path = ROOT) -> GuestMdev:
-    """Find an mdev of the host that a guest can have now.
+    """Find an mdev of the host that can be opened; who has it is looked at when it is given away.
 
     :param deadline: Seconds; at most :data:`READY_SECONDS` of them.
     :raise UnknownError: There is no such mdev.
-    :raise BusyError: Somebody has it.
     :raise DeadlineError: It cannot be opened; says why.
     """
     mdev = sysfs.read_mdev(uuid, host)
     if mdev is None:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them; mdo create makes one")
-    if who := holders((mdev,), host).of(uuid):
-        names = ", ".join(map(str, who))
-        raise BusyError(f"mdev {uuid} is held by {names}", "detach it there, or take another")
     await wait_ready(uuid, min(deadline, READY_SECONDS), host)
     return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
 
@@ -492,13 +488,17 @@ def _check_complete(who: str, wanted: Iterable[StartGroup], given: Collection[UU
 
 
 def _check_users(found: Host, group: StartGroup, host: Path, guest: Guest | None = None) -> None:
-    """A group has one user."""
+    """A group has one user, and so has an mdev that is in none."""
     own = guest.record.pid if guest is not None and guest.record is not None else None
     held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
     for uuid in group.members:
-        for holder in held.of(uuid):
-            if holder.pid != own:
-                raise BusyError(
-                    f"{group.who} has a user already: mdev {uuid} of it is held by {holder}",
-                    "a start group belongs to one guest; stop that one, or take other devices",
-                )
+        others = [holder for holder in held.of(uuid) if holder.pid != own]
+        if not others:
+            continue
+        held_by = f"held by {', '.join(map(str, others))}"
+        if group.uuid is None:
+            raise BusyError(f"mdev {uuid} is {held_by}", "detach it there, or take another")
+        raise BusyError(
+            f"{group.who} has a user already: mdev {uuid} of it is {held_by}",
+            "a start group belongs to one guest; stop that one, or take other devices",
+        )

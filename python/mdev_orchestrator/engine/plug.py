@@ -108,10 +108,7 @@ async def detach(
     context = Context(host=host, guests=guests)
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
-        if uuid not in {plugged.uuid for plugged in await hotplug.mdevs_of(found)}:
-            raise UnknownError(
-                f"{found.who} has no mdev {uuid}", "mdo guest list shows what it has"
-            )
+        await hotplug.id_of(found, uuid)
         plan = [Planned(Detach(guest=_own(found), uuid=uuid, deadline=deadline))]
         if remove:
             plan.append(Planned(Remove(device=_known(book, uuid, host)), (0,)))

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import select
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def boot_id() -> str:
     """Which boot of the machine this is; random(4)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -213,6 +213,42 @@ async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Pl
     :raise QemuError: QEMU cannot be reached or answers nonsense.
     :raise DeadlineError: It does not answer in time.
     """
+    async with _questions(guest, deadline) as qmp:
+        return await mdevs(qmp)
+
+
+async def id_of(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) -> str:
+    """What an mdev is called in the QEMU of a guest that has it.
+
+    :raise UnknownError: The guest does not have it.
+    :raise RequestError: It was given no id, and so cannot be unplugged.
+    :raise QemuError: QEMU cannot be reached or answers nonsense.
+    :raise DeadlineError: It does not answer in time.
+    """
+    async with _questions(guest, deadline) as qmp:
+        return await _id_of(qmp, uuid)
+
+
+async def _id_of(qmp: Monitor, uuid: UUID) -> str:
+    usual = device_id(uuid)
+    if (await _children(qmp, PERIPHERAL)).get(usual, "").startswith("vfio-"):
+        return usual
+    held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
+    if uuid not in held:
+        has = ", ".join(sorted(map(str, held))) or "none"
+        raise UnknownError(f"{qmp.who} has no mdev {uuid}", f"it has: {has}")
+    found = held[uuid].device_id
+    if found is None:
+        raise RequestError(
+            f"{qmp.who}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
+            "stop the guest",
+        )
+    return found
+
+
+@contextlib.asynccontextmanager
+async def _questions(guest: Guest, deadline: float) -> AsyncIterator[Monitor]:
+    """A connection to the monitor for questions, all of which must be answered in time."""
     from mdev_orchestrator.qemu.monitor import connect
 
     try:
@@ -220,7 +256,7 @@ async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Pl
             asyncio.timeout(deadline),
             connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
         ):
-            return await mdevs(qmp)
+            yield qmp
     except TimeoutError:
         raise DeadlineError(
             f"{guest.who}: QEMU did not tell its devices within {deadline:g} s"
@@ -280,7 +316,7 @@ async def plug(
     :param wait_guest: Return only when the guest has *taken* it.
     :raise RequestError: No port is free, or the guest has such a device already.
     :raise CommandError: QEMU refused it; with its own words and what to do.
-    :raise QemuError: QEMU cannot be reached, or the device is not there although QEMU took it.
+    :raise QemuError: QEMU cannot be reached.
     :raise DeadlineError: Not plugged in time, or not taken in time: then it stays plugged, and
         the message says so.
     """
@@ -312,8 +348,6 @@ async def plug_by(
         arguments |= {"bus": port, "addr": "0"}  # only slot 0 of a PCIe link leads anywhere
     left = end - asyncio.get_running_loop().time()
     await _add(qmp, device, arguments, max(left, 0.1))
-    if device.id not in await _children(qmp, PERIPHERAL):
-        raise QemuError(f"{qmp.who}: QEMU took {device.id}, but does not list it")
     if wait_guest:
         await _until_taken(qmp, device.id, end)
     return port
@@ -408,22 +442,14 @@ async def detach(
     """Take an mdev out of the running guest of that name; see :func:`unplug`.
 
     :raise UnknownError: There is no such guest, or it has no such mdev.
+    :raise RequestError: The mdev was given no id.
     """
     from mdev_orchestrator.qemu.monitor import connect
 
     found = find_running(guest, root)
     end = asyncio.get_running_loop().time() + deadline
     async with connect(found.qmp_socket, found.who, deadline=deadline) as qmp:
-        held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
-        if uuid not in held:
-            has = ", ".join(sorted(map(str, held))) or "none"
-            raise UnknownError(f"{found.who} has no mdev {uuid}", f"it has: {has}")
-        device = held[uuid].device_id
-        if device is None:
-            raise RequestError(
-                f"{found.who}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
-                "stop the guest",
-            )
+        device = await _id_of(qmp, uuid)
         with _asking(found, uuid) as mark:
             await _unplug(qmp, device, end, deadline, mark)
 

@@ -185,6 +185,14 @@ async def test_a_group_has_one_user(machine: Machine) -> None:
     assert machine.left() == []
 
 
+async def test_a_device_in_no_group_has_one_user(machine: Machine) -> None:
+    machine.hold(C)
+    with pytest.raises(BusyError) as refusal:
+        await machine.launch(machine.spec(C))
+    assert refusal.value.message == f"mdev {C} is held by guest 'theirs' (pid 4711)"
+    assert (machine.writes(), machine.left()) == ([], [])
+
+
 async def test_a_group_must_be_complete(machine: Machine) -> None:
     with pytest.raises(RequestError) as refusal:
         await machine.launch(machine.spec(A))

@@ -176,6 +176,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.devices: dict[str, str] = {"port0": "pcie-root-port"}
+        self.anonymous: dict[str, str] = {}
         self.sysfsdev: dict[str, str] = {}
         self.pci: Iterator[list[dict[str, Any]]] = iter(())
         self.on_add: list[dict[str, object]] = []
@@ -201,6 +202,8 @@ class Fake:
             case ["peripheral"]:
                 self.looked += 1
                 found = [(name, f"child<{kind}>") for name, kind in self.devices.items()]
+            case ["peripheral-anon"]:
+                found = [(name, f"child<{kind}>") for name, kind in self.anonymous.items()]
             case ["peripheral", "port0", "port0"]:
                 inside = [kind for name, kind in self.devices.items() if name != "port0"]
                 found = [(f"child[{n}]", f"link<{kind}>") for n, kind in enumerate(inside)]
@@ -295,13 +298,6 @@ async def test_pci_that_is_nonsense(serve: Serve, fake: Fake) -> None:
             await hotplug.plug(found, RNG, wait_guest=True)
 
 
-async def test_qemu_takes_a_device_and_has_it_not(serve: Serve, fake: Fake) -> None:
-    fake.on_add = [{"return": {}}]
-    async with faked(serve, fake) as found:
-        with pytest.raises(QemuError, match="took rng, but does not list it"):
-            await hotplug.plug(found, RNG)
-
-
 async def test_a_race_for_the_id(serve: Serve, fake: Fake) -> None:
     fake.on_add = [{"error": {"class": "GenericError", "desc": "Duplicate device ID 'rng'"}}]
     async with faked(serve, fake) as found:
@@ -348,6 +344,31 @@ async def test_mdevs_are_known_by_sysfsdev(serve: Serve, plugged: Fake) -> None:
     async with faked(serve, plugged) as found, connect(found.qmp_socket, "guest g") as qmp:
         [one] = await hotplug.mdevs(qmp)
     assert (one.uuid, one.device_id, one.driver) == (M1, "nvidia0", "vfio-pci")
+
+
+async def test_an_mdev_may_have_another_id(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that was adopted has what its starter called it."""
+    plugged.devices["nvidia0"] = plugged.devices.pop(DEVICE)
+    plugged.sysfsdev["nvidia0"] = plugged.sysfsdev.pop(DEVICE)
+    plugged.on_del = [[event("DEVICE_DELETED", "nvidia0")]]
+    async with faked(serve, plugged) as found:
+        monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
+        await hotplug.detach("g", M1)
+    assert "nvidia0" not in plugged.devices
+
+
+async def test_an_mdev_without_an_id_cannot_be_unplugged(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugged.anonymous["device[0]"] = plugged.devices.pop(DEVICE)
+    plugged.sysfsdev["device[0]"] = plugged.sysfsdev.pop(DEVICE)
+    async with faked(serve, plugged) as found:
+        monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
+        with pytest.raises(RequestError, match=f"guest g: mdev {M1} has no id in QEMU"):
+            await hotplug.detach("g", M1)
+    assert plugged.asked_to_go == 0
 
 
 async def test_let_go(serve: Serve, plugged: Fake) -> None:
