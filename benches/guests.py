@@ -47,6 +47,7 @@ PORTS = 4
 MVGPU = "grid_parents=2 igd_parents=0"
 MDEVS = Path("/sys/bus/mdev/devices")
 ROM = 6  # QEMU's number of the BAR that is the expansion ROM
+IDLE_LOOKS = 10  # in a row, a tenth of a second apart
 PATIENCE = 1800  # seconds: nothing is measured by it, and a busy machine is slow
 LIBVIRT = """
 security_driver = "none"
@@ -149,6 +150,18 @@ def wait_gone(qmp: Qmp, device: str) -> bool:
             raise TimeoutError(device)
         time.sleep(0.02)
     return there
+
+
+def wait_idle(qmp: Qmp) -> None:
+    """Wait until a guest's kernel has nothing to do: it has booted, and done what it missed."""
+    end = time.monotonic() + PATIENCE
+    idle = 0
+    while idle < IDLE_LOOKS:
+        state = qmp.ask("human-monitor-command", **{"command-line": "info registers"})
+        idle = idle + 1 if "HLT=1" in state and "RIP=ffffffff" in state else 0
+        if time.monotonic() > end:
+            raise TimeoutError(state)
+        time.sleep(0.1)
 
 
 def make_mdevs(count: int) -> list[UUID]:
@@ -410,19 +423,24 @@ def start_libvirt(place: Path) -> None:
 
 
 def hotplug(figures: bench.Figures, place: Path) -> None:
-    """One device in and out of a guest that has booted; the first turn waits until it has.
+    """One device in and out of a guest that has booted and does nothing.
 
-    Once they have booted, the guests of the other ways are paused meanwhile: even one that does
-    nothing wants a share of L1's processor, the larger the longer a way computes.
+    The guests of the other ways are paused meanwhile: even one that does nothing wants a share of
+    L1's processor, the larger the longer a way computes.
     """
     guests = {way: make(place, f"{way}-plug", 1, device=False) for way, make in WAYS.items()}
     for own in guests.values():
         own.start()
+        with contextlib.closing(own.look()) as look:
+            wait_idle(look)
+        own.say("stop")
     for way in figures.turns("hotplug", WAYS):
         own = guests[way]
         own.say("cont")
         (uuid,) = make_mdevs(1)
         bench.rest()
+        with contextlib.closing(own.look()) as look:
+            wait_idle(look)
         begun = time.perf_counter()
         own.attach(uuid)
         figures.note("attach", way, time.perf_counter() - begun)
