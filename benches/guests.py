@@ -161,7 +161,7 @@ def wait_idle(qmp: Qmp) -> None:
         idle = idle + 1 if "HLT=1" in state and "RIP=ffffffff" in state else 0
         if time.monotonic() > end:
             raise TimeoutError(state)
-        time.sleep(0.1)
+        time.sleep(0.1)  # QEMU has no event for it
 
 
 def make_mdevs(count: int) -> list[UUID]:

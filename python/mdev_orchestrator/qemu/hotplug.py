@@ -231,7 +231,8 @@ async def id_of(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) ->
 
 async def _id_of(qmp: Monitor, uuid: UUID) -> str:
     usual = device_id(uuid)
-    if (await _children(qmp, PERIPHERAL)).get(usual, "").startswith("vfio-"):
+    path = await _property(qmp, f"{PERIPHERAL}/{usual}", "sysfsdev")
+    if PurePosixPath(path or "").name == str(uuid):
         return usual
     held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
     if uuid not in held:
@@ -316,7 +317,7 @@ async def plug(
     :param wait_guest: Return only when the guest has *taken* it.
     :raise RequestError: No port is free, or the guest has such a device already.
     :raise CommandError: QEMU refused it; with its own words and what to do.
-    :raise QemuError: QEMU cannot be reached.
+    :raise QemuError: QEMU cannot be reached, or the device is not there although QEMU took it.
     :raise DeadlineError: Not plugged in time, or not taken in time: then it stays plugged, and
         the message says so.
     """
@@ -348,6 +349,8 @@ async def plug_by(
         arguments |= {"bus": port, "addr": "0"}  # only slot 0 of a PCIe link leads anywhere
     left = end - asyncio.get_running_loop().time()
     await _add(qmp, device, arguments, max(left, 0.1))
+    if device.id not in await _children(qmp, PERIPHERAL):
+        raise QemuError(f"{qmp.who}: QEMU took {device.id}, but does not list it")
     if wait_guest:
         await _until_taken(qmp, device.id, end)
     return port

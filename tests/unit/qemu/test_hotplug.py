@@ -298,6 +298,13 @@ async def test_pci_that_is_nonsense(serve: Serve, fake: Fake) -> None:
             await hotplug.plug(found, RNG, wait_guest=True)
 
 
+async def test_qemu_takes_a_device_and_has_it_not(serve: Serve, fake: Fake) -> None:
+    fake.on_add = [{"return": {}}]
+    async with faked(serve, fake) as found:
+        with pytest.raises(QemuError, match="took rng, but does not list it"):
+            await hotplug.plug(found, RNG)
+
+
 async def test_a_race_for_the_id(serve: Serve, fake: Fake) -> None:
     fake.on_add = [{"error": {"class": "GenericError", "desc": "Duplicate device ID 'rng'"}}]
     async with faked(serve, fake) as found:
@@ -357,6 +364,17 @@ async def test_an_mdev_may_have_another_id(
         monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
         await hotplug.detach("g", M1)
     assert "nvidia0" not in plugged.devices
+
+
+async def test_what_an_id_says_is_not_believed(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugged.sysfsdev[DEVICE] = plugged.sysfsdev["whole"]
+    async with faked(serve, plugged) as found:
+        monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
+        with pytest.raises(UnknownError, match=f"guest g has no mdev {M1}"):
+            await hotplug.detach("g", M1)
+    assert plugged.asked_to_go == 0
 
 
 async def test_an_mdev_without_an_id_cannot_be_unplugged(
