@@ -58,3 +58,8 @@ def reap(children: set[int]) -> None:
             ended = pid
         if ended:
             children.discard(pid)
+
+
+def idle_seconds() -> float:
+    """For how long all processors together have had nothing to do, since the kernel began."""
+    return float(Path("/proc/uptime").read_text().split()[1])

@@ -9,8 +9,10 @@ with us but the file they write.
 A child writes one thing after the other, as it is told, and says how long it slept meanwhile,
 waiting for the driver. There are more of them, up to :data:`CHILDREN`, only when that saves more
 time than a child costs, which in an emulated machine is that of several devices; or when no answer
-has come within :data:`PATIENCE`. For the same reason a child is told several writes at once as long
-as they go fast, and gives back what it has not begun when one was slow.
+has come within :data:`PATIENCE`. Who sleeps while every processor is at work does not wait for the
+driver but for others, such as udev in the kernel's locks, and more children would only make that
+worse. For the same reason a child is told several writes at once as long as they go fast, and gives
+back what it has not begun when one was slow.
 
 A child outlives a parent that is killed, and who repairs things after that must not be overtaken by
 its write. It first opens a descriptor that names the file (``O_PATH``, which opens nothing), then
@@ -31,7 +33,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, finalize
 
-from mdev_orchestrator.host.process import reap
+from mdev_orchestrator.host.process import idle_seconds, reap
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,8 +47,8 @@ FINE = frozenset((0,))
 """The result of a write that was not refused."""
 AT_ONCE = 16
 """Writes that a child is told in one message."""
-PATIENCE = 0.05
-"""Seconds until a write that waits for another one gets a child of its own."""
+PATIENCE = 0.1
+"""Seconds without an answer until there are twice as many children for what waits."""
 
 _AT_ONCE_BYTES = 1 << 15
 _MAX_FD = 1 << 20
@@ -167,7 +169,9 @@ class Batch(Writes):
         self.lines = [os.fsencode(path) + b"\0" + data for path, data in lines]
         self.ended: asyncio.Future[None] = loop.create_future()
         self._since = time.monotonic()
-        self._sleep = 0.0  # of one write, as it was lately
+        self._slept = 0.0  # all children together, in seconds
+        self._answers = 0
+        self._idle = idle_seconds()
         self._stopped = False
         self._size = 1
         self._pool = _pools.get(loop) or _pools.setdefault(loop, _Pool(loop))
@@ -201,7 +205,10 @@ class Batch(Writes):
 
     def gain(self, children: int) -> float:
         """How many seconds sooner it would be done if there were one more child."""
-        return len(self._waiting) * self._sleep / (children * (children + 1))
+        if not self._answers or not self._slept:
+            return 0.0
+        sleep = min(self._slept, children * (idle_seconds() - self._idle)) / self._answers
+        return len(self._waiting) * sleep / (children * (children + 1))
 
     def take(self, children: int) -> tuple[int, ...]:
         """What one of so many children is to do next; few at first, more when that goes fast."""
@@ -227,7 +234,8 @@ class Batch(Writes):
         self._since = time.monotonic()
         results = answer[_SLEPT.size :] or bytes([_UNKNOWN]) * len(taken)
         if answer:
-            self._sleep = _SLEPT.unpack_from(answer)[0] / len(results)
+            self._slept += _SLEPT.unpack_from(answer)[0]
+            self._answers += len(results)
         done, rest = taken[: len(results)], taken[len(results) :]
         self._size = max(len(done), 1) if rest else min(2 * self._size, AT_ONCE)
         self._forget(done)
@@ -342,7 +350,8 @@ class _Pool:
         if not self.waiting:
             return
         if all(task.is_late for task in self.working.values()):
-            self._fork()
+            for _ in range(min(len(self.pids) or 1, CHILDREN - len(self.pids))):
+                self._fork()
         self._next()
 
     def _rest(self) -> None:
@@ -434,41 +443,38 @@ def _child(channel: int, parent: int) -> None:
         os.closerange(channel + 1, _MAX_FD)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        busy = _Busy()
+        sleep = _Sleep()
         while message := os.read(channel, _MAX_MESSAGE):
-            os.write(channel, _perform(message, parent, busy))
+            os.write(channel, _perform(message, parent, sleep))
     finally:
         os._exit(0)
 
 
-class _Busy:
-    """For how long this process has run, or waited for a processor; the rest it sleeps."""
+class _Sleep:
+    """For how long this process has slept; what it ran, or waited for a processor, is no sleep."""
 
     def __init__(self) -> None:
         self._file = -1
-        with contextlib.suppress(OSError):  # a kernel without it: how long it sleeps is not known
+        with contextlib.suppress(OSError):  # a kernel without it: then all that is no work is sleep
             self._file = os.open("/proc/self/schedstat", os.O_RDONLY)
 
-    def seconds(self) -> float | None:
-        """Since it began."""
-        if self._file < 0:
-            return None
-        running, waiting = os.pread(self._file, 100, 0).split()[:2]
-        return (int(running) + int(waiting)) / 1e9
+    def seconds(self) -> float:
+        """Since some moment."""
+        # schedstat's own time of work is as old as the last tick, and a tick is many writes long
+        waiting = os.pread(self._file, 100, 0).split()[1] if self._file >= 0 else 0
+        return time.monotonic() - time.process_time() - int(waiting) / 1e9
 
 
-def _perform(message: bytes, parent: int, busy: _Busy) -> bytes:
+def _perform(message: bytes, parent: int, sleep: _Sleep) -> bytes:
     """Write one thing after the other, up to the first that is refused, or was slow."""
     results = bytearray()
-    began, before = time.monotonic(), busy.seconds()
+    began, before = time.monotonic(), sleep.seconds()
     words = message.split(b"\0")
     for path, data in zip(words[::2], words[1::2], strict=True):
         results.append(_perform_one(path, data, parent))
         if results[-1] or time.monotonic() - began > PATIENCE / 2:
             break
-    passed, after = time.monotonic() - began, busy.seconds()
-    slept = 0.0 if before is None or after is None else passed - (after - before)
-    return _SLEPT.pack(max(slept, 0.0)) + results
+    return _SLEPT.pack(max(sleep.seconds() - before, 0.0)) + results
 
 
 def _perform_one(path: bytes, data: bytes, parent: int) -> int:
