@@ -108,8 +108,8 @@ async def detach(
     context = Context(host=host, guests=guests)
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
-        await hotplug.id_of(found, uuid)
-        plan = [Planned(Detach(guest=_own(found), uuid=uuid, deadline=deadline))]
+        step = Detach(guest=_own(found), uuid=uuid, deadline=deadline, named=True)
+        plan = [Planned(step)]
         if remove:
             plan.append(Planned(Remove(device=_known(book, uuid, host)), (0,)))
         await execute(book, "detach", f"{guest} {uuid}", plan, context, observe=observe)

@@ -25,7 +25,6 @@ Steps are data: the journal keeps them as JSON.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -284,11 +283,15 @@ class Attach(Step, frozen=True, tag="attach"):
 
 
 class Detach(Step, frozen=True, tag="detach"):
-    """Unplug an mdev from a guest."""
+    """Unplug an mdev from a guest.
+
+    :ivar named: Whether somebody named it who wants to know when the guest does not have it.
+    """
 
     guest: OwnGuest
     uuid: UUID
     deadline: float = hotplug.DETACH_SECONDS
+    named: bool = False
 
     def __str__(self) -> str:
         """What it does."""
@@ -301,7 +304,7 @@ class Detach(Step, frozen=True, tag="detach"):
     async def make(self, context: Context) -> None:  # noqa: D102
         if _alive(self.guest, context) is None:
             return
-        with contextlib.suppress(UnknownError):  # it does not have it
+        try:
             await lifecycle.detach(
                 self.guest.name,
                 self.uuid,
@@ -310,6 +313,9 @@ class Detach(Step, frozen=True, tag="detach"):
                 host=context.host,
                 write=context.start,
             )
+        except UnknownError:
+            if self.named and not context.repairing:
+                raise
 
     def inverse(self) -> Attach:
         """What undoes it."""

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -28,6 +29,7 @@ APPLICATION_ID = 0x6D646F6A
 VERSION = 1
 LOCK_SECONDS = 5.0
 """To wait for another process that writes at this moment."""
+_LOOK_SECONDS = 0.01  # between two tries where SQLite itself does not wait
 
 _SCHEMA = """
 CREATE TABLE run (
@@ -173,9 +175,23 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
                 connection.execute(f"PRAGMA user_version = {VERSION}")
     _check_version(connection, path)
     path.chmod(0o600)
-    connection.execute("PRAGMA journal_mode = WAL")
+    _use_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
     _check_sound(connection)
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Have a write-ahead log. For the first who wants one SQLite does not wait for others."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
+                raise
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return
 
 
 def check_file(path: Path) -> None:

@@ -31,7 +31,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 from mdev_orchestrator.host.process import idle_seconds, reap
 
@@ -58,6 +58,9 @@ _SLEPT = struct.Struct("=d")
 """What an answer begins with: the seconds that a child slept; results follow."""
 _DEARER = 2  # than its fork is a child in all: it copies the pages that it touches, and its answers
 _IDLE_SECONDS = 0.5
+"""Without work until only one child stays."""
+_LAST_SECONDS = 60.0
+"""Until that one goes too: to have it is worth more than half of what else an unplugging takes."""
 _KILL_SECONDS = 1.0  # for a killed child to end, so that what it did is known; a driver may hold it
 
 
@@ -174,7 +177,7 @@ class Batch(Writes):
         self._idle = idle_seconds()
         self._stopped = False
         self._size = 1
-        self._pool = _pools.get(loop) or _pools.setdefault(loop, _Pool(loop))
+        self._pool = _pool_of(loop)
 
     def begin(self) -> None:
         """Have it done: at once if a child is free, soon by a new one otherwise."""
@@ -297,7 +300,10 @@ class Separately(Writes):
 
 
 class _Pool:
-    """The children of one event loop, and what waits for them."""
+    """The children of one event loop, and what waits for them.
+
+    :ivar close: Lets the children go; nothing can be given to it any more.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.call_later = loop.call_later
@@ -310,7 +316,7 @@ class _Pool:
         self.cost = 0.0  # of a child, in seconds
         self.growing: asyncio.TimerHandle | None = None
         self.resting: asyncio.TimerHandle | None = None
-        finalize(self, _close_all, self.pids)
+        self.close = finalize(self, _close_all, self.pids)
 
     def give(self, batch: Batch) -> None:
         """Have a batch done."""
@@ -342,8 +348,10 @@ class _Pool:
             self.waiting.popleft()
         if self.waiting and self.growing is None and len(self.pids) < CHILDREN:
             self.growing = self.call_later(PATIENCE, self._grow)
-        if not self.waiting and not self.working and self.resting is None:
-            self.resting = self.call_later(_IDLE_SECONDS, self._rest)
+        if self.resting is not None:
+            self.resting.cancel()
+        busy = self.waiting or self.working
+        self.resting = None if busy else self.call_later(_IDLE_SECONDS, self._rest, 1)
 
     def _grow(self) -> None:
         self.growing = None
@@ -354,13 +362,11 @@ class _Pool:
                 self._fork()
         self._next()
 
-    def _rest(self) -> None:
-        self.resting = None
-        if self.waiting or self.working:
-            return
-        for child in self.idle:
-            self._close(child)
-        self.idle.clear()
+    def _rest(self, stay: int) -> None:
+        """Let all children go but so many."""
+        while len(self.idle) > stay:
+            self._close(self.idle.pop())
+        self.resting = self.call_later(_LAST_SECONDS, self._rest, 0) if stay else None
         self.call_later(_IDLE_SECONDS, reap, _children)
 
     def _fork(self) -> None:
@@ -424,8 +430,23 @@ class _Task:
         return time.monotonic() - self.since >= PATIENCE
 
 
-_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = WeakKeyDictionary()
+_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, ref[_Pool]] = WeakKeyDictionary()
+"""A pool lives as long as its loop listens to a child of it, or a batch waits."""
 _children: set[int] = set()
+
+
+def _pool_of(loop: asyncio.AbstractEventLoop) -> _Pool:
+    """The pool of an event loop; those of loops that were closed go."""
+    for other, its in [*_pools.items()]:
+        if (pool := its()) is None:
+            del _pools[other]
+        elif other is loop:
+            return pool
+        elif other.is_closed():
+            pool.close()
+    pool = _Pool(loop)
+    _pools[loop] = ref(pool)
+    return pool
 
 
 def _close_all(pids: dict[int, int]) -> None:

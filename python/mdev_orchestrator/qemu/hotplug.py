@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -213,23 +213,26 @@ async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Pl
     :raise QemuError: QEMU cannot be reached or answers nonsense.
     :raise DeadlineError: It does not answer in time.
     """
-    async with _questions(guest, deadline) as qmp:
-        return await mdevs(qmp)
+    from mdev_orchestrator.qemu.monitor import connect
 
-
-async def id_of(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) -> str:
-    """What an mdev is called in the QEMU of a guest that has it.
-
-    :raise UnknownError: The guest does not have it.
-    :raise RequestError: It was given no id, and so cannot be unplugged.
-    :raise QemuError: QEMU cannot be reached or answers nonsense.
-    :raise DeadlineError: It does not answer in time.
-    """
-    async with _questions(guest, deadline) as qmp:
-        return await _id_of(qmp, uuid)
+    try:
+        async with (
+            asyncio.timeout(deadline),
+            connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
+        ):
+            return await mdevs(qmp)
+    except TimeoutError:
+        raise DeadlineError(
+            f"{guest.who}: QEMU did not tell its devices within {deadline:g} s"
+        ) from None
 
 
 async def _id_of(qmp: Monitor, uuid: UUID) -> str:
+    """What an mdev is called in a QEMU that has it.
+
+    :raise UnknownError: The guest does not have it.
+    :raise RequestError: It was given no id, and so cannot be unplugged.
+    """
     usual = device_id(uuid)
     path = await _property(qmp, f"{PERIPHERAL}/{usual}", "sysfsdev")
     if PurePosixPath(path or "").name == str(uuid):
@@ -245,23 +248,6 @@ async def _id_of(qmp: Monitor, uuid: UUID) -> str:
             "stop the guest",
         )
     return found
-
-
-@contextlib.asynccontextmanager
-async def _questions(guest: Guest, deadline: float) -> AsyncIterator[Monitor]:
-    """A connection to the monitor for questions, all of which must be answered in time."""
-    from mdev_orchestrator.qemu.monitor import connect
-
-    try:
-        async with (
-            asyncio.timeout(deadline),
-            connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
-        ):
-            yield qmp
-    except TimeoutError:
-        raise DeadlineError(
-            f"{guest.who}: QEMU did not tell its devices within {deadline:g} s"
-        ) from None
 
 
 async def holder_of(uuid: UUID, *, root: Path | None = None) -> Guest | None:

@@ -150,7 +150,8 @@ def test_it_can_be_opened_again_and_again(path: Path) -> None:
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
-def test_several_may_create_it_at_once(path: Path) -> None:
+@pytest.mark.parametrize("_", range(20))  # who comes first is another one each time
+def test_several_may_create_it_at_once(path: Path, _: int) -> None:
     children = []
     for _ in range(6):
         if not (pid := os.fork()):

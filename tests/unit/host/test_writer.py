@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import threading
 import time
@@ -46,6 +47,47 @@ async def written(batch: Writes) -> None:
 
 
 # ---- one ----
+
+
+def test_a_loop_that_has_gone_leaves_no_child(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    descriptors = Path("/proc/self/fd")
+    before, files = children(), [*descriptors.iterdir()]
+    for _ in range(5):
+        assert asyncio.run(write_apart(str(tmp_path / "file"), b"x")) == 0
+    gc.collect()
+    end = time.monotonic() + 20
+    while children() - before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+        writer.reap(writer._children)
+    assert len([*descriptors.iterdir()]) == len(files)
+
+
+async def test_one_child_stays_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(writer, "PATIENCE", 0.02)
+    fifos = [tmp_path / f"{number}" for number in range(4)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    before = children()
+    batch = Batch([(str(fifo), b"x") for fifo in fifos])
+    batch.begin()
+    while len(batch.unknown) < 4:
+        await asyncio.sleep(0.01)
+    assert len(children() - before) == 4
+    for fifo in fifos:
+        threading.Thread(target=fifo.read_bytes, daemon=True).start()
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+    while len(children() - before) > 1:
+        await asyncio.sleep(0.01)
+    (stays,) = children() - before
+    monkeypatch.setattr(writer, "_LAST_SECONDS", 0.2)
+    (tmp_path / "file").touch()
+    assert await write_apart(str(tmp_path / "file"), b"x") == 0
+    assert children() - before == {stays}
+    while children() - before:
+        await asyncio.sleep(0.01)
 
 
 async def test_the_writer_writes_and_reports_the_errno(tmp_path: Path) -> None:
