@@ -30,11 +30,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
-MDO = [
-    f"{sys.base_prefix}/bin/python3",  # not that of the virtual environment, which has more in it
-    "-c",
-    "from mdev_orchestrator.cli.main import main; raise SystemExit(main())",
-]
 VERSIONS = {
     "QEMU": ["qemu-system-x86_64", "--version"],
     "libvirt": ["virsh", "--version"],
@@ -106,9 +101,15 @@ def installed() -> Path:
     """A directory in memory with all that an installation has, which is used from now on.
 
     The checkout and its virtual environment are on an uncached file system, where what is installed
-    is not; the package may have no bytecode there. The state directory is new, too.
+    is not; the package may have no bytecode there, and the environment's Python has more in it than
+    ``mdo`` needs. The state directory is new, too.
     """
     place = Path(tempfile.mkdtemp(dir="/run"))
+    program = place / "bin/mdo"
+    program.parent.mkdir()
+    _, _, script = Path(sys.prefix, "bin/mdo").read_text().partition("\n")
+    program.write_text(f"#!{sys.base_prefix}/bin/python3\n{script}")
+    program.chmod(0o755)
     shutil.copytree(ROOT / "python", place / "python")
     for name in needed("mdev-orchestrator"):
         for file in metadata.files(name) or ():
@@ -117,7 +118,11 @@ def installed() -> Path:
                 shutil.copy(file.locate(), place / "python" / file)
     compileall.compile_dir(place / "python", quiet=2)  # as pip does
     sys.path.insert(0, str(place / "python"))
-    os.environ |= {"PYTHONPATH": str(place / "python"), "MDO_STATE_DIR": str(place / "state")}
+    os.environ |= {
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(place / "python"),
+        "MDO_STATE_DIR": str(place / "state"),
+    }
     return place
 
 

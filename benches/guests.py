@@ -336,15 +336,15 @@ class Mdo(Library):
 
     def start(self) -> None:
         """One command."""
-        bench.run([*bench.MDO, "apply", self.file])
+        bench.run(["mdo", "apply", self.file])
 
     def attach(self, uuid: UUID) -> None:
         """One command."""
-        bench.run([*bench.MDO, "attach", self.names[0], str(uuid)])
+        bench.run(["mdo", "attach", self.names[0], str(uuid)])
 
     def detach(self, uuid: UUID) -> None:
         """One command."""
-        bench.run([*bench.MDO, "detach", self.names[0], str(uuid)])
+        bench.run(["mdo", "detach", self.names[0], str(uuid)])
 
 
 class Virsh(Guests):

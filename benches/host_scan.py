@@ -67,7 +67,7 @@ def measure(figures: bench.Figures, work: str, place: Path) -> None:
     ways: dict[str, Callable[[frozenset[str]], float]] = {
         "C": partial(walk, Path(shutil.copy(WALK, place))),
         "library": library,
-        "mdo host --json": partial(listing, [*bench.MDO, "host", "--json"]),
+        "mdo host --json": partial(listing, ["mdo", "host", "--json"]),
         "mdevctl list --dumpjson": partial(listing, ["mdevctl", "list", "--dumpjson"]),
     }
     for way in figures.turns(work, ways):

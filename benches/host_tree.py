@@ -30,7 +30,7 @@ HELP_LIMIT = 0.2  # seconds
 HOST_LIMIT = 0.5  # seconds
 MEMORY_LIMIT = 60.0  # MB
 PYTHON, WALK = "python3 -c pass", "bare walk"
-MDO = bench.MDO[1:]
+MDO = ["-m", "mdev_orchestrator.cli.main"]
 
 
 def build(root: Path) -> None:

@@ -120,6 +120,10 @@ class Changes(Struct, frozen=True):
     plan: Plan = field(default_factory=lambda: make_plan([], []))
     existing: tuple[Existing, ...] = ()
 
+    def __repr__(self) -> str:
+        """Short: asyncio.run puts what it returns into words, and most of that is the steps."""
+        return f"<Changes of {self.name!r}: {len(self.steps)} steps>"
+
     @property
     def nothing(self) -> bool:
         """Whether all is as asked for, and is known to be."""

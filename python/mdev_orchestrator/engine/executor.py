@@ -77,7 +77,7 @@ _DEVICES_AT_ONCE = 16
 """A driver's own lock makes more of them pointless."""
 _NOTE_SECONDS = 0.2
 """Between two notes of how many of the devices that come together are there, if a step waits."""
-_PROGRESS_SECONDS = 0.5
+_PROGRESS_SECONDS = 1.0
 """Between two such notes if only the user does."""
 _GOODBYE_SECONDS = 1.0
 """For what is under way to take notice of a second interruption."""

@@ -9,10 +9,10 @@ with us but the file they write.
 A child writes one thing after the other, as it is told, and says how long it slept meanwhile,
 waiting for the driver. There are more of them, up to :data:`CHILDREN`, only when that saves more
 time than a child costs, which in an emulated machine is that of several devices; or when no answer
-has come within :data:`PATIENCE`. Who sleeps while every processor is at work does not wait for the
-driver but for others, such as udev in the kernel's locks, and more children would only make that
-worse. For the same reason a child is told several writes at once as long as they go fast, and gives
-back what it has not begun when one was slow.
+has come within :data:`PATIENCE`. Who sleeps while every processor is at work may not wait for the
+driver but for others, such as udev in the kernel's locks, where more children only make it worse;
+only a part of that counts. For the same reason a child is told several writes at once as long as
+they go fast, and gives back what it has not begun when one was slow.
 
 A child outlives a parent that is killed, and who repairs things after that must not be overtaken by
 its write. It first opens a descriptor that names the file (``O_PATH``, which opens nothing), then
@@ -49,6 +49,8 @@ AT_ONCE = 16
 """Writes that a child is told in one message."""
 PATIENCE = 0.1
 """Seconds without an answer until there are twice as many children for what waits."""
+BUSY_PATIENCE = 1.0
+"""The same while every processor is at work: they may just be the reason."""
 
 _AT_ONCE_BYTES = 1 << 15
 _MAX_FD = 1 << 20
@@ -57,6 +59,8 @@ _UNKNOWN = 255  # no errno
 _SLEPT = struct.Struct("=d")
 """What an answer begins with: the seconds that a child slept; results follow."""
 _DEARER = 2  # than its fork is a child in all: it copies the pages that it touches, and its answers
+_DOUBT = 4.0
+"""One part in so many of the sleep while every processor is at work is taken for the driver's."""
 _IDLE_SECONDS = 0.5
 """Without work until only one child stays."""
 _LAST_SECONDS = 60.0
@@ -208,10 +212,12 @@ class Batch(Writes):
 
     def gain(self, children: int) -> float:
         """How many seconds sooner it would be done if there were one more child."""
-        if not self._answers or not self._slept:
+        if not self._answers:
             return 0.0
-        sleep = min(self._slept, children * (idle_seconds() - self._idle)) / self._answers
-        return len(self._waiting) * sleep / (children * (children + 1))
+        idle = min(self._slept, children * (idle_seconds() - self._idle))
+        sure = self._slept / _DOUBT if self._answers > 1 else 0.0
+        each = max(idle, sure) / self._answers
+        return len(self._waiting) * each / (children * (children + 1))
 
     def take(self, children: int) -> tuple[int, ...]:
         """What one of so many children is to do next; few at first, more when that goes fast."""
@@ -240,7 +246,7 @@ class Batch(Writes):
             self._slept += _SLEPT.unpack_from(answer)[0]
             self._answers += len(results)
         done, rest = taken[: len(results)], taken[len(results) :]
-        self._size = max(len(done), 1) if rest else min(2 * self._size, AT_ONCE)
+        self._size = max(len(done), 1) if rest else min(4 * self._size, AT_ONCE)
         self._forget(done)
         if not self._fine.issuperset(results):
             self._let_no_more_begin()
@@ -424,10 +430,13 @@ class _Task:
         self.batch = batch
         self.taken = taken
         self.since = time.monotonic()
+        self.idle = idle_seconds()
 
     @property
     def is_late(self) -> bool:
-        return time.monotonic() - self.since >= PATIENCE
+        waited = time.monotonic() - self.since
+        idle = idle_seconds() - self.idle
+        return waited >= (PATIENCE if idle >= PATIENCE / 2 else BUSY_PATIENCE)
 
 
 _pools: WeakKeyDictionary[asyncio.AbstractEventLoop, ref[_Pool]] = WeakKeyDictionary()

@@ -166,15 +166,18 @@ async def test_a_slow_driver_is_asked_by_many(tmp_path: Path) -> None:
     assert batch.results == [0] * 8
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("busy", "doubt", "more"), [(False, 1e6, True), (True, 4.0, True), (True, 1e6, False)]
+)
 async def test_more_children_come_as_soon_as_they_save_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool, doubt: float, more: bool
 ) -> None:
     """Not only when one is late: a driver that takes a moment for each is asked by several.
 
-    But not when every processor is at work: it is not the driver then that they wait for.
+    When every processor is at work it is doubted that they wait for the driver.
     """
     monkeypatch.setattr(writer, "PATIENCE", 60.0)
+    monkeypatch.setattr(writer, "_DOUBT", doubt)
     monkeypatch.setattr(writer, "idle_seconds", lambda: 0.0 if busy else time.monotonic())
     fifos = [tmp_path / f"{number}" for number in range(40)]
     for fifo in fifos:
@@ -190,7 +193,28 @@ async def test_more_children_come_as_soon_as_they_save_time(
             answered.add(index)
             threading.Thread(target=fifos[index].read_bytes, daemon=True).start()
     assert batch.results == [0] * 40
-    assert (most == 1) is busy
+    assert (most > 1) is more
+
+
+async def test_who_is_late_on_a_busy_machine_is_given_more_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PATIENCE", 0.02)
+    monkeypatch.setattr(writer, "BUSY_PATIENCE", 0.5)
+    monkeypatch.setattr(writer, "idle_seconds", lambda: 0.0)
+    fifos = [tmp_path / "1", tmp_path / "2"]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    before, began = children(), time.monotonic()
+    batch = Batch([(str(fifo), b"x") for fifo in fifos])
+    batch.begin()
+    while len(batch.unknown) < 2:
+        await asyncio.sleep(0.01)
+    assert time.monotonic() - began >= 0.5
+    assert len(children() - before) == 2
+    for fifo in fifos:
+        threading.Thread(target=fifo.read_bytes, daemon=True).start()
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
 
 
 async def test_what_stands_behind_a_slow_write_is_done_by_others(tmp_path: Path) -> None:
