@@ -49,11 +49,11 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.host import groups, sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.host.writer import Writer, write_or_kill
-from mdev_orchestrator.model import Host, StartGroup
+from mdev_orchestrator.model import Host, Mdev, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import Ended, Guest
@@ -264,12 +264,28 @@ async def sweep(
     Never raises for a group that it cannot stop, and leaves alone what somebody has open.
     """
     done: list[Swept] = []
-    for guest in process.list_guests(root):
-        if process.has_started(guest) or _drafts(guest):
+    left = [g for g in process.list_guests(root) if process.has_started(g) or _drafts(g)]
+    if not left:
+        return ()
+    found = sysfs.scan(host, types=False)
+    held = holders(found.mdevs, host)  # one look for all guests: it reads every process
+    for guest in left:
+        if not _has_all_in_use(guest, found, held):
             # one that is being started or changed at this moment can wait for the next sweep
             with contextlib.suppress(BusyError):
                 done += await _tidy(guest, host, write, wait=0, starting=0)
     return tuple(done)
+
+
+def _has_all_in_use(guest: Guest, found: Host, held: Holders) -> bool:
+    """Whether a guest that lives has let go of nothing: there is nothing to tidy up after it."""
+    if not guest.alive or _drafts(guest):
+        return False
+    try:
+        all_started = [_read(file) for file in guest.started.glob("*.json")]
+    except MdoError:
+        return False
+    return all(_users(_left_of(started, found), found, held) for started in all_started)
 
 
 async def _tidy(
@@ -319,25 +335,38 @@ async def _give_back(
 ) -> list[Swept]:
     """Take one group offline unless it is in use, and forget it then."""
     found = sysfs.scan(host, types=False)
-    # a member that was removed meanwhile is offline, one that went elsewhere is not ours any more
-    left = [
-        mdev
-        for uuid in started.members
-        if (mdev := found.find(uuid)) is not None
-        and mdev.group_uuid == started.group
-        and mdev.online is not None
-    ]
+    left = _left_of(started, found)
     was_online = False
     if left:
         group = found.group_of(left[0])
         held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
-        users = {str(holder) for uuid in group.members for holder in held.of(uuid)}
+        users = _users(left, found, held)
         if users or not await _stopped(left[0].uuid, starting, host, write):
             who = "held by " + ", ".join(sorted(users)) if users else "the driver says it is in use"
             return [] if alive else [Swept(guest, group.who, who)]
         was_online = left[0].online is True
     _forget(file)
     return [Swept(guest, _named(started))] if was_online else []
+
+
+def _left_of(started: Started, found: Host) -> list[Mdev]:
+    """The members that are in the group still.
+
+    One that was removed meanwhile is offline, one that went elsewhere is not ours any more.
+    """
+    return [
+        mdev
+        for uuid in started.members
+        if (mdev := found.find(uuid)) is not None
+        and mdev.group_uuid == started.group
+        and mdev.online is not None
+    ]
+
+
+def _users(left: Sequence[Mdev], found: Host, held: Holders) -> set[str]:
+    """Who has a group open that these are left of."""
+    group = found.group_of(left[0]) if left else None
+    return {str(by) for uuid in (group.members if group else ()) for by in held.of(uuid)}
 
 
 async def _stopped(uuid: UUID, seconds: float, host: Path, write: Writer) -> bool:

@@ -7,7 +7,7 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -17,6 +17,8 @@ from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError, QemuError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import Guest, State
@@ -97,10 +99,10 @@ class Machine:
     def left(self) -> list[str]:
         return [guest.name for guest in process.list_guests(self.place)]
 
-    def hold(self, *uuids: str) -> None:
+    def hold(self, *uuids: str, pid: int = 4711) -> None:
         """Let a process have devices open."""
         nodes = [f"/dev/vfio/{(self.system.bus / u / 'iommu_group').resolve().name}" for u in uuids]
-        self.system.process(4711, "other", ["qemu", "-name", "theirs"], nodes)
+        self.system.process(pid, "other", ["qemu", "-name", "theirs"], nodes)
 
 
 @pytest.fixture
@@ -257,6 +259,25 @@ async def test_a_sweep_leaves_alone_what_is_in_use(machine: Machine) -> None:
     [swept] = await machine.sweep()
     assert "held by guest 'theirs' (pid 4711)" in swept.error
     assert machine.states() == [True, True, False]
+
+
+async def test_a_sweep_looks_once_who_has_what_however_many_guests_there_are(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def look(mdevs: Iterable[Mdev], root: Path) -> Holders:
+        looks.append(1)
+        return holders(mdevs, root)
+
+    await machine.launch(machine.spec(A, B, name="g1"))
+    machine.hold(A)
+    await machine.launch(machine.spec(C, name="g2"))
+    machine.hold(C, pid=4712)
+    monkeypatch.setattr(lifecycle, "holders", look)
+    assert await machine.sweep() == ()
+    assert looks == [1]
+    assert machine.states() == [True, True, True]
 
 
 async def test_a_sweep_stops_what_a_living_guest_has_let_go_of(machine: Machine) -> None:
