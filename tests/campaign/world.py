@@ -241,6 +241,14 @@ def _words(line: bytes) -> str:
     return line.replace(b"\0", b" ").decode(errors="replace")[:100]
 
 
+def words(pid: int) -> str:
+    """What a process was started with; one that was forked has the words of its parent."""
+    try:
+        return _words(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return ""
+
+
 _OWN = _words(Path("/proc/self/cmdline").read_bytes())
 """What all processes look like that were forked from this one."""
 

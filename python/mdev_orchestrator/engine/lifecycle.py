@@ -136,8 +136,9 @@ async def launch(
     await sweep(root=root, host=host, write=write)
     found = sysfs.scan(host, types=False) if spec.mdevs else Host()
     wanted = _groups_of(found, (mdev.uuid for mdev in spec.mdevs))
+    held = _holders_of(wanted, found, host)
     for group in wanted:
-        _check_users(found, group, host)
+        _check_users(group, held)
     _check_complete(f"guest {spec.name}", wanted, {mdev.uuid for mdev in spec.mdevs})
     qemu = shutil.which(spec.qemu) or spec.qemu
     drivers = {mdev.uuid: mdev.device_api for mdev in spec.mdevs}
@@ -190,7 +191,7 @@ async def attach(
     ):
         found = sysfs.scan(host, types=False)
         for group in _groups_of(found, [mdev.uuid]):
-            _check_users(found, group, host, guest)
+            _check_users(group, _holders_of([group], found, host), guest)
             by: Literal["mdo", "qemu"] = "mdo"
             if group.online is False and await features.has_property(
                 qmp, mdev.device_api, features.START
@@ -285,7 +286,8 @@ def _has_all_in_use(guest: Guest, found: Host, held: Holders) -> bool:
         all_started = [_read(file) for file in guest.started.glob("*.json")]
     except MdoError:
         return False
-    return all(_users(_left_of(started, found), found, held) for started in all_started)
+    left = [_left_of(started, found) for started in all_started]
+    return all(mdevs and _users(found.group_of(mdevs[0]), held) for mdevs in left)
 
 
 async def _tidy(
@@ -339,8 +341,7 @@ async def _give_back(
     was_online = False
     if left:
         group = found.group_of(left[0])
-        held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
-        users = _users(left, found, held)
+        users = _users(group, _holders_of([group], found, host))
         if users or not await _stopped(left[0].uuid, starting, host, write):
             who = "held by " + ", ".join(sorted(users)) if users else "the driver says it is in use"
             return [] if alive else [Swept(guest, group.who, who)]
@@ -363,10 +364,8 @@ def _left_of(started: Started, found: Host) -> list[Mdev]:
     ]
 
 
-def _users(left: Sequence[Mdev], found: Host, held: Holders) -> set[str]:
-    """Who has a group open that these are left of."""
-    group = found.group_of(left[0]) if left else None
-    return {str(by) for uuid in (group.members if group else ()) for by in held.of(uuid)}
+def _users(group: StartGroup, held: Holders) -> set[str]:
+    return {str(holder) for uuid in group.members for holder in held.of(uuid)}
 
 
 async def _stopped(uuid: UUID, seconds: float, host: Path, write: Writer) -> bool:
@@ -501,6 +500,12 @@ def _groups_of(found: Host, uuids: Iterable[UUID]) -> tuple[StartGroup, ...]:
     return tuple(dict.fromkeys(found.group_of(mdev) for mdev in mdevs if mdev is not None))
 
 
+def _holders_of(wanted: Collection[StartGroup], found: Host, host: Path) -> Holders:
+    """Who has members of some start groups open, by one look at all processes."""
+    members = {uuid for group in wanted for uuid in group.members}
+    return holders([mdev for mdev in found.mdevs if mdev.uuid in members], host)
+
+
 def _one(group: StartGroup, of: Collection[UUID]) -> UUID:
     return next(uuid for uuid in group.members if uuid in of)
 
@@ -516,10 +521,9 @@ def _check_complete(who: str, wanted: Iterable[StartGroup], given: Collection[UU
             )
 
 
-def _check_users(found: Host, group: StartGroup, host: Path, guest: Guest | None = None) -> None:
+def _check_users(group: StartGroup, held: Holders, guest: Guest | None = None) -> None:
     """A group has one user, and so has an mdev that is in none."""
     own = guest.record.pid if guest is not None and guest.record is not None else None
-    held = holders([mdev for mdev in found.mdevs if mdev.uuid in group.members], host)
     for uuid in group.members:
         others = [holder for holder in held.of(uuid) if holder.pid != own]
         if not others:

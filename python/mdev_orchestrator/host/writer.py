@@ -212,7 +212,7 @@ class Batch(Writes):
 
     def gain(self, children: int) -> float:
         """How many seconds sooner it would be done if there were one more child."""
-        if not self._answers:
+        if not self._answers or not self._waiting:
             return 0.0
         idle = min(self._slept, children * (idle_seconds() - self._idle))
         sure = self._slept / _DOUBT if self._answers > 1 else 0.0

@@ -46,6 +46,13 @@ async def written(batch: Writes) -> None:
     await asyncio.wait_for(asyncio.shield(batch.ended), 20)
 
 
+async def begun(batch: Batch, count: int) -> None:
+    """Wait until so many are under way; nothing tells that a write has begun."""
+    async with asyncio.timeout(20):
+        while len(batch.unknown) < count:
+            await asyncio.sleep(0.01)
+
+
 # ---- one ----
 
 
@@ -73,8 +80,7 @@ async def test_one_child_stays_for_a_while(tmp_path: Path, monkeypatch: pytest.M
     before = children()
     batch = Batch([(str(fifo), b"x") for fifo in fifos])
     batch.begin()
-    while len(batch.unknown) < 4:
-        await asyncio.sleep(0.01)
+    await begun(batch, 4)
     assert len(children() - before) == 4
     for fifo in fifos:
         threading.Thread(target=fifo.read_bytes, daemon=True).start()
@@ -208,8 +214,7 @@ async def test_who_is_late_on_a_busy_machine_is_given_more_time(
     before, began = children(), time.monotonic()
     batch = Batch([(str(fifo), b"x") for fifo in fifos])
     batch.begin()
-    while len(batch.unknown) < 2:
-        await asyncio.sleep(0.01)
+    await begun(batch, 2)
     assert time.monotonic() - began >= 0.5
     assert len(children() - before) == 2
     for fifo in fifos:
