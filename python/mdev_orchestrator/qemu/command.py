@@ -8,7 +8,9 @@ What a guest looks like
 * One pcie-root-port per PCI mdev and as many free ones as ``hotplug_ports`` asks for: a PCIe
   device cannot be hot-plugged into the root complex itself, and ports cannot be added later.
   Their ids are ``port0``, ``port1``… The mdevs on the command line take the first ones. Eight
-  ports share one slot of the root bus, as libvirt places them too.
+  ports share one slot of the root bus, as libvirt places them too. They take slots from the middle
+  of the bus upwards (:data:`FIRST_SLOT`): QEMU gives a device without an address, such as a disk,
+  a network card or a VGA adapter, the lowest free slot, and it does so before it comes to a port.
 * Every port asks the firmware for a window of ``hotplug_window`` bytes of 64-bit prefetchable
   memory, so that a device with a large memory aperture fits without moving its neighbours.
 * An mdev is a device with the id ``mdev-UUID``, opened by ``sysfsdev``. vfio-ccw and vfio-ap
@@ -53,9 +55,10 @@ Accel = Literal["auto", "kvm", "tcg"]
 MIB = 1 << 20
 MAX_CPUS = 288
 PORTS_PER_SLOT = 8
-FIRST_SLOT = 1
+FIRST_SLOT = 0x0F
+"""Slots 1 to 14 are left to devices without an address; 0x1f is the chipset's own on q35."""
 MAX_PORTS = 128
-"""Sixteen slots of eight: chassis numbers are bytes, and users may want slots of their own."""
+"""Sixteen slots of eight, 0x0f to 0x1e: what :data:`FIRST_SLOT` and the chipset leave."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 PCIE_MACHINES = re.compile(r"(pc-)?q35(-.*)?|virt(-.*)?")

@@ -83,9 +83,9 @@ def test_bare() -> None:
 def test_mdevs_take_the_first_ports_and_free_ones_follow() -> None:
     port = "-device pcie-root-port,"
     assert added(mdevs=(mdev(M1), mdev(M2)), hotplug_ports=1, hotplug_window=1 << 20) == [
-        f"{port}id=port0,bus=pcie.0,addr=0x01.0,chassis=1,slot=1,{WINDOW},multifunction=on",
-        f"{port}id=port1,bus=pcie.0,addr=0x01.1,chassis=2,slot=2,{WINDOW}",
-        f"{port}id=port2,bus=pcie.0,addr=0x01.2,chassis=3,slot=3,{WINDOW}",
+        f"{port}id=port0,bus=pcie.0,addr=0x0f.0,chassis=1,slot=1,{WINDOW},multifunction=on",
+        f"{port}id=port1,bus=pcie.0,addr=0x0f.1,chassis=2,slot=2,{WINDOW}",
+        f"{port}id=port2,bus=pcie.0,addr=0x0f.2,chassis=3,slot=3,{WINDOW}",
         f"-device vfio-pci,id=mdev-{M1},sysfsdev=/sys/bus/mdev/devices/{M1},bus=port0",
         f"-device vfio-pci,id=mdev-{M2},sysfsdev=/sys/bus/mdev/devices/{M2},bus=port1",
     ]
@@ -136,6 +136,12 @@ def test_ports_are_unique(count: int) -> None:
     firsts = [port for port in ports if "multifunction=on" in port]
     assert all(re.search(r"addr=0x..\.0,", port) for port in firsts)
     assert len(firsts) == -(-count // 8)
+
+
+def test_ports_leave_the_low_slots_to_what_has_no_address() -> None:
+    ports = [line for line in guest_argv(spec(hotplug_ports=128), SOCKETS) if "root-port" in line]
+    slots = {int(re.search(r",addr=(0x..)", port)[1], 16) for port in ports}  # type: ignore[index]
+    assert slots == set(range(15, 31))  # 0 is the host bridge, 31 the chipset
 
 
 def unescaped(text: str) -> list[str]:
