@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.apply import apply, destroy, diff
+    from mdev_orchestrator.engine.attach import attach, detach
     from mdev_orchestrator.engine.devices import create_devices, remove_devices
-    from mdev_orchestrator.engine.plug import attach, detach
     from mdev_orchestrator.engine.recovery import adopt
     from mdev_orchestrator.engine.restore import power_down, restore
     from mdev_orchestrator.errors import MdoError
@@ -33,10 +33,10 @@ _PLACES = {
     "MdoError": "errors",
     "adopt": "engine.recovery",
     "apply": "engine.apply",
-    "attach": "engine.plug",
+    "attach": "engine.attach",
     "create_devices": "engine.devices",
     "destroy": "engine.apply",
-    "detach": "engine.plug",
+    "detach": "engine.attach",
     "diff": "engine.apply",
     "events": "host.events",
     "load": "spec",

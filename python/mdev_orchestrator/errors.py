@@ -16,7 +16,27 @@ which object, a hint that says what to do, and the exit code that the command li
     └── HostError            5   the host lacks something: module, node, permission, program
 
 Anything else that reaches the command line is a bug and is reported as one.
+
+What is known of an act that failed is the error's :class:`Outcome`, which is set where the kernel
+or QEMU answers. The class of an error says what the user can do about it and nothing else.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What is known of an act on the machine when it has ended."""
+
+    DONE = "done"
+    """The kernel or QEMU said so, and reading back agrees."""
+    NO_EFFECT = "no effect"
+    """A known errno of the write, or an error reply of QMP to that very command."""
+    UNKNOWN = "unknown"
+    """Anything else: a deadline, a hang-up, a killed helper, a reply that makes no sense."""
 
 
 def one_line(text: str) -> str:
@@ -32,23 +52,47 @@ def one_line(text: str) -> str:
 class MdoError(Exception):
     """A failure that a user can act on.
 
-    :param message: Names the object; made :func:`one_line`.
-    :param hint: What to do about it; may be empty; likewise.
+    :ivar message: What happened and to which object; one line.
+    :ivar hint: What to do about it; one line; may be empty.
+    :ivar outcome: What is known of the act that failed; ``None`` if no act had to do with it.
+    :ivar subject: The object, such as ``mdev UUID`` or ``guest NAME``; may be empty.
+    :ivar errno: The kernel's error number; ``None`` if the kernel gave none.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        outcome: Outcome | None = None,
+        subject: str = "",
+        errno: int | None = None,
+    ) -> None:
         self.message = one_line(message)
         self.hint = one_line(hint)
+        self.outcome = outcome
+        self.subject = subject
+        self.errno = errno
         super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+@contextmanager
+def before_acting() -> Iterator[None]:
+    """Mark errors that leave the block as having had no effect: no act has begun yet."""
+    try:
+        yield
+    except MdoError as error:
+        error.outcome = Outcome.NO_EFFECT
+        raise
+
+
 class RequestError(MdoError):
-    """What was asked cannot be done as asked; nothing was changed."""
+    """What was asked cannot be done as asked."""
 
     exit_code = 2
 
@@ -76,7 +120,7 @@ class QemuError(MdoError):
 
 
 class CommandError(QemuError):
-    """QEMU refused a command.
+    """QEMU refused a command, which so had no effect.
 
     :ivar command: The command's name.
     :ivar error_class: QMP's class of the error, for instance ``DeviceNotFound``.
@@ -86,7 +130,7 @@ class CommandError(QemuError):
     def __init__(
         self, message: str, hint: str = "", *, command: str, error_class: str, description: str
     ) -> None:
-        super().__init__(message, hint)
+        super().__init__(message, hint, outcome=Outcome.NO_EFFECT)
         self.command = command
         self.error_class = error_class
         self.description = description

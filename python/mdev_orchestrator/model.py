@@ -213,7 +213,7 @@ class StartGroup(Struct, frozen=True):
     online: bool | None = None
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
         """How messages name it."""
         if self.uuid is None:
             return f"mdev {self.members[0]}"

@@ -332,7 +332,7 @@ class GuestMdev(Devices, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
 
 
-class Guest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GuestConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A virtual machine."""
 
     name: Name
@@ -396,8 +396,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Name | None,
         Meta(description="What it is called; the file's name without an ending if absent."),
     ] = None
-    guests: Annotated[tuple[Guest, ...], Meta(description="The virtual machines.")] = msgspec.field(
-        name="guest", default=()
+    guests: Annotated[tuple[GuestConfig, ...], Meta(description="The virtual machines.")] = (
+        msgspec.field(name="guest", default=())
     )
     pools: Annotated[tuple[Pool, ...], Meta(description="Devices without a guest.")] = (
         msgspec.field(name="pool", default=())
@@ -716,7 +716,7 @@ def _check(document: Document) -> None:
 def _check_names(document: Document) -> None:
     seen: dict[str, Place] = {}
     uuids: dict[UUID, Place] = {}
-    owners: list[tuple[Place, Guest | Pool]] = [
+    owners: list[tuple[Place, GuestConfig | Pool]] = [
         *((("guest", number), guest) for number, guest in enumerate(document.spec.guests)),
         *((("pool", number), pool) for number, pool in enumerate(document.spec.pools)),
     ]
@@ -726,7 +726,7 @@ def _check_names(document: Document) -> None:
                 (*place, "name"), f"{owner.name} is the name of {key(seen[owner.name])} already"
             )
         seen[owner.name] = place
-        if isinstance(owner, Guest) and owner.uuid is not None:
+        if isinstance(owner, GuestConfig) and owner.uuid is not None:
             if owner.uuid in uuids:
                 raise document.fault(
                     (*place, "uuid"), f"is the UUID of {key(uuids[owner.uuid])} already"
@@ -734,7 +734,7 @@ def _check_names(document: Document) -> None:
             uuids[owner.uuid] = place
 
 
-def _check_guest(document: Document, place: Place, guest: Guest) -> None:
+def _check_guest(document: Document, place: Place, guest: GuestConfig) -> None:
     if guest.memory < MIB or guest.memory % MIB:
         raise document.fault(
             (*place, "memory"), f"{int(guest.memory)} bytes are no multiple of 1 MiB"
@@ -1057,7 +1057,7 @@ def _plain(value: object) -> object:
     return int(value) if isinstance(value, Size) else str(value)
 
 
-def read_guest(text: str) -> Guest:
+def read_guest(text: str) -> GuestConfig:
     """Read a guest that :func:`to_json` wrote.
 
     :raise RequestError: It is none.

@@ -31,12 +31,13 @@ def _base(own: str, xdg: str, fallback: str) -> Path:
     return Path.home() / fallback / APP
 
 
-def state_dir() -> Path:
+def state_dir(path: Path | None = None) -> Path:
     """Directory for what must outlive a command; not created here.
 
-    :raise HostError: Somebody else could change what stands there.
+    :param path: The directory, if it is not the one that the environment names.
+    :raise HostError: Another user could change what is in it.
     """
-    path = _base("MDO_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+    path = (path or _base("MDO_STATE_DIR", "XDG_STATE_HOME", ".local/state")).absolute()
     _check_ours(path)
     return path
 

@@ -32,7 +32,7 @@ from mdev_orchestrator.lab.story import as_guest_mdev, counts, settled
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 
 MEMORY = 256 << 20
 FILL_BYTES = 256 << 10
@@ -95,7 +95,7 @@ def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = T
 
 
 @contextlib.asynccontextmanager
-async def started(what: GuestSpec) -> AsyncIterator[Guest]:
+async def started(what: GuestSpec) -> AsyncIterator[RunningGuest]:
     """A QEMU that runs; ended without asking its guest when the story has not ended it."""
     guest = await lifecycle.launch(what, deadline=BOOT_SECONDS)
     try:
@@ -116,7 +116,7 @@ async def guest(name: str, *devices: Mdev) -> AsyncIterator[l2.Program]:
 
 
 @contextlib.asynccontextmanager
-async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[Guest]:
+async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[RunningGuest]:
     """A QEMU whose processor was never started: its guest answers nothing, ever."""
     async with started(spec(name, *devices, boots=False, extra=("-S",))) as running:
         yield running

@@ -21,7 +21,8 @@ from guests import (
     use,
 )
 
-from mdev_orchestrator.engine import lifecycle, plug
+from mdev_orchestrator.engine import attach as engine_attach
+from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
@@ -77,9 +78,9 @@ class HotPlug(GuestTest):
 
             # Whoever asks the guest to let go cannot take that back; interrupted, it plugs in anew.
             running = process.find_running("ports")
-            async with connect(running.watch_socket, running.who) as qmp:
+            async with connect(running.watch_socket, running.label) as qmp:
                 with qmp.events(("DEVICE_DELETED",), lambda data: "device" in data) as events:
-                    detaching = asyncio.ensure_future(plug.detach("ports", fifth.uuid))
+                    detaching = asyncio.ensure_future(engine_attach.detach("ports", fifth.uuid))
                     while not any(running.directory.glob("asked-*")):
                         assert not detaching.done()
                         await asyncio.sleep(0.01)

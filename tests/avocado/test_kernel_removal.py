@@ -45,7 +45,7 @@ class KernelRemoval(GuestTest):
         ):
             await use(program, grid)
             running = process.find_running("asked")
-            async with connect(running.qmp_socket, running.who) as qmp:
+            async with connect(running.qmp_socket, running.label) as qmp:
                 # While the guest stands still it cannot let go: the writer gives up, and is
                 # abandoned in the kernel.
                 await qmp.execute("stop", object)

@@ -29,7 +29,7 @@ import mdev_orchestrator.host.events
 import mdev_orchestrator.qemu.monitor  # noqa: F401
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.main import main
-from mdev_orchestrator.engine.executor import Event
+from mdev_orchestrator.engine.executor import StepEvent
 from mdev_orchestrator.engine.journal import Journal
 
 
@@ -57,7 +57,7 @@ class Ended:
 
 
 Hook = Callable[[str, int], None]
-"""Told of each point in the command's own process: what it is, and its number from 1."""
+"""ResultCallback of each point in the command's own process: what it is, and its number from 1."""
 
 
 def kill_at(number: int) -> Hook:
@@ -138,9 +138,9 @@ def _arm(points: _Points) -> None:
     """Make every point of this process known to ``points``."""
     tell = output.progress
 
-    def progress(event: Event) -> None:
+    def progress(event: StepEvent) -> None:
         tell(event)
-        points.reached(f"{event.moment} {event.step}")
+        points.reached(f"{event.kind} {event.step}")
 
     def marked(name: str) -> None:
         method: Callable[..., Awaitable[Any]] = getattr(Journal, name)

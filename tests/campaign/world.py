@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import vfio
-from mdev_orchestrator.engine.store import Owned, read_owned
+from mdev_orchestrator.engine.journal_db import Managed, read_managed
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.model import Host, Mdev
@@ -142,14 +142,14 @@ class Machine:
 
     host: Host
     held: Holders
-    owned: Owned
-    guests: tuple[process.Guest, ...]
+    owned: Managed
+    guests: tuple[process.RunningGuest, ...]
 
     @classmethod
     def now(cls) -> Machine:
         """Read it."""
         host = sysfs.scan()
-        owned = read_owned(_place() / "journal.db")
+        owned = read_managed(_place() / "journal.db")
         return cls(host, holders(host.mdevs), owned, _guests())
 
 
@@ -158,7 +158,7 @@ def _place() -> Path:
     return Path(os.environ["MDO_STATE_DIR"])
 
 
-def _guests() -> tuple[process.Guest, ...]:
+def _guests() -> tuple[process.RunningGuest, ...]:
     return tuple(process.list_guests(_place() / "guests"))
 
 
@@ -199,7 +199,7 @@ def _device(mdev: Mdev, held_by: Holders) -> str:
     )
 
 
-def _guest(guest: process.Guest) -> str:
+def _guest(guest: process.RunningGuest) -> str:
     return f"{guest.name} {guest.state} {guest.record.uuid if guest.record else guest.damage}"
 
 
@@ -220,7 +220,7 @@ def _open() -> tuple[list[str], list[str]]:
     return [" ".join(row) for row in runs], [object_ for (object_,) in claims]
 
 
-def _strays(others: Foreign, guests: tuple[process.Guest, ...]) -> list[str]:
+def _strays(others: Foreign, guests: tuple[process.RunningGuest, ...]) -> list[str]:
     """Processes that nobody knows: QEMUs, shells that would become one, writers left behind."""
     end = time.monotonic() + PATIENCE
     while True:

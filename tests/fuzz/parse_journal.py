@@ -5,11 +5,11 @@ import contextlib
 import sqlite3
 
 from fuzz import harness
-from mdev_orchestrator.engine import recovery, steps, store
+from mdev_orchestrator.engine import journal_db, recovery, steps
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.store import Owned
+from mdev_orchestrator.engine.journal_db import Managed
 from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.host.process import boot_id
+from mdev_orchestrator.system.processes import boot_id
 
 PLACE = harness.scratch()
 FILE = PLACE / "damaged/journal.db"
@@ -36,7 +36,7 @@ def one(data: bytes) -> None:
 def _file(data: bytes) -> None:
     try:
         FILE.write_bytes(data)
-        _use(store.read_owned(FILE))
+        _use(journal_db.read_managed(FILE))
         with Journal.open(FILE) as journal:
             _use(journal.owned())
             recovery.pending(journal)
@@ -77,7 +77,7 @@ def _insert(db: sqlite3.Connection, data: bytes) -> None:
                 db.execute(ROW[table], (key, text))
 
 
-def _use(owned: Owned) -> None:
+def _use(owned: Managed) -> None:
     for guest in owned.guests.values():
         with contextlib.suppress(MdoError):
             steps.guest_spec(guest, [])

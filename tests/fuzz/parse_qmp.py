@@ -18,7 +18,7 @@ RECORD = process.Record(
     name="a", uuid=DEV, pid=2, start_time=0, boot_id="", created=0, argv=[], mdevs=[], memory=0,
     cpus=1, ready=True,
 )  # fmt: skip
-GUEST = process.Guest("a", PLACE, process.State.RUNNING, RECORD)
+GUEST = process.RunningGuest("a", PLACE, process.State.RUNNING, RECORD)
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\n'
 SECONDS = 0.2
 LOOP = asyncio.new_event_loop()
@@ -42,12 +42,12 @@ async def _look() -> None:
 
 
 async def _properties() -> None:
-    async with monitor.connect(GUEST.qmp_socket, GUEST.who, deadline=SECONDS) as qmp:
+    async with monitor.connect(GUEST.qmp_socket, GUEST.label, deadline=SECONDS) as qmp:
         await features.has_property(qmp, "vfio-pci", "mdev-start")
 
 
 async def _ports() -> None:
-    async with monitor.connect(GUEST.qmp_socket, GUEST.who, deadline=SECONDS) as qmp:
+    async with monitor.connect(GUEST.qmp_socket, GUEST.label, deadline=SECONDS) as qmp:
         await hotplug.ports(qmp)
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from fuzz import harness
 from mdev_orchestrator.cli.guest import guest_shape
-from mdev_orchestrator.engine import learned, lifecycle
+from mdev_orchestrator.engine import lifecycle, model_cache
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.lab import machine
 from mdev_orchestrator.model import Host
@@ -53,7 +53,7 @@ def one(data: bytes) -> None:
 
 def _read() -> None:
     features._read()
-    learned.load()
+    model_cache.load()
     harness.check_shown([process.qemu_words(GUEST / "qemu.log")])
     for guest in process.list_guests():
         msgspec.json.encode(guest_shape(Report(guest, damage=guest.damage), Host()))
@@ -72,4 +72,4 @@ def _look_at_lab() -> None:
 
 
 def _sweep() -> None:
-    asyncio.run(lifecycle.sweep(host=PLACE, write=_nothing_there))
+    asyncio.run(lifecycle.reclaim_groups(host=PLACE, write=_nothing_there))

@@ -11,14 +11,14 @@ import asyncio
 from pathlib import Path
 
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 
 
-async def where_it_hangs(guest: Guest) -> str:
+async def where_it_hangs(guest: RunningGuest) -> str:
     """What the processor of a guest does that does not answer, and where QEMU's threads wait."""
     assert guest.record is not None
     said = []
-    async with connect(guest.query_socket, guest.who) as qmp:
+    async with connect(guest.query_socket, guest.label) as qmp:
         for _ in range(2):
             for line in ("info registers", "info lapic", "info irq"):
                 arguments = {"command-line": line}

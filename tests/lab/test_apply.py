@@ -17,7 +17,7 @@ from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.apply import apply, destroy, diff
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.store import read_owned
+from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError, QemuError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
@@ -80,7 +80,7 @@ async def test_or_none_of_them(tmp_path: Path) -> None:
     assert "all was undone" in caught.value.__notes__
     assert sysfs.scan().mdevs == ()
     assert process.list_guests(ours["guests"]) == []
-    owned = read_owned(ours["journal"])
+    owned = read_managed(ours["journal"])
     assert (owned.devices, owned.guests, owned.specs) == ({}, {}, {})
 
 
@@ -90,7 +90,7 @@ async def test_two_orchestrators_and_the_last_slots(tmp_path: Path) -> None:
     done = await asyncio.gather(
         *(apply(spec(POOL.format(8)), **home) for home in homes), return_exceptions=True
     )
-    won = [read_owned(home["journal"]).devices for home in homes]
+    won = [read_managed(home["journal"]).devices for home in homes]
     assert {uuid for devices in won for uuid in devices} == {m.uuid for m in sysfs.scan().mdevs}
     lost = [one for one in done if isinstance(one, MdoError)]
     if len(lost) == 1:  # else both were refused one at the last moment, and both gave back
@@ -158,7 +158,7 @@ async def test_beside_mdevctl(tmp_path: Path) -> None:
         mdevctl(), apply(spec(POOL.format(8)), **ours), return_exceptions=True
     )
     assert isinstance(codes, list)
-    mine = set(read_owned(ours["journal"]).devices)
+    mine = set(read_managed(ours["journal"]).devices)
     here = {mdev.uuid for mdev in sysfs.scan().mdevs}
     assert mine.isdisjoint(theirs)
     assert here == mine | {uuid for uuid, code in zip(theirs, codes, strict=True) if code == 0}

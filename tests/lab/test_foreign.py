@@ -29,7 +29,7 @@ from mdev_orchestrator.host.readiness import missing
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 
 SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
 pytestmark = pytest.mark.skipif(SAMPLES is None, reason="needs MDO_LAB_SAMPLES")
@@ -111,7 +111,7 @@ def as_guest_mdev(mdev: Mdev) -> GuestMdev:
 
 
 @asynccontextmanager
-async def halted_guest(*mdevs: Mdev) -> AsyncIterator[Guest]:
+async def halted_guest(*mdevs: Mdev) -> AsyncIterator[RunningGuest]:
     """A guest whose processor is never started: what is tried is our part, and QEMU's."""
     spec = GuestSpec(
         name="halted",

@@ -19,10 +19,10 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.host.process import boot_id, start_time
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
 from mdev_orchestrator.state import state_dir
+from mdev_orchestrator.system.processes import boot_id, start_time
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
@@ -41,7 +41,7 @@ def nobody(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-async def guest() -> AsyncIterator[process.Guest]:
+async def guest() -> AsyncIterator[process.RunningGuest]:
     """A guest that was started by somebody without a umask."""
     before = os.umask(0)
     try:
@@ -53,7 +53,7 @@ async def guest() -> AsyncIterator[process.Guest]:
         os.umask(before)
 
 
-async def test_a_guests_files_are_for_its_owner_only(guest: process.Guest) -> None:
+async def test_a_guests_files_are_for_its_owner_only(guest: process.RunningGuest) -> None:
     for path in (guest.directory, guest.directory.parent, state_dir()):
         assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (0, 0o700)
     for name in SOCKETS:
@@ -66,7 +66,7 @@ async def test_a_guests_files_are_for_its_owner_only(guest: process.Guest) -> No
 
 
 async def test_a_socket_refuses_another_user_even_in_a_directory_that_is_open(
-    guest: process.Guest,
+    guest: process.RunningGuest,
 ) -> None:
     opened = (guest.directory, guest.directory.parent, state_dir())
     for path in opened:

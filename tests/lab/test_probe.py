@@ -23,7 +23,7 @@ from lab import vfio
 from lab.parents import DRIVERS, Parent, all_drivers
 from mdev_orchestrator.capacity import models
 from mdev_orchestrator.capacity.attributes import TypeFacts
-from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import probe
@@ -82,7 +82,7 @@ async def test_a_stranger_is_known_afterwards(name: str, monkeypatch: pytest.Mon
             else:
                 parent.create(rng.choice(sorted(parent.texts)))
         # with devices on it, what was learned is what is believed
-        found = {c.name: c for c in models.survey(sysfs.scan(), learned=learned.load())}
+        found = {c.name: c for c in models.survey(sysfs.scan(), learned=model_cache.load())}
         assert found[name].model == probed.after.model
         assert found[name].confidence is models.Confidence.OBSERVED
     finally:
@@ -98,7 +98,7 @@ def test_all_parents_by_one_command() -> None:
     for parent in shown.values():
         assert (parent["learned"], parent["before"]["confidence"]) == (True, "known"), parent
         assert parent["model"] == parent["before"]["model"]
-    believed = models.survey(sysfs.scan(), learned=learned.load())
+    believed = models.survey(sysfs.scan(), learned=model_cache.load())
     assert {capacity.confidence for capacity in believed} == {models.Confidence.OBSERVED}
 
 

@@ -39,7 +39,7 @@ from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import Guest, State
+from mdev_orchestrator.qemu.process import RunningGuest, State
 from mdev_orchestrator.state import cache_dir
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
@@ -162,20 +162,20 @@ async def test_online_before_the_first_access_and_offline_after_the_last_release
     assert (free(), process.list_guests()) == (LINKS, [])
 
 
-async def quit_(guest: Guest) -> None:
-    async with connect(guest.qmp_socket, guest.who) as qmp:
+async def quit_(guest: RunningGuest) -> None:
+    async with connect(guest.qmp_socket, guest.label) as qmp:
         await qmp.quit()
 
 
-def by(number: int) -> Callable[[Guest], Awaitable[None]]:
-    async def send(guest: Guest) -> None:
+def by(number: int) -> Callable[[RunningGuest], Awaitable[None]]:
+    async def send(guest: RunningGuest) -> None:
         assert guest.record is not None
         os.kill(guest.record.pid, number)
 
     return send
 
 
-ENDS: dict[str, Callable[[Guest], Awaitable[None]]] = {
+ENDS: dict[str, Callable[[RunningGuest], Awaitable[None]]] = {
     "quit": quit_,
     "SIGTERM": by(signal.SIGTERM),
     "SIGKILL": by(signal.SIGKILL),
@@ -191,11 +191,11 @@ async def test_the_next_command_stops_what_a_guest_left_online(explicit: None, h
     await ENDS[how](guest)
     assert await process.wait_ended(guest, 20)
     assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # nobody has looked yet
-    [swept] = await lifecycle.sweep()
+    [swept] = await lifecycle.reclaim_groups()
     assert str(swept).endswith("it is offline now")
     assert (states(*mdevs), free()) == ({False}, LINKS)
     in_order(mdevs, since)
-    assert await lifecycle.sweep() == ()
+    assert await lifecycle.reclaim_groups() == ()
     # and the group is free for another guest, of the same name too
     again = await lifecycle.launch(spec(*mdevs))
     assert states(*mdevs) == {True}
@@ -221,15 +221,15 @@ async def test_the_last_detach_stops_and_the_first_does_not(explicit: None) -> N
     for mdev in mdevs:
         assert states(*mdevs) == {True}
         await end_by_monitor(guest, mdev)
-        await lifecycle.sweep()
+        await lifecycle.reclaim_groups()
     assert (states(*mdevs), free()) == ({False}, LINKS)
     assert process.find("g").state is State.RUNNING
 
 
-async def end_by_monitor(guest: Guest, mdev: Mdev) -> None:
+async def end_by_monitor(guest: RunningGuest, mdev: Mdev) -> None:
     """Unplug from a guest that has not booted: a device on its way in can be taken out."""
     name = f"mdev-{mdev.uuid}"
-    async with connect(guest.qmp_socket, guest.who) as qmp:
+    async with connect(guest.qmp_socket, guest.label) as qmp:
         with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == name) as events:
             await qmp.execute("device_del", object, {"id": name})
             await qmp.execute("system_reset", object)
@@ -352,7 +352,7 @@ async def test_an_orchestrator_that_is_killed_leaves_nothing(explicit: None, mom
         assert await killed.wait() == -signal.SIGKILL
         async with asyncio.timeout(30):
             while process.list_guests():  # the driver lets nobody stop what it still starts
-                await lifecycle.sweep()
+                await lifecycle.reclaim_groups()
                 await asyncio.sleep(0.1)
     assert (states(*mdevs), free()) == ({False}, LINKS)
 
@@ -373,7 +373,7 @@ async def test_a_qemu_that_starts_groups_is_left_to_it(
     await quit_(guest)
     assert await process.wait_ended(guest, 20)
     assert (states(*mdevs), free()) == ({False}, LINKS)  # QEMU's doing
-    assert await lifecycle.sweep() == ()
+    assert await lifecycle.reclaim_groups() == ()
     in_order(mdevs, since)
 
 
@@ -386,7 +386,7 @@ async def test_a_killed_qemu_that_starts_groups_is_tidied_up_after(
     await ENDS["SIGKILL"](guest)
     assert await process.wait_ended(guest, 20)
     assert states(*mdevs) == {True}
-    assert len(await lifecycle.sweep()) == 1
+    assert len(await lifecycle.reclaim_groups()) == 1
     assert (states(*mdevs), free()) == ({False}, LINKS)
     in_order(mdevs, since)
 

@@ -285,7 +285,7 @@ class Orchestrated:
         version: Version,
         *uuids: str,
         extra: tuple[str, ...] = (),
-        guest: process.Guest | None = None,
+        guest: process.RunningGuest | None = None,
     ) -> None:
         self.version = version
         self._guest = guest or asyncio.run(
@@ -310,7 +310,7 @@ class Orchestrated:
     def unplug(self, uuid: str) -> None:
         with Qmp.at(self._guest.qmp_socket) as qmp:
             qmp.unplug(f"mdev-{uuid}")
-        asyncio.run(lifecycle.sweep())
+        asyncio.run(lifecycle.reclaim_groups())
 
     def quit(self) -> None:
         with contextlib.suppress(GoneError):
@@ -329,7 +329,7 @@ class Orchestrated:
 
     @staticmethod
     def sweep(*_: str) -> None:
-        for swept in asyncio.run(lifecycle.sweep()):
+        for swept in asyncio.run(lifecycle.reclaim_groups()):
             assert not swept.error, swept
 
 

@@ -186,10 +186,10 @@ class Ends(Cell):
                     command = f"peer {first} {second} {SEED} {FILL_BYTES}"
                     answer = await program.ask(command, GUEST_SECONDS)
                     assert answer["crc32"] == zlib.crc32(l2.pattern(SEED, FILL_BYTES)), answer
-            async with connect(guest.qmp_socket, guest.who) as qmp:
+            async with connect(guest.qmp_socket, guest.label) as qmp:
                 await qmp.execute("system_powerdown", object)
             assert await process.wait_ended(guest, BOOT_SECONDS)
             self.is_left_online(uuids, self.by_launcher)
-            assert not any(swept.error for swept in await lifecycle.sweep())
+            assert not any(swept.error for swept in await lifecycle.reclaim_groups())
             checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)

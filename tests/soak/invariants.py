@@ -33,7 +33,7 @@ class State:
     # ---- what is there --------------------------------------------------------------------------
 
     @property
-    def guests(self) -> tuple[process.Guest, ...]:
+    def guests(self) -> tuple[process.RunningGuest, ...]:
         return self.machine.guests
 
     @property
@@ -127,9 +127,9 @@ class State:
             users = {holder.pid for uuid in group.members for holder in held.of(uuid)}
             if group.online is not None and group.online != bool(users):
                 state = "online" if group.online else "offline"
-                wrong.append(f"{group.who} is {state}, and open in {sorted(users)}")
+                wrong.append(f"{group.label} is {state}, and open in {sorted(users)}")
             if len(users) > 1:
-                wrong.append(f"{group.who} has several users: {sorted(users)}")
+                wrong.append(f"{group.label} has several users: {sorted(users)}")
         for name in ("grid0", "igd0"):
             used = sum(_links(group) for group in host.groups if group.parent == name)
             free = int((vfio.PARENTS / name / "p2p_links").read_text()) - used

@@ -32,7 +32,7 @@ from campaign.command import Ended, kill_at, mdo
 from campaign.world import Foreign, Look
 from lab import vfio
 from lab.kernel_log import KernelLog
-from mdev_orchestrator.host.process import has_ended
+from mdev_orchestrator.system.processes import has_ended
 from soak.invariants import COUNT, State
 from soak.samples import Samples
 from soak.worker import DONE, Outcome, Worker

@@ -29,7 +29,7 @@ from mdev_orchestrator.engine import lifecycle, recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.host.events import Monitor, Rescan, events
+from mdev_orchestrator.host.events import Rescan, UdevMonitor, events
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
@@ -195,7 +195,7 @@ class _Service:
         await mdo.detach(guest, parse_uuid(uuid), remove=remove)
 
     async def start(self, name: str, uuids: list[str]) -> None:
-        await lifecycle.sweep()
+        await lifecycle.reclaim_groups()
         mdevs = [await lifecycle.usable_mdev(parse_uuid(uuid), 10) for uuid in uuids]
         spec = GuestSpec(
             name=name,
@@ -208,16 +208,16 @@ class _Service:
 
     async def stop(self, name: str) -> str:
         ended = await lifecycle.end(process.find(name), deadline=0, force=True)
-        await lifecycle.sweep()
+        await lifecycle.reclaim_groups()
         return ended.how
 
     async def sweep(self) -> None:
-        await lifecycle.sweep()
+        await lifecycle.reclaim_groups()
 
     async def recover(self) -> list[str]:
         with Journal.open() as book:
             done = await recovery.recover(book, context=Context(), again=True)
-        await lifecycle.sweep()
+        await lifecycle.reclaim_groups()
         return [str(error) for run in done for error in run.errors]
 
     async def stall(self, seconds: float) -> None:
@@ -229,8 +229,8 @@ class _Service:
         return self.lost
 
 
-def _narrow_monitor() -> Monitor:
-    monitor: Monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+def _narrow_monitor() -> UdevMonitor:
+    monitor: UdevMonitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
     monitor.set_receive_buffer_size(BUFFER)  # type: ignore[attr-defined]
     monitor.start()  # type: ignore[attr-defined]
     return monitor

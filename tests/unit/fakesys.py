@@ -109,7 +109,7 @@ class FakeSystem:
         return {path.name for path in self.bus.iterdir()} if self.bus.exists() else set()
 
     async def write(self, path: str, data: bytes) -> int:
-        """What the kernel does; see :data:`mdev_orchestrator.host.writer.Writer`."""
+        """What the kernel does; see :data:`mdev_orchestrator.system.writer.Writer`."""
         name = path.rpartition("/")[2]
         uuid = data.decode() if name == "create" else path.split("/")[-2]
         key = uuid if name == "create" else f"{uuid}/{name}"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.store import read_owned
+from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.lab import machine
 from mdev_orchestrator.qemu import process
@@ -42,10 +42,10 @@ USERS: dict[str, Callable[[], object]] = {
     "guest list": process.list_guests,
     "guest, by name": lambda: process.find("a"),
     "lab list": machine.labs,
-    "journal, to look": read_owned,
+    "journal, to look": read_managed,
     "journal, to change": Journal.open,
-    "what was learned": learned.load,
-    "what is learned": lambda: learned.keep({}),
+    "what was learned": model_cache.load,
+    "what is learned": lambda: model_cache.keep({}),
 }
 
 
@@ -135,7 +135,7 @@ def test_a_link_of_somebody_else_on_the_way_is_refused(
 def test_what_is_made_is_for_us_only(place: Path) -> None:
     with Journal.open():
         pass
-    learned.keep({})
+    model_cache.keep({})
     private_dir(process.guests_dir())
     found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()}
     assert (found["journal.db"], found["guests"]) == (0o600, 0o700)
@@ -167,5 +167,5 @@ def test_a_journal_that_others_can_write_is_refused(place: Path, mode: int) -> N
     with Journal.open():
         pass
     (place / "journal.db").chmod(mode)
-    for use in (read_owned, Journal.open):
+    for use in (read_managed, Journal.open):
         assert refusal(use).message == f"{place / 'journal.db'} can be written by others"

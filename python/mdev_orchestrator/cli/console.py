@@ -17,13 +17,13 @@ from mdev_orchestrator.cli import output
 from mdev_orchestrator.errors import HostError, MdoError, RequestError
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.qemu.process import Guest
+    from mdev_orchestrator.qemu.process import RunningGuest
 
 ESCAPE = b"\x1d"  # ctrl-]
 CHUNK = 1 << 16
 
 
-def print_log(guest: Guest) -> None:
+def print_log(guest: RunningGuest) -> None:
     """Copy what the guest has printed to standard output.
 
     :raise MdoError: There is no log, or it cannot be read.
@@ -37,10 +37,10 @@ def print_log(guest: Guest) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(output.BROKEN_PIPE) from None
     except OSError as error:
-        raise MdoError(f"{guest.who} has no console log: {error.strerror}") from error
+        raise MdoError(f"{guest.label} has no console log: {error.strerror}") from error
 
 
-def interact(guest: Guest) -> None:
+def interact(guest: RunningGuest) -> None:
     """Pass keys to the guest and its output back, until ctrl-] or the guest ends.
 
     :raise RequestError: This is no terminal.
@@ -54,8 +54,8 @@ def interact(guest: Guest) -> None:
         try:
             sock.connect(str(guest.console_socket))
         except OSError as error:
-            raise HostError(f"{guest.who}: cannot reach its console: {error.strerror}") from error
-        output.say(f"connected to {guest.who}; ctrl-] ends")
+            raise HostError(f"{guest.label}: cannot reach its console: {error.strerror}") from error
+        output.say(f"connected to {guest.label}; ctrl-] ends")
         with _raw(sys.stdin.fileno()):
             copy(sock, sys.stdin.fileno(), sys.stdout.fileno())
     output.say("\ndisconnected")

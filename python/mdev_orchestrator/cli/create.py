@@ -9,7 +9,7 @@ from typing import Annotated
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.host import mdev_shape
 from mdev_orchestrator.cli.options import Argument, Option
-from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
 from mdev_orchestrator.errors import RequestError
@@ -54,7 +54,7 @@ def create(
         output.emit_json({"created": [mdev_shape(mdev) for mdev in made]})
     else:
         output.emit("\n".join(str(mdev.uuid) for mdev in made))
-    learned.learn_from(before, root)
+    model_cache.learn_from(before, root)
 
 
 def parse_attributes(texts: Iterable[str]) -> list[tuple[str, str]]:

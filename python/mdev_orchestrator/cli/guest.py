@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mdev_orchestrator.model import Host
     from mdev_orchestrator.qemu.command import GuestSpec
     from mdev_orchestrator.qemu.hotplug import Plugged
-    from mdev_orchestrator.qemu.process import Ended, Guest
+    from mdev_orchestrator.qemu.process import Ended, RunningGuest
     from mdev_orchestrator.qemu.status import Report
 
 NONE = "-"
@@ -33,20 +33,20 @@ def list_(*, json: JsonOption = False) -> None:
     output.emit_table("Guests", HEADERS, [_row(report, host) for report in reports])
     for report in reports:
         if report.damage:
-            output.say(f"{report.guest.who}: {report.damage}")
+            output.say(f"{report.guest.label}: {report.damage}")
 
 
 async def _look_all() -> list[Report]:
     from mdev_orchestrator.qemu.process import list_guests
     from mdev_orchestrator.qemu.status import look_all
 
-    await sweep()
+    await reclaim_groups()
     return await look_all(list_guests())
 
 
-async def sweep() -> None:
+async def reclaim_groups() -> None:
     """Take offline what guests that have ended left online, and say so."""
-    from mdev_orchestrator.engine.lifecycle import sweep as sweep_groups
+    from mdev_orchestrator.engine.lifecycle import reclaim_groups as sweep_groups
 
     for swept in await sweep_groups(host=output.host_root()):
         output.say(str(swept))
@@ -113,7 +113,7 @@ def start(
     )
     report = output.run(_start(spec, mdev or [], deadline))
     if words := qemu_words(report.guest.qemu_log):
-        output.say(f"{report.guest.who}: QEMU says: {words}")
+        output.say(f"{report.guest.label}: QEMU says: {words}")
     if json:
         from mdev_orchestrator.host.sysfs import scan
 
@@ -130,7 +130,7 @@ async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
     from mdev_orchestrator.model import parse_uuid
     from mdev_orchestrator.qemu.status import look
 
-    await sweep()
+    await reclaim_groups()
     root = output.host_root()
     mdevs = [await usable_mdev(parse_uuid(uuid), deadline, root) for uuid in uuids]
     spec = replace(spec, mdevs=tuple(mdevs))
@@ -199,7 +199,7 @@ async def _stop(name: str, deadline: float, *, force: bool) -> Ended:
     from mdev_orchestrator.qemu.process import find
 
     ended = await end(find(name), deadline=deadline, force=force, host=output.host_root())
-    await sweep()
+    await reclaim_groups()
     return ended
 
 
@@ -296,7 +296,7 @@ def _plugged_shape(plugged: Plugged, host: Host) -> dict[str, Any]:
     }
 
 
-def _pid(guest: Guest) -> int | None:
+def _pid(guest: RunningGuest) -> int | None:
     return guest.record.pid if guest.record and guest.alive else None
 
 

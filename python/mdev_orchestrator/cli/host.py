@@ -13,7 +13,7 @@ from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.model import Host, Mdev
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.engine.store import OwnDevice, Owned
+    from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
 
 UNKNOWN = "?"
 NONE = "-"
@@ -37,19 +37,19 @@ def host(
         _show(found, held, owned)
 
 
-def _owned() -> Owned | None:
+def _owned() -> Managed | None:
     """What is ours; ``None`` when the journal cannot be read."""
-    from mdev_orchestrator.engine.store import read_owned
+    from mdev_orchestrator.engine.journal_db import read_managed
     from mdev_orchestrator.errors import MdoError
 
     try:
-        return read_owned()
+        return read_managed()
     except MdoError as error:
         output.say_error(error)
         return None
 
 
-def shape(found: Host, held: Holders, owned: Owned | None) -> dict[str, Any]:
+def shape(found: Host, held: Holders, owned: Managed | None) -> dict[str, Any]:
     """The documented JSON shape of a host."""
     used = _used(found)
     return {
@@ -124,7 +124,7 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
     return result
 
 
-def _ownership(mdev: Mdev, owned: Owned | None) -> dict[str, Any]:
+def _ownership(mdev: Mdev, owned: Managed | None) -> dict[str, Any]:
     """Whose an mdev is: ``owner`` is ``ours`` or ``foreign``, null when that cannot be told."""
     device = None if owned is None else _device(mdev, owned)
     return {
@@ -134,21 +134,21 @@ def _ownership(mdev: Mdev, owned: Owned | None) -> dict[str, Any]:
     }
 
 
-def _device(mdev: Mdev, owned: Owned) -> OwnDevice | None:
+def _device(mdev: Mdev, owned: Managed) -> DeviceRecord | None:
     """An mdev as the journal has it; one of the same UUID elsewhere is somebody else's."""
     device = owned.devices.get(mdev.uuid)
     same = device and device.parent == mdev.parent and mdev.type_id in {device.type, None}
     return device if same else None
 
 
-def _lost(found: Host, owned: Owned | None) -> list[OwnDevice]:
+def _lost(found: Host, owned: Managed | None) -> list[DeviceRecord]:
     """Devices that are ours and not there (any more)."""
     here = {mdev.uuid for mdev in found.mdevs if owned is not None and _device(mdev, owned)}
     devices = () if owned is None else owned.devices.values()
     return [device for device in devices if device.uuid not in here]
 
 
-def _whose(mdev: Mdev, owned: Owned | None) -> str:
+def _whose(mdev: Mdev, owned: Managed | None) -> str:
     ownership = _ownership(mdev, owned)
     words = [ownership["owner"] or UNKNOWN, ownership["spec"], ownership["for"]]
     return " ".join(word for word in words if word)
@@ -158,7 +158,7 @@ def _used(found: Host) -> Counter[tuple[str, str | None]]:
     return Counter((mdev.parent, mdev.type_id) for mdev in found.mdevs)
 
 
-def _show(found: Host, held: Holders, owned: Owned | None) -> None:
+def _show(found: Host, held: Holders, owned: Managed | None) -> None:
     used = _used(found)
     output.emit_table(
         "Types",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.guest import sweep
+from mdev_orchestrator.cli.guest import reclaim_groups
 from mdev_orchestrator.cli.options import Argument, Option
 
 GuestArgument = Annotated[str, Argument(metavar="GUEST", help="Name of a running guest.")]
@@ -27,11 +27,11 @@ def attach(
     json: JsonOption = False,
 ) -> None:
     """Plug a device into a running guest."""
-    from mdev_orchestrator.engine import plug
+    from mdev_orchestrator.engine import attach
 
-    output.run(sweep())
+    output.run(reclaim_groups())
     done = output.run(
-        plug.attach(
+        attach.attach(
             guest,
             what,
             parent=parent,
@@ -66,11 +66,11 @@ def detach(
     json: JsonOption = False,
 ) -> None:
     """Unplug a device from a running guest; returns when QEMU has closed it."""
-    from mdev_orchestrator.engine import plug
+    from mdev_orchestrator.engine import attach
     from mdev_orchestrator.model import parse_uuid
 
     output.run(
-        plug.detach(
+        attach.detach(
             guest, parse_uuid(uuid), remove=remove, deadline=deadline, host=output.host_root()
         )
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.options import Argument, Option
-from mdev_orchestrator.engine.store import read_owned
+from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.interop import mdevctl
@@ -109,7 +109,7 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
             attributes=own.attributes,
             group=own.group,
         )
-        for own in read_owned().devices.values()
+        for own in read_managed().devices.values()
     ]
     found = []
     for uuid in dict.fromkeys(parse_uuid(text) for text in what):

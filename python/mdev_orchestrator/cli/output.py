@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mdev_orchestrator.errors import MdoError, one_line
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.engine.executor import Event
+    from mdev_orchestrator.engine.executor import StepEvent
 
 T = TypeVar("T")
 
@@ -135,9 +135,9 @@ def confirm(question: str) -> None:
         raise SystemExit(1)
 
 
-def progress(event: Event) -> None:
+def progress(event: StepEvent) -> None:
     """Tell of a step that is done or undone; an observer of the engine."""
-    words = {"done": "", "undone": "undone: ", "stuck": "could not undo: "}.get(event.moment)
+    words = {"done": "", "undone": "undone: ", "stuck": "could not undo: "}.get(event.kind)
     if words is not None:
         say(f"[{event.number + 1}/{event.total}] {words}{event.step}")
 

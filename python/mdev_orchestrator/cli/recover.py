@@ -52,7 +52,7 @@ async def _recover(*, dry_run: bool) -> list[Recovered]:
     from mdev_orchestrator.engine import recovery
     from mdev_orchestrator.engine.context import Context
     from mdev_orchestrator.engine.journal import Journal
-    from mdev_orchestrator.engine.lifecycle import sweep
+    from mdev_orchestrator.engine.lifecycle import reclaim_groups
     from mdev_orchestrator.state import journal_path
 
     if dry_run and not journal_path().exists():
@@ -66,7 +66,7 @@ async def _recover(*, dry_run: bool) -> list[Recovered]:
             observe=output.progress,
             again=True,
         )
-        for swept in await sweep(host=output.host_root()):
+        for swept in await reclaim_groups(host=output.host_root()):
             output.say(str(swept))
         return done
 

@@ -21,14 +21,14 @@ import msgspec
 
 from mdev_orchestrator.capacity.planner import Policy
 from mdev_orchestrator.engine import diff as differ
-from mdev_orchestrator.engine import learned, lifecycle
+from mdev_orchestrator.engine import lifecycle, model_cache
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.diff import Changes, Running, Seen
+from mdev_orchestrator.engine.diff import Changes, ObservedState, Running
 from mdev_orchestrator.engine.executor import Observer, execute, ignore
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Journal, Run
+from mdev_orchestrator.engine.journal_db import Managed, SpecRecord, read_managed
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Create
-from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
 from mdev_orchestrator.errors import (
     CapacityError,
     MdoError,
@@ -42,7 +42,7 @@ from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 from mdev_orchestrator.spec import Document, to_json
 
 _LISTED = 4  # names in one message
@@ -63,8 +63,8 @@ async def diff(
     :param journal: The journal's file; the state directory's without it.
     :raise RequestError: With file and line: it cannot be had.
     """
-    seen = await look(read_owned(journal), host=host, guests=guests)
-    return differ.diff(document, seen, policy=policy, capacity=learned.capacities)
+    seen = await look(read_managed(journal), host=host, guests=guests)
+    return differ.diff(document, seen, policy=policy, capacity=model_cache.capacities)
 
 
 async def apply(
@@ -102,7 +102,7 @@ async def apply(
             seen = await look(book.owned(), host=host, guests=guests)
             asked, seen = _at_boot(document, seen) if booting else (document, seen)
             changes = differ.diff(
-                asked, seen, policy=policy, force=force, capacity=learned.capacities
+                asked, seen, policy=policy, force=force, capacity=model_cache.capacities
             )
             if changes.restarts and not restart:
                 words = "; ".join(
@@ -112,7 +112,7 @@ async def apply(
                     f"{document.source}: needs a restart: {words}",
                     "--restart restarts what must be",
                 )
-            own = OwnSpec(
+            own = SpecRecord(
                 name=name,
                 text=to_json(document.spec),
                 source=_absolute(document.source),
@@ -134,11 +134,11 @@ async def apply(
                     specs={name: own},
                     observe=observe,
                 )
-    learned.learn_from(seen.host, host, plan=changes.plan)
+    model_cache.learn_from(seen.host, host, plan=changes.plan)
     return changes
 
 
-def _at_boot(document: Document, seen: Seen) -> tuple[Document, Seen]:
+def _at_boot(document: Document, seen: ObservedState) -> tuple[Document, ObservedState]:
     """A spec without the pools that are made by hand, and what is seen without their devices."""
     manual = manual_pools(document)
     pools = tuple(p for p in document.spec.pools if f"pool:{p.name}" not in manual)
@@ -236,36 +236,36 @@ async def destroy(
     return changes
 
 
-async def look(owned: Owned, *, host: Path = ROOT, guests: Path | None = None) -> Seen:
+async def look(owned: Managed, *, host: Path = ROOT, guests: Path | None = None) -> ObservedState:
     """Look at the machine: devices, and the guests that run."""
-    await lifecycle.sweep(root=guests, host=host)
+    await lifecycle.reclaim_groups(root=guests, host=host)
     alive = [guest for guest in process.list_guests(guests) if guest.alive]
     found = await asyncio.gather(*(_running(guest) for guest in alive))
     running = {guest.name: one for guest, one in zip(alive, found, strict=True) if one}
-    return Seen(sysfs.scan(host), owned, running, mdevctl.defined(host))
+    return ObservedState(sysfs.scan(host), owned, running, mdevctl.defined(host))
 
 
-async def _running(guest: Guest) -> Running | None:
+async def _running(guest: RunningGuest) -> Running | None:
     """What a guest has, by its own monitor for questions."""
     from mdev_orchestrator.qemu.monitor import connect
 
     if guest.record is None:
         return None
     try:
-        async with connect(guest.query_socket, guest.who, deadline=hotplug.QUERY_SECONDS) as qmp:
+        async with connect(guest.query_socket, guest.label, deadline=hotplug.QUERY_SECONDS) as qmp:
             mdevs = await hotplug.mdevs(qmp)
             ports = await hotplug.ports(qmp)
     except MdoError as error:
         if not process.find(guest.name, guest.directory.parent).alive:
             return None  # it ended while it was asked
         raise MdoError(
-            f"{guest.who} cannot be asked what it has: {error.message}", error.hint
+            f"{guest.label} cannot be asked what it has: {error.message}", error.hint
         ) from error
     uuids = tuple(plugged.uuid for plugged in mdevs)
     return Running(guest.record.uuid, uuids, sum(port.occupant is None for port in ports))
 
 
-def stored(own: OwnSpec) -> Document:
+def stored(own: SpecRecord) -> Document:
     """A spec as it was applied.
 
     :raise RequestError: The journal is damaged.
@@ -288,5 +288,5 @@ def _absolute(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
-def _same(old: OwnSpec, new: OwnSpec) -> bool:
+def _same(old: SpecRecord, new: SpecRecord) -> bool:
     return (old.text, old.source, old.policy) == (new.text, new.source, new.policy)

@@ -14,7 +14,7 @@ from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holder, Holders, holders
 from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.host.writer import (
+from mdev_orchestrator.system.writer import (
     FINE,
     Batch,
     Separately,

@@ -21,9 +21,9 @@ from msgspec import Struct
 from mdev_orchestrator.engine.context import DEADLINE, Context
 from mdev_orchestrator.engine.executor import Planned, execute
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, read_managed
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Create
-from mdev_orchestrator.engine.store import Change, OwnDevice, read_owned
 from mdev_orchestrator.errors import (
     BusyError,
     CapacityError,
@@ -37,7 +37,6 @@ from mdev_orchestrator.errors import (
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.host.writer import Writer, write_apart
 from mdev_orchestrator.model import (
     GROUP_FILE,
     Host,
@@ -47,6 +46,7 @@ from mdev_orchestrator.model import (
     group_uuid,
     parse_uuid,
 )
+from mdev_orchestrator.system.writer import Writer, write_apart
 
 Detach = Callable[[str, UUID, float], Awaitable[None]]
 """Takes a guest's name, an mdev and seconds; returns when the guest has let go."""
@@ -148,7 +148,7 @@ async def create_devices(
     for group_id in groups:
         _check_group(sysfs.scan(root), group_id, type_.parent)
     devices = [
-        OwnDevice(
+        DeviceRecord(
             uuid=uuid,
             parent=type_.parent,
             type=type_.id,
@@ -167,7 +167,7 @@ async def create_devices(
     )
 
 
-def _creations(devices: Sequence[OwnDevice]) -> list[Planned]:
+def _creations(devices: Sequence[DeviceRecord]) -> list[Planned]:
     """All at the same time; those of a group in turn, as drivers number them in that order."""
     return [
         Planned(Create(device=device), (number - 1,) if device.group and number else ())
@@ -230,7 +230,7 @@ async def remove_devices(
 
 async def _forget(uuids: Sequence[UUID], root: Path, journal: Path | None) -> None:
     """Note that devices are not ours any more, those of them that were and have gone."""
-    ours = read_owned(journal).devices
+    ours = read_managed(journal).devices
     gone = {uuid: None for uuid in uuids if uuid in ours and sysfs.directory(uuid, root) is None}
     if gone:
         with Journal.open(journal) as book:

@@ -43,17 +43,17 @@ from mdev_orchestrator.capacity.planner import (
     Request,
 )
 from mdev_orchestrator.capacity.planner import plan as make_plan
+from mdev_orchestrator.engine.device_ops import is_same
 from mdev_orchestrator.engine.executor import Planned
-from mdev_orchestrator.engine.making import is_same
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord, Managed
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
-from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition, complete, is_of
 from mdev_orchestrator.model import Host, Mdev, MdevType, is_uuid
 from mdev_orchestrator.qemu.process import STOP_SECONDS
 from mdev_orchestrator.spec import (
     Document,
-    Guest,
+    GuestConfig,
     GuestMdev,
     Place,
     Pool,
@@ -79,7 +79,7 @@ class Running(Struct, frozen=True):
     free_ports: int = 0
 
 
-class Seen(Struct, frozen=True):
+class ObservedState(Struct, frozen=True):
     """All that a diff depends on beside the spec.
 
     :ivar running: The guests of this state directory that run, by name.
@@ -88,7 +88,7 @@ class Seen(Struct, frozen=True):
     """
 
     host: Host
-    owned: Owned = field(default_factory=Owned)
+    owned: Managed = field(default_factory=Managed)
     running: Mapping[str, Running] = field(default_factory=dict)
     defined: Mapping[UUID, Sequence[Definition]] = field(default_factory=dict)
 
@@ -141,7 +141,7 @@ class MisfitError(RequestError):
 
 def diff(
     document: Document,
-    seen: Seen,
+    seen: ObservedState,
     *,
     policy: Policy = "pack",
     force: bool = False,
@@ -158,7 +158,7 @@ def diff(
 
 
 def without(
-    name: str, seen: Seen, *, force: bool = False, deadline: float = STOP_SECONDS
+    name: str, seen: ObservedState, *, force: bool = False, deadline: float = STOP_SECONDS
 ) -> Changes:
     """Find the steps that remove all that a spec has brought: guests first, then devices.
 
@@ -182,7 +182,7 @@ def without(
     return Changes(name, (*stops, *removes), change=Change(devices=gone, guests=ended))
 
 
-def _is_here(device: OwnDevice, host: Host) -> bool:
+def _is_here(device: DeviceRecord, host: Host) -> bool:
     found = host.find(device.uuid)
     return found is not None and is_same(found, device)
 
@@ -203,9 +203,9 @@ class _Want(Struct, eq=False):
     asked: GuestMdev | Pool
     text: str
     bare: bool
-    row: OwnDevice | None = None
+    row: DeviceRecord | None = None
     borrowed: UUID | None = None
-    device: OwnDevice | None = None
+    device: DeviceRecord | None = None
 
     @property
     def label(self) -> str | None:
@@ -224,7 +224,7 @@ class _Diff:
     def __init__(
         self,
         document: Document,
-        seen: Seen,
+        seen: ObservedState,
         policy: Policy,
         force: bool,
         capacity: Survey,
@@ -256,8 +256,8 @@ class _Diff:
             if d.spec == self.name or (d.spec is None and d.owner in owners)
         }
         self.restarts: dict[str, str] = {}
-        self.devices: dict[UUID, OwnDevice | None] = {}
-        self.guests: dict[str, OwnGuest | None] = {}
+        self.devices: dict[UUID, DeviceRecord | None] = {}
+        self.guests: dict[str, GuestRecord | None] = {}
         self.made: set[UUID] = set()
         self.leaving: frozenset[UUID] = frozenset()
         self.asked: dict[str, list[_Want]] = {}
@@ -288,7 +288,7 @@ class _Diff:
     def _match(self) -> None:
         """Give each want the device of ours that it is or was."""
         free = dict(self.rows)
-        rules: tuple[Callable[[_Want, OwnDevice], bool], ...] = (
+        rules: tuple[Callable[[_Want, DeviceRecord], bool], ...] = (
             lambda want, row: want.asked.uuid == row.uuid,
             lambda want, row: row.want == want.text and _is_here(row, self.seen.host),
             lambda want, row: row.want == want.text,
@@ -305,7 +305,7 @@ class _Diff:
         for want in self.wants:
             self._settle(want)
 
-    def _will_do(self, want: _Want, row: OwnDevice) -> bool:
+    def _will_do(self, want: _Want, row: DeviceRecord) -> bool:
         """Whether a device of ours is what is asked for, if it is there or can be made again."""
         asked = want.asked
         type_ = self.types.get((row.parent, row.type))
@@ -321,7 +321,7 @@ class _Diff:
             and (found is None or (is_same(found, row) and found.type_id is not None))
         )
 
-    def _is_set_up(self, want: _Want, row: OwnDevice) -> bool:
+    def _is_set_up(self, want: _Want, row: DeviceRecord) -> bool:
         asked = want.asked
         if row.spec is None:  # adopted: what it was asked for as is not known
             same_group = (row.group is None) == (want.label is None)
@@ -368,7 +368,7 @@ class _Diff:
                 f"choose another UUID, or mdo adopt {found.uuid}",
             )
 
-    def _ours(self, want: _Want, row: OwnDevice) -> OwnDevice:
+    def _ours(self, want: _Want, row: DeviceRecord) -> DeviceRecord:
         """A device that stays, under the words that the spec has for it now."""
         device = msgspec.structs.replace(
             row, spec=self.name, owner=want.owner, label=want.label, want=want.text
@@ -377,7 +377,7 @@ class _Diff:
             self.devices[device.uuid] = device
         return device
 
-    def _going(self) -> list[OwnDevice]:
+    def _going(self) -> list[DeviceRecord]:
         """The devices that no want has; those that are not there are only forgotten."""
         kept = {want.row.uuid for want in self.wants if want.row is not None}
         going = []
@@ -513,7 +513,7 @@ class _Diff:
                 if group is None:
                     group = UUID(want.label) if is_uuid(want.label) else self.new_uuid()
                     groups[want.owner, want.label] = group
-            device = OwnDevice(
+            device = DeviceRecord(
                 uuid=asked.uuid or self.new_uuid(),
                 parent=where.parent,
                 type=where.type_id,
@@ -527,7 +527,7 @@ class _Diff:
             )
             self._is_made(device, want)
 
-    def _is_made(self, device: OwnDevice, want: _Want) -> None:
+    def _is_made(self, device: DeviceRecord, want: _Want) -> None:
         want.device = device
         self.made.add(device.uuid)
         self.devices.pop(device.uuid, None)  # its step says it
@@ -567,7 +567,7 @@ class _Diff:
             owner = f"guest:{guest.name}"
             devices = tuple(want.uuid for want in self.wants if want.owner == owner)
             row = self.seen.owned.guests.get(guest.name)
-            own = OwnGuest(
+            own = GuestRecord(
                 name=guest.name,
                 uuid=guest.uuid or (row.uuid if row is not None else self.new_uuid()),
                 spec=self.name,
@@ -597,7 +597,7 @@ class _Diff:
             and (uuid in named or (uuid in self.rows and self.rows[uuid].owner == owner))
         ]
 
-    def _dropped(self) -> list[OwnGuest]:
+    def _dropped(self) -> list[GuestRecord]:
         """The guests that the spec does not have any more; those that have ended are forgotten."""
         asked = {guest.name for guest in self.document.spec.guests}
         dropped = []
@@ -614,7 +614,7 @@ class _Diff:
     # ---- order ----------------------------------------------------------------------------------
 
     def _order(
-        self, going: Sequence[OwnDevice], missing: Sequence[_Want], *, old_first: bool
+        self, going: Sequence[DeviceRecord], missing: Sequence[_Want], *, old_first: bool
     ) -> tuple[Planned, ...]:
         """All steps, each after those that it needs."""
         turns, dropped = self._turns(), self._dropped()
@@ -663,7 +663,7 @@ class _Diff:
                 node.needs += fresh
         return _numbered(nodes)
 
-    def _stop(self, row: OwnGuest, *, kept: bool = False) -> Stop:
+    def _stop(self, row: GuestRecord, *, kept: bool = False) -> Stop:
         running = self.seen.running[row.name]
         return Stop(guest=row, devices=running.mdevs, kept=kept, force=self.force)
 
@@ -677,9 +677,9 @@ class _Turn(Struct, eq=False):
     :ivar reason: Why it must be restarted instead.
     """
 
-    own: OwnGuest
+    own: GuestRecord
     devices: tuple[UUID, ...]
-    row: OwnGuest | None
+    row: GuestRecord | None
     running: Running | None
     new: list[UUID] = field(default_factory=list)
     old: list[UUID] = field(default_factory=list)
@@ -760,17 +760,17 @@ def _text(said: GuestMdev | Pool) -> str:
     return to_json(msgspec.structs.replace(said, count=1))
 
 
-def _whose(row: OwnDevice) -> str:
+def _whose(row: DeviceRecord) -> str:
     words = [row.owner.replace(":", " ")] if row.owner else []
     return " of ".join([*words, f"spec {row.spec}"] if row.spec is not None else words)
 
 
-def _definition(guest: Guest) -> str:
+def _definition(guest: GuestConfig) -> str:
     """A guest without its devices, and without its UUID, which has a place of its own."""
     return to_json(msgspec.structs.replace(guest, mdevs=(), uuid=None))
 
 
-def _restart_reason(row: OwnGuest, turn: _Turn, guest: Guest) -> str:
+def _restart_reason(row: GuestRecord, turn: _Turn, guest: GuestConfig) -> str:
     """Why a guest that runs must be restarted; empty if it need not."""
     if turn.own.uuid != row.uuid:
         return f"its uuid changes from {row.uuid} to {turn.own.uuid}"
@@ -778,7 +778,7 @@ def _restart_reason(row: OwnGuest, turn: _Turn, guest: Guest) -> str:
         before = read_guest(row.definition)
         changed = [
             f"{name} changes from {_shown(getattr(before, name))} to {_shown(getattr(guest, name))}"
-            for name in Guest.__struct_fields__
+            for name in GuestConfig.__struct_fields__
             if name not in {"mdevs", "uuid"} and getattr(before, name) != getattr(guest, name)
         ]
         if changed:

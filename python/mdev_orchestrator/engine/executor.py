@@ -27,12 +27,12 @@ from typing import Self
 from mdev_orchestrator.engine import steps as step_module
 from mdev_orchestrator.engine.context import Context, UnsettledError
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Entry, Journal, Progress, Run
+from mdev_orchestrator.engine.journal_db import Change, SpecRecord
 from mdev_orchestrator.engine.steps import AnyStep, Launch, make_all
-from mdev_orchestrator.engine.store import Change, OwnSpec
 from mdev_orchestrator.errors import MdoError
 
 
-class Moment(StrEnum):
+class StepEventKind(StrEnum):
     """What an observer is told of."""
 
     BEGIN = "begin"
@@ -47,20 +47,20 @@ class Moment(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class StepEvent:
     """What happens to one step of a run.
 
     :ivar number: Its place among the ``total`` steps.
     """
 
-    moment: Moment
+    kind: StepEventKind
     step: AnyStep
     number: int
     total: int
 
 
-Observer = Callable[[Event], None]
-"""Told of every step's moments, on the event loop; must return quickly."""
+Observer = Callable[[StepEvent], None]
+"""ResultCallback of every step's moments, on the event loop; must return quickly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ _GOODBYE_SECONDS = 1.0
 _OPEN = "mdo recover undoes what was done"
 
 
-def ignore(_: Event) -> None:
+def ignore(_: StepEvent) -> None:
     """An observer that does nothing."""
 
 
@@ -97,7 +97,7 @@ async def execute(
     *,
     claims: Sequence[str] = (),
     change: Change | None = None,
-    specs: Mapping[str, OwnSpec | None] | None = None,
+    specs: Mapping[str, SpecRecord | None] | None = None,
     observe: Observer = ignore,
     wait: float = CLAIM_SECONDS,
     run: Run | None = None,
@@ -206,7 +206,7 @@ async def finish(
     context: Context,
     *,
     change: Change | None = None,
-    specs: Mapping[str, OwnSpec | None] | None = None,
+    specs: Mapping[str, SpecRecord | None] | None = None,
     observe: Observer = ignore,
 ) -> tuple[MdoError | None, list[MdoError]]:
     """Do the rest of a run that somebody else left open, or undo all of it when a step fails.
@@ -259,8 +259,8 @@ class _Work:
         """Whether no step had come to its end."""
         return Progress.UNDONE not in self.progress
 
-    def tell(self, moment: Moment, number: int) -> None:
-        self.observe(Event(moment, self.planned[number].step, number, len(self.planned)))
+    def emit(self, kind: StepEventKind, number: int) -> None:
+        self.observe(StepEvent(kind, self.planned[number].step, number, len(self.planned)))
 
     def limit(self, step: AnyStep) -> asyncio.Semaphore:
         kind = type(step)
@@ -314,12 +314,12 @@ class _Work:
                     await self.journal.note(self.run, Progress.ACTING, numbers, change=intent)
                 self._are(numbers, Progress.ACTING)
                 for number in numbers:
-                    self.tell(Moment.BEGIN, number)
+                    self.emit(StepEventKind.BEGIN, number)
                 await self._make(numbers, ready)
             except BaseException:
                 for number in numbers:
                     if not ready[number].is_set():
-                        self.tell(Moment.FAILED, number)
+                        self.emit(StepEventKind.FAILED, number)
                 raise
 
     async def _make(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
@@ -367,7 +367,7 @@ class _Work:
 
     def _has_acted(self, number: int) -> None:
         self.progress[number] = Progress.DONE
-        self.tell(Moment.ACTED, number)
+        self.emit(StepEventKind.ACTED, number)
 
     async def _done(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
         """Write down what was done, and let those go on who wait for it."""
@@ -378,10 +378,12 @@ class _Work:
             return
         await self.journal.note(self.run, Progress.DONE, numbers, change=self._outcome(numbers))
         for number in numbers:
-            self.tell(Moment.DONE, number)
+            self.emit(StepEventKind.DONE, number)
             ready[number].set()
 
-    async def end(self, change: Change | None, specs: Mapping[str, OwnSpec | None] | None) -> None:
+    async def end(
+        self, change: Change | None, specs: Mapping[str, SpecRecord | None] | None
+    ) -> None:
         """Close the run: all is done.
 
         :param change: What becomes ours, or is not any more, beside what the steps change.
@@ -389,7 +391,7 @@ class _Work:
         outcome = _all_of([self._outcome(self.last), change or Change()])
         await self.journal.end(self.run, "done", done=self.last, change=outcome, specs=specs)
         for number in self.last:
-            self.tell(Moment.DONE, number)
+            self.emit(StepEventKind.DONE, number)
 
     def _outcome(self, numbers: Sequence[int]) -> Change:
         return _all_of([self.planned[number].step.outcome for number in numbers])
@@ -444,10 +446,10 @@ class _Work:
             inverse = self.planned[number].step.inverse()
             async with self.limit(inverse):
                 await self._write(Progress.UNDOING, [number], inverse.intent, cause)
-                self.tell(Moment.UNDO, number)
+                self.emit(StepEventKind.UNDO, number)
                 try:
                     await inverse.make(self.context)
-                    self.tell(Moment.ACTED, number)
+                    self.emit(StepEventKind.ACTED, number)
                 except MdoError as error:
                     await self._stuck(number, error, cause)
                 except Exception as error:  # noqa: BLE001 - a bug must not keep the others from it
@@ -456,7 +458,7 @@ class _Work:
                 else:
                     await self._write(Progress.UNDONE, [number], inverse.outcome, cause)
                     self.progress[number] = Progress.UNDONE
-                    self.tell(Moment.UNDONE, number)
+                    self.emit(StepEventKind.UNDONE, number)
         undone[number].set()
 
     async def _stuck(self, number: int, error: MdoError, cause: BaseException) -> None:
@@ -464,7 +466,7 @@ class _Work:
         cause.add_note(words)
         self.stuck.append(error)
         self.progress[number] = Progress.STUCK
-        self.tell(Moment.STUCK, number)
+        self.emit(StepEventKind.STUCK, number)
         await self._write(Progress.STUCK, [number], Change(), cause, words)
 
     async def _write(

@@ -38,11 +38,11 @@ from uuid import UUID
 
 import msgspec
 
-from mdev_orchestrator.engine.store import (
+from mdev_orchestrator.engine.journal_db import (
     VERSION,
     Change,
-    Owned,
-    OwnSpec,
+    Managed,
+    SpecRecord,
     check_file,
     connect,
     explained,
@@ -51,8 +51,8 @@ from mdev_orchestrator.engine.store import (
     transaction,
 )
 from mdev_orchestrator.errors import BusyError, HostError, MdoError
-from mdev_orchestrator.host.process import boot_id, start_time
 from mdev_orchestrator.state import journal_path, private_dir
+from mdev_orchestrator.system.processes import boot_id, start_time
 
 T = TypeVar("T")
 
@@ -186,7 +186,7 @@ class Journal:
 
     # ---- reading --------------------------------------------------------------------------------
 
-    def owned(self) -> Owned:
+    def owned(self) -> Managed:
         """All that is ours, at this moment."""
         with explained(self.path):
             return read_rows(self._db)
@@ -375,7 +375,7 @@ class Journal:
         *,
         done: Sequence[int] = (),
         change: Change | None = None,
-        specs: Mapping[str, OwnSpec | None] | None = None,
+        specs: Mapping[str, SpecRecord | None] | None = None,
     ) -> None:
         """Close a run and give its claims back.
 

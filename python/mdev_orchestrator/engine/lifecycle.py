@@ -21,8 +21,8 @@ the file, QEMU is run nevertheless, and the driver has its chance.
 The guest outlives the command that started it, so "we" are whichever command looks next. For each
 group that was offline when a guest got it there is a file in the guest's directory before it comes
 online, ``started/UUID.json``. It goes when the group is offline again: at ``guest stop``, at
-``detach``, or at the next :func:`sweep`, which every command that touches guests begins with. The
-kernel is the judge: a 0 is refused as long as any member is open.
+``detach``, or at the next :func:`reclaim_groups`, which every command that touches guests begins
+with. The kernel is the judge: a 0 is refused as long as any member is open.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from mdev_orchestrator.host import groups, sysfs
 from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.host.writer import Writer, write_or_kill
 from mdev_orchestrator.model import Host, Mdev, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-from mdev_orchestrator.qemu.process import Ended, Guest
+from mdev_orchestrator.qemu.process import Ended, RunningGuest
 from mdev_orchestrator.state import decode, private_dir
+from mdev_orchestrator.system.writer import Writer, write_or_kill
 
 START_SECONDS = 30.0
 """For one group to come online."""
@@ -81,8 +81,8 @@ class Started(msgspec.Struct, frozen=True):
     by: Literal["mdo", "qemu"]
 
 
-class Swept(Struct, frozen=True):
-    """What :func:`sweep` did about one group that had no user any more.
+class ReclaimedGroup(Struct, frozen=True):
+    """What :func:`reclaim_groups` did about one group that had no user any more.
 
     :ivar error: Why it may still be online; empty when it is offline.
     """
@@ -121,7 +121,7 @@ async def launch(
     root: Path | None = None,
     host: Path = ROOT,
     write: Writer = write_or_kill,
-) -> Guest:
+) -> RunningGuest:
     """Start a guest, and the groups of its mdevs before that; all of it or nothing.
 
     :param deadline: Seconds until QEMU must answer, and for each group at most
@@ -133,7 +133,7 @@ async def launch(
     :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
         or what :func:`mdev_orchestrator.qemu.process.start` raises.
     """
-    await sweep(root=root, host=host, write=write)
+    await reclaim_groups(root=root, host=host, write=write)
     found = sysfs.scan(host, types=False) if spec.mdevs else Host()
     wanted = _groups_of(found, (mdev.uuid for mdev in spec.mdevs))
     held = _holders_of(wanted, found, host)
@@ -165,7 +165,7 @@ async def launch(
 
 
 async def attach(
-    guest: Guest,
+    guest: RunningGuest,
     mdev: GuestMdev,
     *,
     deadline: float = hotplug.ATTACH_SECONDS,
@@ -186,7 +186,7 @@ async def attach(
     end = loop.time() + deadline
     async with (
         process.attaching(guest),
-        connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp,
+        connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp,
         contextlib.AsyncExitStack() as stack,
     ):
         found = sysfs.scan(host, types=False)
@@ -231,7 +231,7 @@ async def detach(
 
 
 async def end(
-    guest: Guest,
+    guest: RunningGuest,
     *,
     deadline: float = process.STOP_SECONDS,
     force: bool = False,
@@ -244,27 +244,28 @@ async def end(
         and a group does not go offline: then its directory stays, and the next command tries again.
     """
 
-    async def release(ended: Guest) -> None:
+    async def release(ended: RunningGuest) -> None:
         if not process.has_started(ended):
             return
         for swept in await _tidy(ended, host, write):
             if swept.error:
                 raise MdoError(
-                    f"{ended.who} has ended, but {swept.group} may still be online: {swept.error}",
+                    f"{ended.label} has ended, but {swept.group} may still be online: "
+                    f"{swept.error}",
                     "the next mdo guest command tries again",
                 )
 
     return await process.stop(guest, deadline=deadline, force=force, release=release)
 
 
-async def sweep(
+async def reclaim_groups(
     *, root: Path | None = None, host: Path = ROOT, write: Writer = write_or_kill
-) -> tuple[Swept, ...]:
+) -> tuple[ReclaimedGroup, ...]:
     """Take offline what was started for guests that have ended, or have let go of it since.
 
     Never raises for a group that it cannot stop, and leaves alone what somebody has open.
     """
-    done: list[Swept] = []
+    done: list[ReclaimedGroup] = []
     left = [g for g in process.list_guests(root) if process.has_started(g) or _drafts(g)]
     if not left:
         return ()
@@ -278,7 +279,7 @@ async def sweep(
     return tuple(done)
 
 
-def _has_all_in_use(guest: Guest, found: Host, held: Holders) -> bool:
+def _has_all_in_use(guest: RunningGuest, found: Host, held: Holders) -> bool:
     """Whether a guest that lives has let go of nothing: there is nothing to tidy up after it."""
     if not guest.alive or _drafts(guest):
         return False
@@ -291,19 +292,19 @@ def _has_all_in_use(guest: Guest, found: Host, held: Holders) -> bool:
 
 
 async def _tidy(
-    guest: Guest,
+    guest: RunningGuest,
     host: Path,
     write: Writer,
     *,
     wait: float = process.LOCK_SECONDS,
     starting: float = START_SECONDS,
-) -> list[Swept]:
+) -> list[ReclaimedGroup]:
     """Take offline what a guest had and nobody has open; what was done, and what could not be.
 
     :param wait: Seconds for somebody else who is at it.
     :param starting: Seconds for a group that is just starting.
     """
-    done: list[Swept] = []
+    done: list[ReclaimedGroup] = []
     try:
         async with process.tidying(guest, wait) as alive:
             for draft in _drafts(guest):
@@ -315,7 +316,9 @@ async def _tidy(
                         guest.name, file, started, host, write, alive=alive, starting=starting
                     )
                 except MdoError as error:
-                    done.append(Swept(guest.name, f"start group {file.stem}", error.message))
+                    done.append(
+                        ReclaimedGroup(guest.name, f"start group {file.stem}", error.message)
+                    )
             cut_short = not alive and guest.record is None and not process.has_started(guest)
     except FileNotFoundError:
         return done  # somebody else has tidied up
@@ -334,7 +337,7 @@ async def _give_back(
     *,
     alive: bool,
     starting: float = 0,
-) -> list[Swept]:
+) -> list[ReclaimedGroup]:
     """Take one group offline unless it is in use, and forget it then."""
     found = sysfs.scan(host, types=False)
     left = _left_of(started, found)
@@ -344,10 +347,10 @@ async def _give_back(
         users = _users(group, _holders_of([group], found, host))
         if users or not await _stopped(left[0].uuid, starting, host, write):
             who = "held by " + ", ".join(sorted(users)) if users else "the driver says it is in use"
-            return [] if alive else [Swept(guest, group.who, who)]
+            return [] if alive else [ReclaimedGroup(guest, group.label, who)]
         was_online = left[0].online is True
     _forget(file)
-    return [Swept(guest, _named(started))] if was_online else []
+    return [ReclaimedGroup(guest, _named(started))] if was_online else []
 
 
 def _left_of(started: Started, found: Host) -> list[Mdev]:
@@ -467,7 +470,7 @@ def _note(place: Path, started: Started) -> Path:
     return file
 
 
-def _drafts(guest: Guest) -> list[Path]:
+def _drafts(guest: RunningGuest) -> list[Path]:
     """What somebody was writing down when he was killed: nothing had begun to come online."""
     return [*guest.started.glob(".*.new")]
 
@@ -515,13 +518,13 @@ def _check_complete(who: str, wanted: Iterable[StartGroup], given: Collection[UU
         missing = [uuid for uuid in group.members if uuid not in given]
         if missing:
             raise RequestError(
-                f"{who}: {group.who} is not complete: it lacks mdev "
+                f"{who}: {group.label} is not complete: it lacks mdev "
                 + ", ".join(map(str, missing)),
                 "give the guest all members, by --mdev " + " --mdev ".join(map(str, missing)),
             )
 
 
-def _check_users(group: StartGroup, held: Holders, guest: Guest | None = None) -> None:
+def _check_users(group: StartGroup, held: Holders, guest: RunningGuest | None = None) -> None:
     """A group has one user, and so has an mdev that is in none."""
     own = guest.record.pid if guest is not None and guest.record is not None else None
     for uuid in group.members:
@@ -532,6 +535,6 @@ def _check_users(group: StartGroup, held: Holders, guest: Guest | None = None) -
         if group.uuid is None:
             raise BusyError(f"mdev {uuid} is {held_by}", "detach it there, or take another")
         raise BusyError(
-            f"{group.who} has a user already: mdev {uuid} of it is {held_by}",
+            f"{group.label} has a user already: mdev {uuid} of it is {held_by}",
             "a start group belongs to one guest; stop that one, or take other devices",
         )

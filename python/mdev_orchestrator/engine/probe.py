@@ -4,7 +4,7 @@
 One device of each type by itself shows what it takes from the others. Then they are put together,
 the most demanding types first, until the parent is full or enough was seen: that shows whether what
 was learned from each holds for all. The model that explains every count is remembered
-(:mod:`.learned`) for all parents of that kind.
+(:mod:`.model_cache`) for all parents of that kind.
 
 Every device is removed again, whatever happens. All of them stand in the journal before the first
 is made, in a run that is never finished, only undone: by the probe, or by who finds it open.
@@ -31,12 +31,12 @@ from mdev_orchestrator.capacity.models import (
     observe,
     survey,
 )
-from mdev_orchestrator.engine import executor, learned, steps
+from mdev_orchestrator.engine import executor, model_cache, steps
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
+from mdev_orchestrator.engine.journal_db import DeviceRecord
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Create
-from mdev_orchestrator.engine.store import OwnDevice
 from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.model import Host, Parent
@@ -134,7 +134,7 @@ async def probe(
     """
     host = sysfs.scan(context.host)
     (found,) = choose(host, [parent]).idle
-    (believed,) = survey(Host((found,)), learned=learned.load(place))
+    (believed,) = survey(Host((found,)), learned=model_cache.load(place))
     if believed.confidence is Confidence.CERTAIN:
         return Probed(believed, believed, 0)
     idle = look(host, parent)
@@ -148,7 +148,7 @@ async def probe(
     now = observe(believed, [*trial.looks, idle])
     result = Probed(believed, now, trial.created)
     if result.learned:
-        learned.keep({kind_of(found): now.model}, place)
+        model_cache.keep({kind_of(found): now.model}, place)
     return result
 
 
@@ -165,7 +165,7 @@ async def _trial(
         )
     demanding = sorted(alone, key=lambda type_: idle.left[type_] or 0)
     creates = [
-        Create(device=OwnDevice(uuid=uuid4(), parent=parent.name, type=type_))
+        Create(device=DeviceRecord(uuid=uuid4(), parent=parent.name, type=type_))
         for type_ in (*alone, *islice(cycle(demanding), TOGETHER))
     ]
     run = await book.begin(

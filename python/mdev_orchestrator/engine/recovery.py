@@ -28,14 +28,14 @@ from mdev_orchestrator.engine import executor
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord, Managed
 from mdev_orchestrator.engine.steps import AnyStep, decode
-from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest
 from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.process import boot_id
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import Host, is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.system.processes import boot_id
 
 FORWARD = frozenset(("destroy", "detach"))
 """Kinds of runs that are finished, not undone."""
@@ -131,7 +131,7 @@ async def _finish(
     )
 
 
-def _rest(owned: Owned, spec: str) -> Change:
+def _rest(owned: Managed, spec: str) -> Change:
     """What is not ours any more when a spec is destroyed."""
     return Change(
         devices={uuid: None for uuid, device in owned.devices.items() if device.spec == spec},
@@ -183,12 +183,12 @@ async def adopt(
     found = sysfs.scan(host)
     with Journal.open(journal) as book:
         owned = book.owned()
-        devices: dict[UUID, OwnDevice | None] = {}
-        rows: dict[str, OwnGuest | None] = {}
+        devices: dict[UUID, DeviceRecord | None] = {}
+        rows: dict[str, GuestRecord | None] = {}
         for guest in wanted:
             if guest.record is None or guest.name in owned.guests:
                 continue
-            rows[guest.name] = OwnGuest(name=guest.name, uuid=guest.record.uuid, definition="")
+            rows[guest.name] = GuestRecord(name=guest.name, uuid=guest.record.uuid, definition="")
             for plugged in await hotplug.mdevs_of(guest):
                 if plugged.uuid not in owned.devices:
                     owner = f"guest:{guest.name}"
@@ -200,13 +200,13 @@ async def adopt(
     return Adopted(tuple(rows), tuple(devices))
 
 
-def _as_found(uuid: UUID, found: Host, owner: str) -> OwnDevice:
+def _as_found(uuid: UUID, found: Host, owner: str) -> DeviceRecord:
     mdev = found.find(uuid)
     if mdev is None:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
     if mdev.type_id is None:
         raise RequestError(f"mdev {uuid} is being removed", "wait until it is gone")
-    return OwnDevice(
+    return DeviceRecord(
         uuid=uuid,
         parent=mdev.parent,
         type=mdev.type_id,

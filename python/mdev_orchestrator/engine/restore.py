@@ -38,16 +38,16 @@ from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.diff import Changes
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.journal_db import Managed, SpecRecord, read_managed
 from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.store import Owned, OwnSpec, read_owned
 from mdev_orchestrator.errors import DeadlineError, HostError, MdoError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import (
     Event,
     MdevEvent,
-    Monitor,
     ParentEvent,
     Rescan,
+    UdevMonitor,
     events,
     udev_monitor,
 )
@@ -57,7 +57,7 @@ from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import process
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 from mdev_orchestrator.state import journal_path
 
 WAIT_SECONDS = 60.0
@@ -123,7 +123,7 @@ async def restore(
     guests: Path | None = None,
     journal: Path | None = None,
     observe: Observer = ignore,
-    make_monitor: Callable[[], Monitor] | None = None,
+    make_monitor: Callable[[], UdevMonitor] | None = None,
 ) -> tuple[Restored, ...]:
     """Bring back what was applied: each spec whole or not at all, whatever becomes of the others.
 
@@ -142,7 +142,7 @@ async def restore(
     specs = {name: _known(owned, name) for name in sorted(names or owned.specs)}
     defined = mdevctl.defined(host)
 
-    async def bring_back(own: OwnSpec, needed: frozenset[Need]) -> Changes:
+    async def bring_back(own: SpecRecord, needed: frozenset[Need]) -> Changes:
         for need in needed:
             if need.uuid is not None:  # it is on the bus before it can be used
                 await wait_ready(need.uuid, wait, host)
@@ -178,10 +178,10 @@ async def restore(
     return tuple(work.done[name] for name in specs)
 
 
-async def _recovered(journal: Path, context: Context, observe: Observer) -> Owned:
+async def _recovered(journal: Path, context: Context, observe: Observer) -> Managed:
     """What is ours, when nothing stands open any more."""
-    if not read_owned(journal).specs:
-        return Owned()  # whatever else stands open is for a command that changes something
+    if not read_managed(journal).specs:
+        return Managed()  # whatever else stands open is for a command that changes something
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)
         return book.owned()
@@ -193,9 +193,9 @@ class _Work(Struct):
     :ivar waiting: What each spec needs that has not begun yet.
     """
 
-    specs: Mapping[str, OwnSpec]
+    specs: Mapping[str, SpecRecord]
     waiting: dict[str, frozenset[Need]]
-    bring_back: Callable[[OwnSpec, frozenset[Need]], Awaitable[Changes]]
+    bring_back: Callable[[SpecRecord, frozenset[Need]], Awaitable[Changes]]
     done: dict[str, Restored] = field(default_factory=dict)
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
 
@@ -224,7 +224,7 @@ class _Work(Struct):
 
 
 def needs(
-    own: OwnSpec, owned: Owned, defined: Mapping[UUID, Sequence[Definition]]
+    own: SpecRecord, owned: Managed, defined: Mapping[UUID, Sequence[Definition]]
 ) -> frozenset[Need]:
     """What a spec must wait for: where its devices were, and what mdevctl makes for it.
 
@@ -247,7 +247,7 @@ def needs(
     )
 
 
-def _known(owned: Owned, name: str) -> OwnSpec:
+def _known(owned: Managed, name: str) -> SpecRecord:
     if name not in owned.specs:
         known = ", ".join(owned.specs)
         raise UnknownError(f"no spec {name} was applied", f"there are: {known}" if known else "")
@@ -263,7 +263,7 @@ def _lacking(needed: Collection[Need], host: Host) -> list[str]:
 async def _looks(
     waiting: Mapping[str, Collection[Need]],
     host: Path,
-    make_monitor: Callable[[], Monitor] | None,
+    make_monitor: Callable[[], UdevMonitor] | None,
 ) -> AsyncIterator[AsyncIterator[Host]]:
     """Scans of the machine: one at once, then one whenever something came that is waited for.
 
@@ -311,7 +311,7 @@ async def power_down(
     :param force: End those that do not power down in time.
     """
 
-    async def one(guest: Guest) -> PoweredDown:
+    async def one(guest: RunningGuest) -> PoweredDown:
         try:
             ended = await lifecycle.end(guest, deadline=deadline, force=force, host=host)
         except MdoError as error:

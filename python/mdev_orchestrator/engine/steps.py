@@ -30,15 +30,15 @@ from uuid import UUID
 
 import msgspec
 
-from mdev_orchestrator.engine import lifecycle, making
+from mdev_orchestrator.engine import device_ops, lifecycle
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.making import Told
-from mdev_orchestrator.engine.store import Change, OwnDevice, OwnGuest
+from mdev_orchestrator.engine.device_ops import ResultCallback
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord
 from mdev_orchestrator.errors import BusyError, HostError, RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 from mdev_orchestrator.spec import read_guest
 
 
@@ -85,7 +85,7 @@ class Create(Step, frozen=True, tag="create"):
     :ivar kept: It was ours before, though it was not there: it stays ours if this fails.
     """
 
-    device: OwnDevice
+    device: DeviceRecord
     kept: bool = False
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class Create(Step, frozen=True, tag="create"):
         return Change() if self.kept else Change(devices={self.device.uuid: None})
 
     async def make(self, context: Context) -> None:  # noqa: D102
-        await making.create(self.device, context)
+        await device_ops.create(self.device, context)
 
     def inverse(self) -> Remove:
         """What undoes it."""
@@ -124,7 +124,7 @@ class Remove(Step, frozen=True, tag="remove"):
     :ivar kept: It stays ours, though it is not there.
     """
 
-    device: OwnDevice
+    device: DeviceRecord
     kept: bool = False
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Remove(Step, frozen=True, tag="remove"):
         return True
 
     async def make(self, context: Context) -> None:  # noqa: D102
-        await making.remove(self.device, context)
+        await device_ops.remove(self.device, context)
 
     def inverse(self) -> Create:
         """What undoes it."""
@@ -157,7 +157,7 @@ class Launch(Step, frozen=True, tag="launch"):
     :ivar devices: The mdevs on its command line, in order.
     """
 
-    guest: OwnGuest
+    guest: GuestRecord
     devices: tuple[UUID, ...] = ()
     kept: bool = False
     deadline: float = process.START_SECONDS
@@ -186,10 +186,10 @@ class Launch(Step, frozen=True, tag="launch"):
         if found is not None and found.alive and found.record is not None:
             if not context.repairing or found.record.uuid != self.guest.uuid:
                 raise BusyError(
-                    f"{found.who} runs already, as process {found.record.pid}",
+                    f"{found.label} runs already, as process {found.record.pid}",
                     f"mdo guest stop {self.guest.name}, or take another name",
                 )
-            if not await process.obeys(found):
+            if not await process.await_pending_shutdown(found):
                 return
         await lifecycle.launch(
             guest_spec(self.guest, [_usable(uuid, context) for uuid in self.devices]),
@@ -212,7 +212,7 @@ class Stop(Step, frozen=True, tag="stop"):
     :ivar kept: It stays ours, though it does not run.
     """
 
-    guest: OwnGuest
+    guest: GuestRecord
     devices: tuple[UUID, ...] = ()
     kept: bool = False
     force: bool = False
@@ -248,7 +248,7 @@ class Stop(Step, frozen=True, tag="stop"):
 class Attach(Step, frozen=True, tag="attach"):
     """Plug an mdev into a running guest."""
 
-    guest: OwnGuest
+    guest: GuestRecord
     uuid: UUID
     deadline: float = hotplug.ATTACH_SECONDS
     undo_deadline: float = hotplug.DETACH_SECONDS
@@ -267,7 +267,9 @@ class Attach(Step, frozen=True, tag="attach"):
             if context.repairing:
                 return  # a guest that has gone has no devices to give back
             raise RequestError(f"guest {self.guest.name} does not run", "mdo apply starts it")
-        if context.repairing and await hotplug.keeps(found, self.uuid, deadline=self.deadline):
+        if context.repairing and await hotplug.await_pending_unplug(
+            found, self.uuid, deadline=self.deadline
+        ):
             return
         context.ports[self.uuid] = await lifecycle.attach(
             found,
@@ -288,7 +290,7 @@ class Detach(Step, frozen=True, tag="detach"):
     :ivar named: Whether somebody named it who wants to know when the guest does not have it.
     """
 
-    guest: OwnGuest
+    guest: GuestRecord
     uuid: UUID
     deadline: float = hotplug.DETACH_SECONDS
     named: bool = False
@@ -325,13 +327,13 @@ class Detach(Step, frozen=True, tag="detach"):
 AnyStep = Create | Remove | Launch | Stop | Attach | Detach
 
 
-async def make_all(steps: Sequence[AnyStep], context: Context, told: Told) -> None:
-    """Make several steps of a kind that joins others; see :func:`.making.create_all`."""
+async def make_all(steps: Sequence[AnyStep], context: Context, told: ResultCallback) -> None:
+    """Make several steps of a kind that joins others; see :func:`.device_ops.create_all`."""
     devices = [step.device for step in steps if isinstance(step, Create | Remove)]
     if isinstance(steps[0], Create):
-        await making.create_all(devices, context, told)
+        await device_ops.create_all(devices, context, told)
     else:
-        await making.remove_all(devices, context, told)
+        await device_ops.remove_all(devices, context, told)
 
 
 def encode(step: AnyStep) -> str:
@@ -355,7 +357,7 @@ def decode(text: str) -> AnyStep:
         return step
 
 
-def guest_spec(own: OwnGuest, mdevs: list[GuestMdev]) -> GuestSpec:
+def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
     """What the journal knows of a guest, for QEMU.
 
     :raise HostError: The journal is damaged.
@@ -391,14 +393,14 @@ def _usable(uuid: UUID, context: Context) -> GuestMdev:
 # ---------------------------------------------------------------- guests
 
 
-def _guest(name: str, context: Context) -> Guest | None:
+def _guest(name: str, context: Context) -> RunningGuest | None:
     try:
         return process.find(name, context.guests)
     except UnknownError:
         return None
 
 
-def _alive(own: OwnGuest, context: Context) -> Guest | None:
+def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
     """The guest that is meant, if it runs; another one of its name is somebody else's."""
     found = _guest(own.name, context)
     if found is None or not found.alive or found.record is None:

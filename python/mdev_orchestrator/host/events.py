@@ -65,7 +65,7 @@ class NodeEvent(Struct, frozen=True):
 Event = Rescan | ParentEvent | MdevEvent | NodeEvent
 
 
-class Monitor(Protocol):
+class UdevMonitor(Protocol):
     """What is used of :class:`pyudev.Monitor`."""
 
     def fileno(self) -> int:
@@ -75,7 +75,7 @@ class Monitor(Protocol):
         """Next device, ``None`` when none waits."""
 
 
-def udev_monitor(root: Path = Path("/")) -> Monitor:
+def udev_monitor(root: Path = Path("/")) -> UdevMonitor:
     """A started monitor of udev's events, or the kernel's where no udev runs.
 
     It has no filter: a parent announces itself in its own subsystem, which may be any.
@@ -86,7 +86,7 @@ def udev_monitor(root: Path = Path("/")) -> Monitor:
 
     source = "udev" if (root / "run/udev/control").exists() else "kernel"
     try:
-        monitor: Monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
+        monitor: UdevMonitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
         monitor.start()  # type: ignore[attr-defined]  # not part of what others need
     except OSError as error:
         raise HostError(f"cannot listen to {source} events: {error}") from error
@@ -127,7 +127,9 @@ def _state(properties: Mapping[str, str]) -> str | None:
     return None
 
 
-async def events(make_monitor: Callable[[], Monitor] = udev_monitor) -> AsyncGenerator[Event, None]:
+async def events(
+    make_monitor: Callable[[], UdevMonitor] = udev_monitor,
+) -> AsyncGenerator[Event, None]:
     """Give every event about parents, mdevs and VFIO nodes, without end.
 
     :raise HostError: The kernel gives no event socket.
@@ -149,7 +151,7 @@ async def events(make_monitor: Callable[[], Monitor] = udev_monitor) -> AsyncGen
 async def until(
     check: Callable[[], bool],
     root: Path = Path("/"),
-    make_monitor: Callable[[], Monitor] | None = None,
+    make_monitor: Callable[[], UdevMonitor] | None = None,
 ) -> None:
     """Return as soon as ``check`` is true; looked at on every event and every ``RECHECK`` seconds.
 

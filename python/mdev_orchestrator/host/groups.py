@@ -24,8 +24,8 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.host.writer import Writer, write_apart, write_or_kill
 from mdev_orchestrator.model import GROUP_FILE, Host, StartGroup
+from mdev_orchestrator.system.writer import Writer, write_apart, write_or_kill
 
 ONLINE = "online"
 ERROR = "group_error"
@@ -176,7 +176,7 @@ def _optional(uuid: UUID, name: str, root: Path) -> str:
 
 
 def _named(group: StartGroup) -> str:
-    return f"{group.who} on {group.parent}"
+    return f"{group.label} on {group.parent}"
 
 
 def _refused(group: StartGroup, number: int, root: Path) -> MdoError:

@@ -38,7 +38,6 @@ from mdev_orchestrator.errors import (
     UnknownError,
     UuidError,
 )
-from mdev_orchestrator.host.writer import Writer, write_apart
 from mdev_orchestrator.model import (
     GROUP_FILE,
     Host,
@@ -49,6 +48,7 @@ from mdev_orchestrator.model import (
     as_uuids,
     natural_key,
 )
+from mdev_orchestrator.system.writer import Writer, write_apart
 
 ROOT = Path("/")
 

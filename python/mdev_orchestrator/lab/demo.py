@@ -33,8 +33,8 @@ def demo(
 ) -> tuple[list[Row], int]:
     """Run the demo in a lab of its own.
 
-    :param row: Told of each step that has ended.
-    :param doing: Told what begins.
+    :param row: ResultCallback of each step that has ended.
+    :param doing: ResultCallback what begins.
     :return: All rows, and the exit status: 0 only when every step did what was promised.
     """
     rows: list[Row] = []

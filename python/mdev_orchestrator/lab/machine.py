@@ -45,7 +45,6 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.lab import (
     client,
     debian,
@@ -58,6 +57,7 @@ from mdev_orchestrator.lab import (
 )
 from mdev_orchestrator.lab.debian import Kernel, Progress
 from mdev_orchestrator.state import cache_dir, decode, private_dir, state_dir
+from mdev_orchestrator.system.processes import start_time
 
 QEMU = "qemu-system-x86_64"
 EXEC_PORTS = 8

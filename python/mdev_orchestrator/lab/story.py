@@ -155,7 +155,7 @@ async def tell() -> None:
 
 
 async def group_act(
-    devices: contextlib.AsyncExitStack, guest: process.Guest, program: l2.Program
+    devices: contextlib.AsyncExitStack, guest: process.RunningGuest, program: l2.Program
 ) -> tuple[Mdev, Mdev]:
     """Two devices of one start group in one guest, and who else would like to have something.
 
@@ -205,7 +205,7 @@ def idle(*mdevs: Mdev) -> GuestSpec:
     )
 
 
-async def refused(kind: type[MdoError], launching: Awaitable[process.Guest]) -> str:
+async def refused(kind: type[MdoError], launching: Awaitable[process.RunningGuest]) -> str:
     """Fail unless a guest is refused; gives the reason."""
     try:
         guest = await launching

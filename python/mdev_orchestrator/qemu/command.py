@@ -202,37 +202,37 @@ def check(spec: GuestSpec) -> None:
     :raise RequestError: The first fault found.
     """
     check_name(spec.name)
-    who = f"guest {spec.name}"
+    label = f"guest {spec.name}"
     if spec.memory < MIB or spec.memory % MIB:
-        raise RequestError(f"{who}: memory of {spec.memory} bytes is no multiple of 1 MiB")
+        raise RequestError(f"{label}: memory of {spec.memory} bytes is no multiple of 1 MiB")
     if not 1 <= spec.cpus <= MAX_CPUS:
-        raise RequestError(f"{who}: {spec.cpus} CPUs; give 1 to {MAX_CPUS}")
+        raise RequestError(f"{label}: {spec.cpus} CPUs; give 1 to {MAX_CPUS}")
     if spec.hotplug_ports < 0 or ports_in_use(spec) + spec.hotplug_ports > MAX_PORTS:
         raise RequestError(
-            f"{who}: {spec.hotplug_ports} hotplug ports; "
+            f"{label}: {spec.hotplug_ports} hotplug ports; "
             f"with those of its mdevs give 0 to {MAX_PORTS}"
         )
     if spec.hotplug_window < MIB or spec.hotplug_window.bit_count() != 1:
         raise RequestError(
-            f"{who}: hotplug window of {spec.hotplug_window} bytes; "
+            f"{label}: hotplug window of {spec.hotplug_window} bytes; "
             "give a power of two of at least 1 MiB"
         )
     if (spec.initrd or spec.append) and not spec.kernel:
-        raise RequestError(f"{who}: an initrd or kernel parameters need a kernel")
+        raise RequestError(f"{label}: an initrd or kernel parameters need a kernel")
     parse_accel(spec.accel)
     for mdev in spec.mdevs:
         if not _DRIVER.fullmatch(mdev.device_api):
             raise RequestError(
-                f"{who}: mdev {mdev.uuid} has device_api {mdev.device_api!r}, "
+                f"{label}: mdev {mdev.uuid} has device_api {mdev.device_api!r}, "
                 "which names no device of QEMU"
             )
     if len({mdev.uuid for mdev in spec.mdevs}) != len(spec.mdevs):
-        raise RequestError(f"{who}: the same mdev is given twice")
+        raise RequestError(f"{label}: the same mdev is given twice")
     strings = [spec.append, spec.disk_format, spec.machine, spec.qemu, *spec.extra]
     strings += map(str, (spec.kernel, spec.initrd, spec.disk, spec.firmware))
     strings += (str(mdev.path) for mdev in spec.mdevs)
     if any("\0" in string for string in strings):
-        raise RequestError(f"{who}: a zero byte cannot be passed to a program")
+        raise RequestError(f"{label}: a zero byte cannot be passed to a program")
 
 
 def root_port(number: int, window: int) -> list[str]:

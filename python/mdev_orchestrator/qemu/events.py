@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from mdev_orchestrator.errors import QemuError
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import Guest, list_guests
+from mdev_orchestrator.qemu.process import RunningGuest, list_guests
 
 STATE_CHANGED = "VFIO_MDEV_STATE_CHANGED"
 LOOK_SECONDS = 1.0
@@ -75,7 +75,7 @@ class _Data(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 async def guest_events(
-    guests: Callable[[], list[Guest]] = list_guests,
+    guests: Callable[[], list[RunningGuest]] = list_guests,
 ) -> AsyncGenerator[GuestEvent, None]:
     """Give the events of all guests, those that start later too, without end.
 
@@ -93,7 +93,7 @@ async def guest_events(
         await asyncio.wait((looking,))
 
 
-async def _look(guests: Callable[[], list[Guest]], put: Put) -> None:
+async def _look(guests: Callable[[], list[RunningGuest]], put: Put) -> None:
     """Listen to each guest that there is."""
     listening: dict[int, asyncio.Task[None]] = {}
     try:
@@ -111,13 +111,13 @@ async def _look(guests: Callable[[], list[Guest]], put: Put) -> None:
             await asyncio.wait(listening.values())
 
 
-async def _listen(guest: Guest, put: Put) -> None:
+async def _listen(guest: RunningGuest, put: Put) -> None:
     """Pass on what one guest's QEMU tells, until it hangs up."""
     if not guest.watch_socket.exists():
         return
     watched = False
     try:
-        async with connect(guest.watch_socket, guest.who, deadline=None) as qmp:
+        async with connect(guest.watch_socket, guest.label, deadline=None) as qmp:
             with qmp.events((STATE_CHANGED,), lambda _: True) as events:
                 watched = True
                 await put(Watched(guest.name))

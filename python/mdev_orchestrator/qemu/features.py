@@ -16,7 +16,7 @@ from mdev_orchestrator.errors import CommandError, MdoError
 from mdev_orchestrator.state import cache_dir, decode
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.qemu.monitor import Monitor
+    from mdev_orchestrator.qemu.monitor import QmpMonitor
 
 START = "mdev-start"
 """The property of a vfio device in a QEMU that starts groups by itself (docs/qemu.md)."""
@@ -80,7 +80,7 @@ async def properties(qemu: str, driver: str, *, deadline: float = PROBE_SECONDS)
     return frozenset(found)
 
 
-async def has_property(qmp: Monitor, driver: str, name: str) -> bool:
+async def has_property(qmp: QmpMonitor, driver: str, name: str) -> bool:
     """Whether a device model of the running QEMU has a property (``device-list-properties``)."""
     try:
         found = await qmp.execute("device-list-properties", list[_Property], {"typename": driver})

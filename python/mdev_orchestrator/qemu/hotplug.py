@@ -48,11 +48,11 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
-from mdev_orchestrator.qemu.process import ASKED, Guest, find_running, list_guests, time_left
+from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, list_guests, time_left
 from mdev_orchestrator.qemu.remedies import remedy
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.qemu.monitor import Events, Monitor
+    from mdev_orchestrator.qemu.monitor import Events, QmpMonitor
 
 ATTACH_SECONDS = 30.0
 DETACH_SECONDS = 60.0
@@ -144,7 +144,7 @@ class Plugged(Struct, frozen=True):
 # ---------------------------------------------------------------- what is there
 
 
-async def _children(qmp: Monitor, path: str) -> dict[str, str]:
+async def _children(qmp: QmpMonitor, path: str) -> dict[str, str]:
     """Names and types of the devices below ``path``."""
     found = await qmp.execute("qom-list", list[_Property], {"path": path})
     return {
@@ -154,7 +154,7 @@ async def _children(qmp: Monitor, path: str) -> dict[str, str]:
     }
 
 
-async def _property(qmp: Monitor, path: str, name: str) -> str | None:
+async def _property(qmp: QmpMonitor, path: str, name: str) -> str | None:
     """A string property; ``None`` if object or property is not there (any more)."""
     try:
         return await qmp.execute("qom-get", str, {"path": path, "property": name})
@@ -162,7 +162,7 @@ async def _property(qmp: Monitor, path: str, name: str) -> str | None:
         return None
 
 
-async def ports(qmp: Monitor) -> tuple[Port, ...]:
+async def ports(qmp: QmpMonitor) -> tuple[Port, ...]:
     """Return the root ports that have an id, in their order, and what is in them."""
     names = _port_names(await _children(qmp, PERIPHERAL))
     return tuple([Port(name, await _occupant(qmp, name)) for name in names])
@@ -172,7 +172,7 @@ def _port_names(children: Mapping[str, str]) -> list[str]:
     return [name for name, kind in sorted(children.items(), key=_natural) if kind == PORT_TYPE]
 
 
-async def _occupant(qmp: Monitor, port: str) -> str | None:
+async def _occupant(qmp: QmpMonitor, port: str) -> str | None:
     bus = await qmp.execute("qom-list", list[_Property], {"path": f"{PERIPHERAL}/{port}/{port}"})
     inside = next((entry.type for entry in bus if entry.name.startswith("child[")), None)
     return inside and inside.removeprefix("link<").removesuffix(">")
@@ -182,7 +182,7 @@ def _natural(item: tuple[str, str]) -> tuple[int, str]:
     return len(item[0]), item[0]
 
 
-async def mdevs(qmp: Monitor) -> tuple[Plugged, ...]:
+async def mdevs(qmp: QmpMonitor) -> tuple[Plugged, ...]:
     """Return the mdevs that a guest has now, in no particular order."""
     found = []
     for directory in (PERIPHERAL, ANONYMOUS):
@@ -207,7 +207,7 @@ async def mdevs(qmp: Monitor) -> tuple[Plugged, ...]:
     return tuple(found)
 
 
-async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Plugged, ...]:
+async def mdevs_of(guest: RunningGuest, *, deadline: float = QUERY_SECONDS) -> tuple[Plugged, ...]:
     """Like :func:`mdevs`, by a connection of its own to the monitor for questions.
 
     :raise QemuError: QEMU cannot be reached or answers nonsense.
@@ -218,16 +218,16 @@ async def mdevs_of(guest: Guest, *, deadline: float = QUERY_SECONDS) -> tuple[Pl
     try:
         async with (
             asyncio.timeout(deadline),
-            connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
+            connect(guest.query_socket, guest.label, deadline=deadline) as qmp,
         ):
             return await mdevs(qmp)
     except TimeoutError:
         raise DeadlineError(
-            f"{guest.who}: QEMU did not tell its devices within {deadline:g} s"
+            f"{guest.label}: QEMU did not tell its devices within {deadline:g} s"
         ) from None
 
 
-async def _id_of(qmp: Monitor, uuid: UUID) -> str:
+async def _id_of(qmp: QmpMonitor, uuid: UUID) -> str:
     """What an mdev is called in a QEMU that has it.
 
     :raise UnknownError: The guest does not have it.
@@ -240,17 +240,17 @@ async def _id_of(qmp: Monitor, uuid: UUID) -> str:
     held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
     if uuid not in held:
         has = ", ".join(sorted(map(str, held))) or "none"
-        raise UnknownError(f"{qmp.who} has no mdev {uuid}", f"it has: {has}")
+        raise UnknownError(f"{qmp.label} has no mdev {uuid}", f"it has: {has}")
     found = held[uuid].device_id
     if found is None:
         raise RequestError(
-            f"{qmp.who}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
+            f"{qmp.label}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
             "stop the guest",
         )
     return found
 
 
-async def holder_of(uuid: UUID, *, root: Path | None = None) -> Guest | None:
+async def holder_of(uuid: UUID, *, root: Path | None = None) -> RunningGuest | None:
     """Return the running guest that has an mdev.
 
     A guest whose QEMU does not answer is judged by what it was started with.
@@ -295,7 +295,11 @@ async def attach(
 
 
 async def plug(
-    guest: Guest, device: Device, *, deadline: float = ATTACH_SECONDS, wait_guest: bool = False
+    guest: RunningGuest,
+    device: Device,
+    *,
+    deadline: float = ATTACH_SECONDS,
+    wait_guest: bool = False,
 ) -> str | None:
     """Plug a device in and return the id of the port it sits in, if it is a PCI device.
 
@@ -310,12 +314,12 @@ async def plug(
     from mdev_orchestrator.qemu.monitor import connect
 
     end = asyncio.get_running_loop().time() + deadline
-    async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+    async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
         return await plug_by(qmp, device, end, wait_guest=wait_guest)
 
 
 async def plug_by(
-    qmp: Monitor, device: Device, end: float, *, wait_guest: bool = False
+    qmp: QmpMonitor, device: Device, end: float, *, wait_guest: bool = False
 ) -> str | None:
     """What :func:`plug` does, by a connection that is there.
 
@@ -323,7 +327,7 @@ async def plug_by(
     """
     there = await _children(qmp, PERIPHERAL)
     if device.id in there:
-        raise RequestError(f"{qmp.who} has {device.id} already")
+        raise RequestError(f"{qmp.label} has {device.id} already")
     arguments: dict[str, object] = {
         "driver": device.driver,
         "id": device.id,
@@ -336,25 +340,25 @@ async def plug_by(
     left = end - asyncio.get_running_loop().time()
     await _add(qmp, device, arguments, max(left, 0.1))
     if device.id not in await _children(qmp, PERIPHERAL):
-        raise QemuError(f"{qmp.who}: QEMU took {device.id}, but does not list it")
+        raise QemuError(f"{qmp.label}: QEMU took {device.id}, but does not list it")
     if wait_guest:
         await _until_taken(qmp, device.id, end)
     return port
 
 
-async def _free_port(qmp: Monitor, names: Sequence[str]) -> str:
+async def _free_port(qmp: QmpMonitor, names: Sequence[str]) -> str:
     for name in names:
         if await _occupant(qmp, name) is None:
             return name
     state = f"all {len(names)} root ports are taken" if names else "it has no root port"
     raise RequestError(
-        f"{qmp.who} has no room for another device: {state}",
+        f"{qmp.label} has no room for another device: {state}",
         "detach one, or start it with more --hotplug-ports",
     )
 
 
 async def _add(
-    qmp: Monitor, device: Device, arguments: Mapping[str, object], deadline: float
+    qmp: QmpMonitor, device: Device, arguments: Mapping[str, object], deadline: float
 ) -> None:
     """``device_add``. What has begun is seen to its end even when the caller is cancelled."""
     adding = asyncio.ensure_future(qmp.execute("device_add", object, arguments, deadline=deadline))
@@ -363,16 +367,16 @@ async def _add(
     except asyncio.CancelledError as error:
         await asyncio.wait((adding,))
         if not adding.exception():
-            error.add_note(f"{qmp.who} has {device.id} by now; mdo detach takes it back")
+            error.add_note(f"{qmp.label} has {device.id} by now; mdo detach takes it back")
         raise
     except CommandError as error:
         if error.description.startswith("Duplicate device ID"):
-            raise RequestError(f"{qmp.who} has {device.id} already") from error
+            raise RequestError(f"{qmp.label} has {device.id} already") from error
         error.hint = remedy(error.description)
         raise
 
 
-async def wait_taken(guest: Guest, uuid: UUID, deadline: float = ATTACH_SECONDS) -> None:
+async def wait_taken(guest: RunningGuest, uuid: UUID, deadline: float = ATTACH_SECONDS) -> None:
     """Return when the guest has taken an mdev that is plugged.
 
     :raise DeadlineError: It has not; the device stays plugged.
@@ -380,11 +384,11 @@ async def wait_taken(guest: Guest, uuid: UUID, deadline: float = ATTACH_SECONDS)
     from mdev_orchestrator.qemu.monitor import connect
 
     end = asyncio.get_running_loop().time() + deadline
-    async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+    async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
         await _until_taken(qmp, device_id(uuid), end)
 
 
-async def _until_taken(qmp: Monitor, device: str, end: float) -> None:
+async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
     """Return when the guest has taken the device."""
     loop = asyncio.get_running_loop()
     pause = FIRST_LOOK_SECONDS
@@ -397,11 +401,11 @@ async def _until_taken(qmp: Monitor, device: str, end: float) -> None:
             left = end - loop.time()
             if left <= 0:
                 raise DeadlineError(
-                    f"{qmp.who} has not taken {device} in time; it stays plugged",
+                    f"{qmp.label} has not taken {device} in time; it stays plugged",
                     "the guest may still boot or lack a driver; see mdo guest console, or detach",
                 )
             if await events.next(min(pause, left)):
-                raise QemuError(f"{qmp.who}: {device} was unplugged while waiting for the guest")
+                raise QemuError(f"{qmp.label}: {device} was unplugged while waiting for the guest")
             pause = min(1.5 * pause, LOOK_SECONDS)
 
 
@@ -437,13 +441,13 @@ async def detach(
 
     found = find_running(guest, root)
     end = asyncio.get_running_loop().time() + deadline
-    async with connect(found.qmp_socket, found.who, deadline=deadline) as qmp:
+    async with connect(found.qmp_socket, found.label, deadline=deadline) as qmp:
         device = await _id_of(qmp, uuid)
         with _asking(found, uuid) as mark:
             await _unplug(qmp, device, end, deadline, mark)
 
 
-async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS) -> None:
+async def unplug(guest: RunningGuest, device_id: str, deadline: float = DETACH_SECONDS) -> None:
     """Take a device out of a guest and return when QEMU has closed it.
 
     :raise UnknownError: The guest has no such device.
@@ -454,13 +458,13 @@ async def unplug(guest: Guest, device_id: str, deadline: float = DETACH_SECONDS)
     from mdev_orchestrator.qemu.monitor import connect
 
     end = asyncio.get_running_loop().time() + deadline
-    async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+    async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
         if device_id not in await _children(qmp, PERIPHERAL):
-            raise UnknownError(f"{guest.who} has no device {device_id}")
+            raise UnknownError(f"{guest.label} has no device {device_id}")
         await _unplug(qmp, device_id, end, deadline)
 
 
-def _mark(guest: Guest, uuid: UUID) -> Path:
+def _mark(guest: RunningGuest, uuid: UUID) -> Path:
     """Touched when a guest is asked to let go of an mdev."""
     return guest.directory / f"{ASKED}-{uuid}"
 
@@ -471,7 +475,7 @@ def _leave(mark: Path) -> None:
 
 
 @contextlib.contextmanager
-def _asking(guest: Guest, uuid: UUID) -> Iterator[Path]:
+def _asking(guest: RunningGuest, uuid: UUID) -> Iterator[Path]:
     """Take the mark away when the guest has answered or was waited for; not when interrupted."""
     mark = _mark(guest, uuid)
     try:
@@ -482,7 +486,9 @@ def _asking(guest: Guest, uuid: UUID) -> Iterator[Path]:
     mark.unlink(missing_ok=True)
 
 
-async def keeps(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) -> bool:
+async def await_pending_unplug(
+    guest: RunningGuest, uuid: UUID, *, deadline: float = QUERY_SECONDS
+) -> bool:
     """Whether a guest has an mdev, and will keep it.
 
     One that was asked to let go by somebody who was interrupted meanwhile is waited for.
@@ -500,7 +506,7 @@ async def keeps(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) ->
         return kept
     device = held[uuid].device_id if kept else None
     if device is not None and left > 0:
-        async with connect(guest.qmp_socket, guest.who, deadline=deadline) as qmp:
+        async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
             with _answers(qmp, device) as events, contextlib.suppress(BusyError):
                 kept = device in await _children(qmp, PERIPHERAL) and not await _gone(
                     qmp, device, events, left
@@ -509,14 +515,14 @@ async def keeps(guest: Guest, uuid: UUID, *, deadline: float = QUERY_SECONDS) ->
     return kept
 
 
-def _answers(qmp: Monitor, device_id: str) -> contextlib.AbstractContextManager[Events]:
+def _answers(qmp: QmpMonitor, device_id: str) -> contextlib.AbstractContextManager[Events]:
     """What a guest may answer when it is asked to let go."""
     names = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
     return qmp.events(names, lambda data: data.get("device") == device_id)
 
 
 async def _unplug(
-    qmp: Monitor, device_id: str, end: float, deadline: float, mark: Path | None = None
+    qmp: QmpMonitor, device_id: str, end: float, deadline: float, mark: Path | None = None
 ) -> None:
     loop = asyncio.get_running_loop()
     with _answers(qmp, device_id) as events:
@@ -529,12 +535,12 @@ async def _unplug(
         if device_id not in await _children(qmp, PERIPHERAL):
             return
     raise DeadlineError(
-        f"{qmp.who} did not let go of {device_id} within {deadline:g} s; it still has the device",
+        f"{qmp.label} did not let go of {device_id} within {deadline:g} s; it still has the device",
         "a guest answers only when it has booted; try again, or stop the guest",
     )
 
 
-async def _ask_to_let_go(qmp: Monitor, device_id: str, mark: Path | None) -> bool:
+async def _ask_to_let_go(qmp: QmpMonitor, device_id: str, mark: Path | None) -> bool:
     """``device_del``; whether there is anything to wait for."""
     if mark is not None:
         _leave(mark)
@@ -548,14 +554,14 @@ async def _ask_to_let_go(qmp: Monitor, device_id: str, mark: Path | None) -> boo
     return True
 
 
-async def _gone(qmp: Monitor, device_id: str, events: Events, seconds: float) -> bool:
+async def _gone(qmp: QmpMonitor, device_id: str, events: Events, seconds: float) -> bool:
     """Wait for what the guest does about it."""
     event = await events.next(seconds)
     if event is None:
         return False
     if event.event == "DEVICE_UNPLUG_GUEST_ERROR":
         raise BusyError(
-            f"{qmp.who} refuses to let go of {device_id}",
+            f"{qmp.label} refuses to let go of {device_id}",
             "stop using it in the guest and try again",
         )
     return True

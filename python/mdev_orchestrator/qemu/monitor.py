@@ -62,7 +62,7 @@ for _module in (protocol, qmp_client):
     vars(_module)["pretty_traceback"] = _traceback
 
 
-class Event(msgspec.Struct, frozen=True):
+class QmpEvent(msgspec.Struct, frozen=True):
     """One asynchronous message of QEMU."""
 
     event: str
@@ -84,19 +84,19 @@ class _Listener(EventListener):
 
 
 class Events:
-    """The events that a :meth:`Monitor.events` block asked for."""
+    """The events that a :meth:`QmpMonitor.events` block asked for."""
 
-    def __init__(self, monitor: Monitor, listener: _Listener) -> None:
+    def __init__(self, monitor: QmpMonitor, listener: _Listener) -> None:
         self._monitor = monitor
         self._listener = listener
 
-    async def next(self, deadline: float) -> Event | None:
+    async def next(self, deadline: float) -> QmpEvent | None:
         """Return the next event, or ``None`` if there was none within ``deadline`` seconds.
 
         :raise QemuError: The connection ended, or events came faster than they were looked at.
         """
         if self._listener.overflow:
-            raise QemuError(f"{self._monitor.who}: more than {MAX_EVENTS} events at once")
+            raise QemuError(f"{self._monitor.label}: more than {MAX_EVENTS} events at once")
         getting = asyncio.ensure_future(self._listener.get())
         ending = asyncio.ensure_future(self._monitor.ended())
         try:
@@ -110,20 +110,22 @@ class Events:
             ending.cancel()
             await asyncio.wait((getting, ending))
         if getting.cancelled():
-            raise QemuError(f"{self._monitor.who}: the monitor hung up while waiting for an event")
-        return _convert(dict(getting.result()), Event, "an event", self._monitor.who)
+            raise QemuError(
+                f"{self._monitor.label}: the monitor hung up while waiting for an event"
+            )
+        return _convert(dict(getting.result()), QmpEvent, "an event", self._monitor.label)
 
 
-class Monitor:
+class QmpMonitor:
     """An open connection to a guest's QEMU. Made by :func:`connect`.
 
-    :ivar who: How messages name it, for instance ``guest render-1``.
+    :ivar label: How messages name it, for instance ``guest render-1``.
     """
 
-    def __init__(self, client: QMPClient, sock: socket.socket, who: str) -> None:
+    def __init__(self, client: QMPClient, sock: socket.socket, label: str) -> None:
         self._client = client
         self._sock = sock
-        self.who = who
+        self.label = label
 
     async def execute(
         self,
@@ -144,12 +146,12 @@ class Monitor:
                 value = await self._client.execute(command, arguments)
         except TimeoutError:
             raise DeadlineError(
-                f"{self.who}: no reply to {command} within {deadline:g} s",
+                f"{self.label}: no reply to {command} within {deadline:g} s",
                 "QEMU may be stopped, or busy; whether the command took effect is not known",
             ) from None
         except ExecuteError as error:
             raise CommandError(
-                f"{self.who}: {command}: {error.error.error.desc}",
+                f"{self.label}: {command}: {error.error.error.desc}",
                 command=command,
                 error_class=error.error_class,
                 description=error.error.error.desc,
@@ -157,8 +159,8 @@ class Monitor:
         except QMPError as error:
             cause = _cause(await _close(self._client, self._sock))
             _forget_frames(error)
-            raise QemuError(f"{self.who}: {command}: {cause}") from error
-        return _convert(value, reply, command, self.who)
+            raise QemuError(f"{self.label}: {command}: {cause}") from error
+        return _convert(value, reply, command, self.label)
 
     async def quit(self, *, deadline: float = REPLY_SECONDS) -> None:
         """Tell QEMU to end at once. Its hanging up instead of a reply is the expected answer.
@@ -205,15 +207,15 @@ def _cause(error: BaseException | None) -> str:
     return f"the answer is no QMP: {text[0] if text and text[0] else type(error).__name__}"
 
 
-def _convert(value: object, wanted: type[T], what: str, who: str) -> T:
+def _convert(value: object, wanted: type[T], what: str, label: str) -> T:
     try:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
         shown = textwrap.shorten(repr(value), 80, placeholder=" ...")
-        raise QemuError(f"{who}: {what} answered something odd: {error}: {shown}") from error
+        raise QemuError(f"{label}: {what} answered something odd: {error}: {shown}") from error
 
 
-async def _open(path: Path, who: str) -> socket.socket:
+async def _open(path: Path, label: str) -> socket.socket:
     """Connect. A Unix stream socket connects at once, or not before somebody else is served.
 
     QEMU lets one client wait beside the one it serves. For room in that queue the kernel has no
@@ -229,7 +231,7 @@ async def _open(path: Path, who: str) -> socket.socket:
         except OSError as error:
             sock.close()
             raise QemuError(
-                f"{who}: cannot reach its monitor: {error.strerror or error}"
+                f"{label}: cannot reach its monitor: {error.strerror or error}"
             ) from error
         else:
             return sock
@@ -284,11 +286,11 @@ def _forget_frames(error: BaseException) -> None:
 
 @asynccontextmanager
 async def connect(
-    path: Path, who: str, *, deadline: float | None = GREETING_SECONDS
-) -> AsyncIterator[Monitor]:
+    path: Path, label: str, *, deadline: float | None = GREETING_SECONDS
+) -> AsyncIterator[QmpMonitor]:
     """Connect to the monitor that listens on the Unix socket ``path``.
 
-    :param who: How messages shall name it.
+    :param label: How messages shall name it.
     :param deadline: Seconds for greeting and negotiation; ``None`` to wait for a turn, however
         long somebody else holds the connection.
     :raise QemuError: Nobody listens there, or what answers is no QMP.
@@ -298,29 +300,29 @@ async def connect(
     client.events.event_filter = lambda _event: False  # it would keep every event for ever
     try:
         async with asyncio.timeout(deadline):
-            sock = await _open(path, who)
-            await _greet(client, sock, who)
+            sock = await _open(path, label)
+            await _greet(client, sock, label)
     except TimeoutError:
         raise DeadlineError(
-            f"{who}: its monitor did not answer within {deadline:g} s",
+            f"{label}: its monitor did not answer within {deadline:g} s",
             "another program may hold the connection, or QEMU is stopped; try again",
         ) from None
     try:
-        yield Monitor(client, sock, who)
+        yield QmpMonitor(client, sock, label)
     finally:
         await _close(client, sock)
 
 
-async def _greet(client: QMPClient, sock: socket.socket, who: str) -> None:
+async def _greet(client: QMPClient, sock: socket.socket, label: str) -> None:
     """Greeting and negotiation. Closes the socket if they fail."""
     try:
         await client.connect(sock)
     except (QMPError, EOFError, OSError) as error:
         # The latter two are what it finds when it is given up at the moment of a hang-up.
-        raise QemuError(f"{who}: {_cause(error)}") from error
+        raise QemuError(f"{label}: {_cause(error)}") from error
     except AssertionError as error:
         # It hung up right after the greeting, and qemu.qmp asserts that it did not.
-        raise QemuError(f"{who}: {_cause(await _close(client, sock))}") from error
+        raise QemuError(f"{label}: {_cause(await _close(client, sock))}") from error
     finally:
         if client.runstate is Runstate.IDLE:
             sock.close()

@@ -54,7 +54,6 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import boot_id, has_ended, reap, start_time
 from mdev_orchestrator.host.service import scope
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
@@ -66,11 +65,12 @@ from mdev_orchestrator.qemu.command import (
 )
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.state import decode, private_dir, state_dir
+from mdev_orchestrator.system.processes import boot_id, has_ended, reap, start_time
 
 Around = Callable[[Path], contextlib.AbstractAsyncContextManager[object]]
 """Takes a guest's directory; what must be true before QEMU begins, and is undone if it fails."""
 
-Release = Callable[["Guest"], Awaitable[None]]
+Release = Callable[["RunningGuest"], Awaitable[None]]
 """Gives back what a guest had whose process has ended."""
 
 START_SECONDS = 60.0
@@ -140,7 +140,7 @@ class Record(msgspec.Struct, frozen=True):
     version: int = 1
 
 
-class Guest(Struct, frozen=True):
+class RunningGuest(Struct, frozen=True):
     """One guest as found on disk and in the process table.
 
     :ivar record: ``None`` if it cannot be read, then ``damage`` says why.
@@ -153,7 +153,7 @@ class Guest(Struct, frozen=True):
     damage: str = ""
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
         """How messages name it."""
         return f"guest {self.name}"
 
@@ -216,7 +216,7 @@ def guests_dir() -> Path:
     return state_dir() / "guests"
 
 
-def list_guests(root: Path | None = None) -> list[Guest]:
+def list_guests(root: Path | None = None) -> list[RunningGuest]:
     """Return all guests of this state directory, by name; damaged ones too."""
     root = root or guests_dir()
     reap(_children)  # who lives long would have a zombie of each
@@ -234,7 +234,7 @@ def list_guests(root: Path | None = None) -> list[Guest]:
     return [guest for guest in found if guest]
 
 
-def find(name: str, root: Path | None = None) -> Guest:
+def find(name: str, root: Path | None = None) -> RunningGuest:
     """Return the guest called ``name``, in whatever state.
 
     :raise UnknownError: There is none.
@@ -247,7 +247,7 @@ def find(name: str, root: Path | None = None) -> Guest:
     raise UnknownError(f"no guest is called {name}", f"there are: {known}" if known else "")
 
 
-def find_running(name: str, root: Path | None = None) -> Guest:
+def find_running(name: str, root: Path | None = None) -> RunningGuest:
     """Return the guest called ``name`` if its process is alive.
 
     :raise UnknownError: There is no such guest.
@@ -256,11 +256,11 @@ def find_running(name: str, root: Path | None = None) -> Guest:
     guest = find(name, root)
     if not guest.alive:
         what = guest.damage if guest.state is State.DAMAGED else "its process has ended"
-        raise RequestError(f"{guest.who} does not run: {what}", f"mdo guest stop {name}")
+        raise RequestError(f"{guest.label} does not run: {what}", f"mdo guest stop {name}")
     return guest
 
 
-def _look(directory: Path) -> Guest | None:
+def _look(directory: Path) -> RunningGuest | None:
     """Read one guest's directory; ``None`` if it is not there (any more)."""
     name = directory.name
     try:
@@ -269,15 +269,15 @@ def _look(directory: Path) -> Guest | None:
         if not directory.is_dir():
             return None
         state = State.STARTING if _is_locked(directory) else State.DAMAGED
-        return Guest(name, directory, state, damage="no record: its start was cut short")
+        return RunningGuest(name, directory, state, damage="no record: its start was cut short")
     except OSError as error:
         damage = f"{RECORD} cannot be read: {error.strerror}"
-        return Guest(name, directory, State.DAMAGED, damage=damage)
+        return RunningGuest(name, directory, State.DAMAGED, damage=damage)
     except ValueError as error:
-        return Guest(name, directory, State.DAMAGED, damage=f"{RECORD} is damaged: {error}")
+        return RunningGuest(name, directory, State.DAMAGED, damage=f"{RECORD} is damaged: {error}")
     if not _is_guest(record):
-        return Guest(name, directory, State.GONE, record)
-    return Guest(name, directory, State.RUNNING if record.ready else State.STARTING, record)
+        return RunningGuest(name, directory, State.GONE, record)
+    return RunningGuest(name, directory, State.RUNNING if record.ready else State.STARTING, record)
 
 
 def _read_record(directory: Path) -> Record:
@@ -384,7 +384,7 @@ async def _ended(descriptor: int, seconds: float | None) -> bool:
     return True
 
 
-async def wait_ended(guest: Guest, seconds: float | None = None) -> bool:
+async def wait_ended(guest: RunningGuest, seconds: float | None = None) -> bool:
     """Wait until the guest's process has ended; whether it has, within ``seconds``."""
     if guest.record is None:
         return True
@@ -455,16 +455,16 @@ def _clear_way(name: str, directory: Path) -> None:
         remove(guest)
     elif guest.alive and guest.record:
         raise BusyError(
-            f"{guest.who} runs already, as process {guest.record.pid}",
+            f"{guest.label} runs already, as process {guest.record.pid}",
             f"mdo guest stop {name}, or take another name",
         )
     elif guest.state is State.STARTING:
-        raise BusyError(f"{guest.who} is being started by somebody else", "take another name")
+        raise BusyError(f"{guest.label} is being started by somebody else", "take another name")
     else:
-        raise RequestError(f"{guest.who}: {guest.damage}", f"mdo guest stop --force {name}")
+        raise RequestError(f"{guest.label}: {guest.damage}", f"mdo guest stop --force {name}")
 
 
-def remove(guest: Guest) -> None:
+def remove(guest: RunningGuest) -> None:
     """Remove the directory of a guest whose process has ended. Nothing to do is no error.
 
     :raise BusyError: Somebody else is starting or removing it.
@@ -477,12 +477,12 @@ def remove(guest: Guest) -> None:
                 return
             if has_started(guest):
                 raise RequestError(
-                    f"{guest.who} has ended, and a start group of it may still be online",
+                    f"{guest.label} has ended, and a start group of it may still be online",
                     f"mdo guest stop {guest.name} stops it",
                 )
             _remove_tree(guest.directory)
     except BlockingIOError:
-        raise BusyError(f"{guest.who} is being started or removed by somebody else") from None
+        raise BusyError(f"{guest.label} is being started or removed by somebody else") from None
     except FileNotFoundError:
         return
     except OSError as error:
@@ -496,14 +496,14 @@ def _remove_tree(directory: Path) -> None:
             shutil.rmtree(directory)
 
 
-def has_started(guest: Guest) -> bool:
+def has_started(guest: RunningGuest) -> bool:
     """Whether there are start groups that came online for this guest and were not stopped."""
     # one that is only being written down has not begun to come online
     return any(guest.started.glob("*.json"))
 
 
 @contextlib.asynccontextmanager
-async def attaching(guest: Guest) -> AsyncIterator[None]:
+async def attaching(guest: RunningGuest) -> AsyncIterator[None]:
     """Keep others from tidying up after a guest while the block gives it something.
 
     :raise BusyError: Somebody is tidying up, and does not end.
@@ -513,14 +513,14 @@ async def attaching(guest: Guest) -> AsyncIterator[None]:
         try:
             descriptor = stack.enter_context(_descriptor(guest.directory))
         except FileNotFoundError:
-            raise RequestError(f"{guest.who} has gone") from None
+            raise RequestError(f"{guest.label} has gone") from None
         await _lock(descriptor, fcntl.LOCK_SH, guest, LOCK_SECONDS)
         if not _is_same(descriptor, guest.directory):
-            raise RequestError(f"{guest.who} has gone")
+            raise RequestError(f"{guest.label} has gone")
         yield
 
 
-async def _lock(descriptor: int, kind: int, guest: Guest, seconds: float) -> None:
+async def _lock(descriptor: int, kind: int, guest: RunningGuest, seconds: float) -> None:
     """Wait for a lock that others hold for a moment; the kernel has no event for that."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
@@ -530,7 +530,7 @@ async def _lock(descriptor: int, kind: int, guest: Guest, seconds: float) -> Non
         except BlockingIOError:
             if loop.time() >= end:
                 raise BusyError(
-                    f"{guest.who} is being started, changed or removed by somebody else",
+                    f"{guest.label} is being started, changed or removed by somebody else",
                     "try again",
                 ) from None
             await asyncio.sleep(0.05)
@@ -539,7 +539,7 @@ async def _lock(descriptor: int, kind: int, guest: Guest, seconds: float) -> Non
 
 
 @contextlib.asynccontextmanager
-async def tidying(guest: Guest, seconds: float = LOCK_SECONDS) -> AsyncIterator[bool]:
+async def tidying(guest: RunningGuest, seconds: float = LOCK_SECONDS) -> AsyncIterator[bool]:
     """Hold the lock of a guest's directory: nobody starts, removes or gives it anything meanwhile.
 
     :param seconds: To wait for the lock.
@@ -662,7 +662,7 @@ async def start(
     deadline: float = START_SECONDS,
     root: Path | None = None,
     around: Around | None = None,
-) -> Guest:
+) -> RunningGuest:
     """Start a guest and return once its monitor answers.
 
     It does not start the mdevs that it gives: ``engine.lifecycle.launch`` does.
@@ -692,7 +692,7 @@ async def start(
                 ) from error
 
 
-async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
+async def _start(spec: GuestSpec, directory: Path, deadline: float) -> RunningGuest:
     with contextlib.ExitStack() as stack:
         qmp, query, watch, console = listeners = [
             stack.enter_context(_listen(directory / name)) for name in (QMP, QUERY, WATCH, CONSOLE)
@@ -734,15 +734,15 @@ async def _start(spec: GuestSpec, directory: Path, deadline: float) -> Guest:
             _kill_now(process)
             raise
         _children.add(pid)  # from now on nobody waits for its status
-    return Guest(spec.name, directory, State.RUNNING, record)
+    return RunningGuest(spec.name, directory, State.RUNNING, record)
 
 
 async def _until_ready(
     directory: Path, name: str, process: int, argv: list[str], deadline: float
 ) -> None:
     """Return once QEMU answers at its monitor; raise with its own words if it ends instead."""
-    who = f"guest {name}"
-    asking = asyncio.ensure_future(_ask(directory / QMP, who, deadline))
+    label = f"guest {name}"
+    asking = asyncio.ensure_future(_ask(directory / QMP, label, deadline))
     dying = asyncio.ensure_future(_ended(process, None))
     try:
         await asyncio.wait((asking, dying), return_when=asyncio.FIRST_COMPLETED)
@@ -756,24 +756,24 @@ async def _until_ready(
     failure = None if asking.cancelled() else asking.exception()
     if not dying.cancelled():
         status = _reap(process)
-        raise _failed(who, "ended" if status is None else _status(status), directory, argv)
+        raise _failed(label, "ended" if status is None else _status(status), directory, argv)
     if isinstance(failure, DeadlineError):
         words = qemu_words(directory / QEMU_LOG)
         raise DeadlineError(
-            f"{who}: QEMU's monitor did not answer within {deadline:g} s"
+            f"{label}: QEMU's monitor did not answer within {deadline:g} s"
             + (words and f": {words}"),
             _run_as(argv),
         ) from failure
     if isinstance(failure, MdoError):
-        raise _failed(who, failure.message, directory, argv) from failure
+        raise _failed(label, failure.message, directory, argv) from failure
     if failure is not None:
         raise failure
 
 
-async def _ask(path: Path, who: str, deadline: float) -> None:
+async def _ask(path: Path, label: str, deadline: float) -> None:
     from mdev_orchestrator.qemu import monitor
 
-    async with monitor.connect(path, who, deadline=deadline) as qmp:
+    async with monitor.connect(path, label, deadline=deadline) as qmp:
         await qmp.execute("query-status", dict[str, object], deadline=deadline)
 
 
@@ -787,11 +787,11 @@ def _run_as(argv: list[str]) -> str:
     return f"it was run as: {shlex.join(argv)}"
 
 
-def _failed(who: str, what: str, directory: Path, argv: list[str]) -> QemuError:
+def _failed(label: str, what: str, directory: Path, argv: list[str]) -> QemuError:
     words = qemu_words(directory / QEMU_LOG)
     hints = [remedy(words), _run_as(argv)]
     return QemuError(
-        f"{who}: QEMU {what}: {words or 'it said nothing'}", "; ".join(filter(None, hints))
+        f"{label}: QEMU {what}: {words or 'it said nothing'}", "; ".join(filter(None, hints))
     )
 
 
@@ -799,7 +799,7 @@ def _failed(who: str, what: str, directory: Path, argv: list[str]) -> QemuError:
 
 
 async def stop(
-    guest: Guest,
+    guest: RunningGuest,
     *,
     deadline: float = STOP_SECONDS,
     force: bool = False,
@@ -837,7 +837,7 @@ def time_left(mark: Path, seconds: float) -> float | None:
     return min(seconds, seconds - passed)  # a clock that was set back makes nobody wait for longer
 
 
-async def obeys(guest: Guest) -> bool:
+async def await_pending_shutdown(guest: RunningGuest) -> bool:
     """Wait whether a guest ends because somebody asked it to; ``False`` at once if nobody did.
 
     A button cannot be taken back: who comes after one that was killed while he waited, or undoes
@@ -853,7 +853,7 @@ async def obeys(guest: Guest) -> bool:
     return False
 
 
-async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> str:
+async def _end(guest: RunningGuest, process: int, deadline: float, *, force: bool) -> str:
     """Escalate until the process has ended; return what it took."""
     from mdev_orchestrator.qemu import monitor
 
@@ -866,7 +866,7 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
         try:
             async with (
                 asyncio.timeout(left),
-                monitor.connect(guest.qmp_socket, guest.who, deadline=left) as qmp,
+                monitor.connect(guest.qmp_socket, guest.label, deadline=left) as qmp,
             ):
                 await qmp.execute("system_powerdown", object)
         except (MdoError, TimeoutError) as error:
@@ -878,11 +878,12 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
     if not force:
         (guest.directory / ASKED).unlink(missing_ok=True)
         raise DeadlineError(
-            f"{guest.who} did not power down within {deadline:g} s" + (refusal and f": {refusal}"),
+            f"{guest.label} did not power down within {deadline:g} s"
+            + (refusal and f": {refusal}"),
             f"it still runs; mdo guest stop --force {guest.name} ends it without asking",
         )
     try:
-        async with monitor.connect(guest.qmp_socket, guest.who, deadline=2) as qmp:
+        async with monitor.connect(guest.qmp_socket, guest.label, deadline=2) as qmp:
             await qmp.quit(deadline=2)
         if await _ended(process, 5):
             return "quit"
@@ -894,24 +895,24 @@ async def _end(guest: Guest, process: int, deadline: float, *, force: bool) -> s
         if await _ended(process, KILL_SECONDS if number == signal.SIGKILL else 3):
             return how
     raise DeadlineError(
-        f"{guest.who}: process {guest.record.pid if guest.record else '?'} does not end "
+        f"{guest.label}: process {guest.record.pid if guest.record else '?'} does not end "
         f"{KILL_SECONDS:g} s after SIGKILL",
         "the kernel holds it, perhaps in a driver; see dmesg",
     )
 
 
-async def _stop_damaged(guest: Guest, *, force: bool, release: Release | None) -> Ended:
+async def _stop_damaged(guest: RunningGuest, *, force: bool, release: Release | None) -> Ended:
     """End what can only be reached by its monitor, then remove its directory."""
     from mdev_orchestrator.qemu import monitor
 
     if not force:
         raise RequestError(
-            f"{guest.who}: {guest.damage}",
+            f"{guest.label}: {guest.damage}",
             f"mdo guest stop --force {guest.name} ends whatever answers at its monitor",
         )
     how = "gone"
     if _is_listening(guest.qmp_socket):
-        async with monitor.connect(guest.qmp_socket, guest.who) as qmp:
+        async with monitor.connect(guest.qmp_socket, guest.label) as qmp:
             await qmp.quit()
         how = "quit"
     if release:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from mdev_orchestrator.errors import BusyError, DeadlineError, MdoError
 from mdev_orchestrator.qemu.hotplug import Plugged, mdevs
-from mdev_orchestrator.qemu.process import Guest
+from mdev_orchestrator.qemu.process import RunningGuest
 
 LOOK_SECONDS = 5.0
 CONSOLE_ID = "console"
@@ -26,7 +26,7 @@ class Report(Struct, frozen=True):
     :ivar damage: Why something is not known.
     """
 
-    guest: Guest
+    guest: RunningGuest
     status: str | None = None
     mdevs: tuple[Plugged, ...] | None = None
     damage: str = ""
@@ -45,7 +45,7 @@ class _Chardev(msgspec.Struct, frozen=True):
     filename: str
 
 
-async def look(guest: Guest, *, deadline: float = LOOK_SECONDS) -> Report:
+async def look(guest: RunningGuest, *, deadline: float = LOOK_SECONDS) -> Report:
     """Ask one guest's QEMU. A guest that cannot be asked is reported, never raised."""
     if not guest.alive:
         return Report(guest, damage=guest.damage)
@@ -54,7 +54,7 @@ async def look(guest: Guest, *, deadline: float = LOOK_SECONDS) -> Report:
     try:
         async with (
             asyncio.timeout(deadline),
-            connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
+            connect(guest.query_socket, guest.label, deadline=deadline) as qmp,
         ):
             status = await qmp.execute("query-status", _Status)
             return Report(guest, status.status, await mdevs(qmp))
@@ -64,12 +64,14 @@ async def look(guest: Guest, *, deadline: float = LOOK_SECONDS) -> Report:
         return Report(guest, damage=error.message)
 
 
-async def look_all(guests: Iterable[Guest], *, deadline: float = LOOK_SECONDS) -> list[Report]:
+async def look_all(
+    guests: Iterable[RunningGuest], *, deadline: float = LOOK_SECONDS
+) -> list[Report]:
     """Ask all at once; one that hangs costs no more than the deadline."""
     return await asyncio.gather(*(look(guest, deadline=deadline) for guest in guests))
 
 
-async def check_console_free(guest: Guest, *, deadline: float = LOOK_SECONDS) -> None:
+async def check_console_free(guest: RunningGuest, *, deadline: float = LOOK_SECONDS) -> None:
     """See that nobody else is connected to the console: QEMU would let us wait without a word.
 
     :raise BusyError: Somebody is.
@@ -80,14 +82,14 @@ async def check_console_free(guest: Guest, *, deadline: float = LOOK_SECONDS) ->
     try:
         async with (
             asyncio.timeout(deadline),
-            connect(guest.query_socket, guest.who, deadline=deadline) as qmp,
+            connect(guest.query_socket, guest.label, deadline=deadline) as qmp,
         ):
             devices = await qmp.execute("query-chardev", list[_Chardev])
     except TimeoutError:
-        raise DeadlineError(f"{guest.who}: QEMU did not answer within {deadline:g} s") from None
+        raise DeadlineError(f"{guest.label}: QEMU did not answer within {deadline:g} s") from None
     for device in devices:
         if device.label == CONSOLE_ID and not device.filename.startswith("disconnected:"):
             raise BusyError(
-                f"{guest.who}: somebody else is connected to its console",
+                f"{guest.label}: somebody else is connected to its console",
                 f"mdo guest console --log {guest.name} shows what it printed",
             )

@@ -28,7 +28,7 @@ from mdev_orchestrator.engine import apply as module
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.store import Owned, read_owned
+from mdev_orchestrator.engine.journal_db import Managed, read_managed
 from unit.fakesys import FakeSystem
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -67,13 +67,13 @@ class Machine:
 
     def refused(self, *arguments: str, code: int = 2) -> str:
         """The one line that a command says which does nothing."""
-        before, owned = set(self.system.uuids()), read_owned()
+        before, owned = set(self.system.uuids()), read_managed()
         self.system.writes.clear()
         out, err = self.mdo(*arguments, code=code)
         assert out == ""
         (line,) = err.splitlines()
         assert self.system.writes == []
-        assert (self.system.uuids(), read_owned()) == (before, owned)
+        assert (self.system.uuids(), read_managed()) == (before, owned)
         return line.removeprefix("mdo: ")
 
     def spec(self, content: str | bytes = POOL, name: str = "lab.toml") -> str:
@@ -149,7 +149,7 @@ def test_destroy_by_name_or_by_file(machine: Machine, by: str) -> None:
     out, _ = machine.mdo("destroy", spec if by == "file" else "lab")
     assert out == "lab: destroyed, 2 steps\n"
     assert machine.system.uuids() == {FOREIGN}
-    assert read_owned() == Owned()
+    assert read_managed() == Managed()
     assert machine.refused("destroy", "lab").startswith("no spec lab was applied")
 
 
@@ -187,7 +187,7 @@ def test_host_says_that_the_journal_is_damaged_and_shows_the_rest(
 
 def test_adopt(machine: Machine) -> None:
     assert machine.mdo("adopt", FOREIGN)[0] == f"mdev {FOREIGN} is ours\n"
-    assert [str(uuid) for uuid in read_owned().devices] == [FOREIGN]
+    assert [str(uuid) for uuid in read_managed().devices] == [FOREIGN]
     assert machine.mdo("adopt", FOREIGN)[0] == ""
     assert "name guests and UUIDs, or --all" in machine.refused("adopt")
     assert "there is no mdev" in machine.refused("adopt", U1)
@@ -302,7 +302,7 @@ def test_the_first_error_and_that_all_was_undone_are_one_line(machine: Machine) 
     last = err.splitlines()[-1]
     assert last.startswith("mdo: cannot create t-1 on card0: Input/output error; ")
     assert machine.system.uuids() == {FOREIGN}
-    assert read_owned() == Owned()
+    assert read_managed() == Managed()
 
 
 def test_what_could_not_be_undone_stands_beside_it_and_recover_tries_again(
@@ -384,7 +384,7 @@ def test_a_signal_in_the_middle_rolls_back_and_says_so(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     assert err.read_text().splitlines()[-1] == "mdo: interrupted; all was undone"
     assert machine.system.uuids() == {FOREIGN}
-    assert read_owned() == Owned()
+    assert read_managed() == Managed()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -410,4 +410,4 @@ def test_a_second_signal_stops_at_once_and_recover_still_works(
         (done,) = asyncio.run(recovery.recover(journal, context=context))
     assert done.errors == ()
     assert machine.system.uuids() == {FOREIGN}
-    assert read_owned() == Owned()
+    assert read_managed() == Managed()

@@ -19,7 +19,7 @@ from mdev_orchestrator.engine import apply as module
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.store import Owned, read_owned
+from mdev_orchestrator.engine.journal_db import Managed, read_managed
 from mdev_orchestrator.errors import (
     BusyError,
     CapacityError,
@@ -79,7 +79,7 @@ async def test_a_spec_is_applied_kept_and_destroyed(machine: FakeSystem) -> None
     assert len(await apply(machine)) == 4
     assert len(machine.uuids()) == 4
     assert (machine.bus / U1 / "vgpu_params").read_text() == "x=1"
-    owned = read_owned()
+    owned = read_managed()
     assert {str(uuid) for uuid in owned.devices} == machine.uuids()
     assert owned.specs["lab"].source == "lab.toml"
     machine.writes.clear()
@@ -87,12 +87,12 @@ async def test_a_spec_is_applied_kept_and_destroyed(machine: FakeSystem) -> None
     assert machine.writes == []
     assert len(await destroy(machine)) == 4
     assert machine.uuids() == set()
-    assert read_owned() == Owned()
+    assert read_managed() == Managed()
 
 
 async def test_a_stored_spec_can_be_applied_again(machine: FakeSystem) -> None:
     await apply(machine)
-    again = module.stored(read_owned().specs["lab"])
+    again = module.stored(read_managed().specs["lab"])
     assert again.name == "lab"
     assert (await module.apply(again, host=machine.root)).steps == ()
 
@@ -117,12 +117,12 @@ async def test_words_that_change_nothing_are_remembered(machine: FakeSystem) -> 
     """The spec's text is what it comes back with after a reboot."""
     await apply(machine)
     assert await apply(machine, POOL + 'start = "manual"\n') == []
-    assert '"manual"' in read_owned().specs["lab"].text
+    assert '"manual"' in read_managed().specs["lab"].text
 
 
 async def test_a_refusal_in_the_middle_leaves_what_was_before(machine: FakeSystem) -> None:
     await apply(machine)
-    before, owned = machine.uuids(), read_owned()
+    before, owned = machine.uuids(), read_managed()
     more = POOL.replace("count = 3", "count = 1") + (
         f'[[pool]]\nname = "q"\ntype = "t-1"\nuuid = "{U2}"\n'
     )
@@ -130,7 +130,7 @@ async def test_a_refusal_in_the_middle_leaves_what_was_before(machine: FakeSyste
     with pytest.raises(MdoError, match="Input/output error"):
         await apply(machine, more)
     assert machine.uuids() == before
-    assert read_owned() == owned
+    assert read_managed() == owned
 
 
 async def test_who_was_quicker_is_named(machine: FakeSystem) -> None:
@@ -146,7 +146,7 @@ async def test_who_was_quicker_is_named(machine: FakeSystem) -> None:
             await apply(machine)
     assert f"meanwhile somebody else created mdev {U2} (t-1 on card0)" in caught.value.__notes__
     assert machine.uuids() == {U2}
-    assert read_owned().devices == {}
+    assert read_managed().devices == {}
 
 
 async def test_the_same_spec_at_the_same_time(machine: FakeSystem) -> None:
@@ -179,11 +179,11 @@ async def test_what_was_never_applied_cannot_be_destroyed(machine: FakeSystem) -
 
 async def test_a_destroy_that_is_refused_gives_all_back(machine: FakeSystem) -> None:
     await apply(machine)
-    before, owned = machine.uuids(), read_owned()
+    before, owned = machine.uuids(), read_managed()
     machine.refuse[f"{U1}/remove"] = errno.EIO
     with pytest.raises(MdoError, match="Input/output error"):
         await destroy(machine)
-    assert (machine.uuids(), read_owned()) == (before, owned)
+    assert (machine.uuids(), read_managed()) == (before, owned)
 
 
 async def test_a_device_that_is_held_keeps_the_spec_whole(machine: FakeSystem) -> None:
@@ -217,7 +217,7 @@ async def test_a_qemu_that_will_not_start_leaves_no_device(machine: FakeSystem) 
     with pytest.raises(MdoError, match="no-such-qemu"):
         await apply(machine, text)
     assert machine.uuids() == set()
-    assert read_owned() == Owned()
+    assert read_managed() == Managed()
 
 
 async def test_a_journal_that_cannot_be_used_is_known_before_anything(
@@ -254,7 +254,7 @@ async def test_a_device_that_runs_on_after_the_journal_is_gone(
     assert done.devices == (UUID(U1),)
     assert await recovery.adopt([U1], host=machine.root) == recovery.Adopted()
     await apply(machine)
-    assert read_owned().devices[UUID(U1)].spec == "lab"
+    assert read_managed().devices[UUID(U1)].spec == "lab"
     with pytest.raises(UnknownError, match=f"there is no mdev {U2}"):
         await recovery.adopt([U2], host=machine.root)
 
@@ -314,7 +314,7 @@ async def test_a_guest_is_started_kept_changed_adopted_and_stopped(
     changes = await module.destroy("lab", host=machine.root, guests=real, force=True, deadline=0)
     assert [str(planned.step) for planned in changes.steps] == ["stop guest g"]
     assert process.list_guests(real) == []
-    assert read_owned().guests == {}
+    assert read_managed().guests == {}
 
 
 async def test_of_two_guests_one_that_fails_stops_the_other(
@@ -324,7 +324,7 @@ async def test_of_two_guests_one_that_fails_stops_the_other(
     with pytest.raises(MdoError, match="no-such-option"):
         await module.apply(document(bad), host=machine.root, guests=real)
     assert process.list_guests(real) == []
-    assert read_owned().guests == {}
+    assert read_managed().guests == {}
 
 
 async def test_a_guest_that_obeys_after_all_is_started_again(

@@ -22,10 +22,23 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mdev_orchestrator.engine.diff import Changes, MisfitError, Running, Seen, diff, without
+from mdev_orchestrator.engine.diff import (
+    Changes,
+    MisfitError,
+    ObservedState,
+    Running,
+    diff,
+    without,
+)
 from mdev_orchestrator.engine.executor import Planned
+from mdev_orchestrator.engine.journal_db import (
+    Change,
+    DeviceRecord,
+    GuestRecord,
+    Managed,
+    SpecRecord,
+)
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
-from mdev_orchestrator.engine.store import Change, OwnDevice, Owned, OwnGuest, OwnSpec
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import Host, Mdev
@@ -48,23 +61,23 @@ class World:
     parents: list[Driver]
     devices: dict[UUID, tuple[str, str, UUID | None]] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
-    own_devices: dict[UUID, OwnDevice] = field(default_factory=dict)
-    own_guests: dict[str, OwnGuest] = field(default_factory=dict)
-    own_specs: dict[str, OwnSpec] = field(default_factory=dict)
+    own_devices: dict[UUID, DeviceRecord] = field(default_factory=dict)
+    own_guests: dict[str, GuestRecord] = field(default_factory=dict)
+    own_specs: dict[str, SpecRecord] = field(default_factory=dict)
     defined: dict[UUID, list[Definition]] = field(default_factory=dict)
     numbers: int = 0
 
     def driver(self, name: str) -> Driver:
         return next(driver for driver in self.parents if driver.name == name)
 
-    def seen(self) -> Seen:
+    def seen(self) -> ObservedState:
         mdevs = tuple(
             Mdev(uuid, str(BUS / str(uuid)), parent, type_, "vfio-pci", group_uuid=group)
             for uuid, (parent, type_, group) in sorted(self.devices.items())
         )
         host = Host(tuple(driver.parent() for driver in self.parents), mdevs)
-        owned = Owned(dict(self.own_devices), dict(self.own_guests), dict(self.own_specs))
-        return Seen(host, owned, dict(self.running), self.defined)
+        owned = Managed(dict(self.own_devices), dict(self.own_guests), dict(self.own_specs))
+        return ObservedState(host, owned, dict(self.running), self.defined)
 
     def new_uuid(self) -> UUID:
         self.numbers += 1
@@ -78,7 +91,7 @@ class World:
         changes = self.diff(document)
         self.do(changes, seed)
         text = to_json(document.spec)
-        self.own_specs[changes.name] = OwnSpec(
+        self.own_specs[changes.name] = SpecRecord(
             name=changes.name, text=text, source="s", applied=0.0
         )
         return changes
@@ -466,11 +479,11 @@ def test_a_guest_that_was_adopted_is_taken_to_be_as_the_spec_says(world: World) 
     world.apply(document)
     world.own_specs.clear()
     for uuid, device in list(world.own_devices.items()):
-        world.own_devices[uuid] = OwnDevice(
+        world.own_devices[uuid] = DeviceRecord(
             uuid=uuid, parent=device.parent, type=device.type, owner="guest:a", group=device.group
         )
     uuid = world.running["a"].uuid
-    world.own_guests = {"a": OwnGuest(name="a", uuid=uuid, definition="")}
+    world.own_guests = {"a": GuestRecord(name="a", uuid=uuid, definition="")}
     changes = world.apply(document)
     assert kinds(changes) == ""
     assert changes.restarts == {}
@@ -494,7 +507,7 @@ def test_a_guest_of_another_spec_is_refused(world: World) -> None:
 def test_what_a_user_has_attached_by_hand_stays(world: World) -> None:
     world.apply(spec(ONE))
     mine = world.foreign("igd0", "mvgpu-128M")
-    world.own_devices[mine] = OwnDevice(uuid=mine, parent="igd0", type="mvgpu-128M")
+    world.own_devices[mine] = DeviceRecord(uuid=mine, parent="igd0", type="mvgpu-128M")
     world.step(Attach(guest=world.own_guests["a"], uuid=mine))
     assert world.diff(spec(ONE)).nothing
 
@@ -651,9 +664,9 @@ def bystanders(world: World, rng: random.Random) -> None:
 @dataclass(frozen=True)
 class Picture:
     devices: Mapping[UUID, tuple[str, str, UUID | None]]
-    own: Mapping[UUID, OwnDevice]
+    own: Mapping[UUID, DeviceRecord]
     running: Mapping[str, Running]
-    guests: Mapping[str, OwnGuest]
+    guests: Mapping[str, GuestRecord]
 
     def is_here(self, uuid: UUID) -> bool:
         """Whether a device is there and is the one that is ours."""
@@ -667,7 +680,7 @@ def picture(world: World) -> Picture:
     )
 
 
-def mine(world: World) -> list[OwnDevice]:
+def mine(world: World) -> list[DeviceRecord]:
     return [device for device in world.own_devices.values() if device.spec == "lab"]
 
 

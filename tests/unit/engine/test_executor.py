@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from mdev_orchestrator.engine import executor, recovery
 from mdev_orchestrator.engine.context import Context, UnsettledError
-from mdev_orchestrator.engine.executor import Event, Moment, Observer, Planned, execute
+from mdev_orchestrator.engine.executor import Observer, Planned, StepEvent, StepEventKind, execute
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord
 from mdev_orchestrator.engine.steps import Create, Remove, encode
-from mdev_orchestrator.engine.store import Change, OwnDevice
 from mdev_orchestrator.errors import BusyError, DeadlineError, HostError, MdoError, UuidError
 from unit.fakesys import FakeSystem
 
@@ -41,15 +41,15 @@ class Machine:
     system: FakeSystem
     journal: Journal
     context: Context
-    events: list[Event] = field(default_factory=list)
+    events: list[StepEvent] = field(default_factory=list)
 
     async def run(self, planned: Sequence[Planned], kind: str = "apply") -> None:
         await execute(
             self.journal, kind, "lab", planned, self.context, observe=self.events.append, wait=0
         )
 
-    def moments(self, moment: Moment) -> list[int]:
-        return [event.number for event in self.events if event.moment is moment]
+    def moments(self, kind: StepEventKind) -> list[int]:
+        return [event.number for event in self.events if event.kind is kind]
 
     @property
     def owned(self) -> set[str]:
@@ -94,8 +94,8 @@ async def seen(what: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
-def device(number: int, parent: str = "card0") -> OwnDevice:
-    return OwnDevice(uuid=UUIDS[number], parent=parent, type="t-1", spec="lab")
+def device(number: int, parent: str = "card0") -> DeviceRecord:
+    return DeviceRecord(uuid=UUIDS[number], parent=parent, type="t-1", spec="lab")
 
 
 def create(number: int, *needs: int) -> Planned:
@@ -124,7 +124,7 @@ ENDS: dict[str, type[Exception]] = {"bug": TypeError, "unsettled": UnsettledErro
 
 
 def bad(number: int, end: str, *needs: int) -> Planned:
-    made = OwnDevice(uuid=UUIDS[number], parent="card0", type="t-1", want=end)
+    made = DeviceRecord(uuid=UUIDS[number], parent="card0", type="t-1", want=end)
     return Planned(Bad(device=made), needs)
 
 
@@ -197,18 +197,18 @@ def test_each_step_comes_after_those_it_needs_and_is_undone_before_them(
     asyncio.run(story())
 
 
-def in_order(events: Sequence[Event], graph: Sequence[tuple[int, ...]]) -> None:
-    seen: dict[Moment, set[int]] = {moment: set() for moment in Moment}
+def in_order(events: Sequence[StepEvent], graph: Sequence[tuple[int, ...]]) -> None:
+    seen: dict[StepEventKind, set[int]] = {moment: set() for moment in StepEventKind}
     for event in events:
         needs = set(graph[event.number])
-        if event.moment is Moment.BEGIN:
-            assert needs <= seen[Moment.DONE]
-            assert not seen[Moment.UNDO], "a step began when others were being undone"
-        if event.moment is Moment.UNDONE:
+        if event.kind is StepEventKind.BEGIN:
+            assert needs <= seen[StepEventKind.DONE]
+            assert not seen[StepEventKind.UNDO], "a step began when others were being undone"
+        if event.kind is StepEventKind.UNDONE:
             dependents = {n for n, of in enumerate(graph) if event.number in of}
-            assert dependents & seen[Moment.DONE] <= seen[Moment.UNDONE]
-        seen[event.moment].add(event.number)
-    assert seen[Moment.STUCK] == set()
+            assert dependents & seen[StepEventKind.DONE] <= seen[StepEventKind.UNDONE]
+        seen[event.kind].add(event.number)
+    assert seen[StepEventKind.STUCK] == set()
 
 
 async def test_what_is_not_needed_is_not_waited_for(machine: Machine) -> None:
@@ -219,7 +219,7 @@ async def test_what_is_not_needed_is_not_waited_for(machine: Machine) -> None:
     await seen(lambda: len(machine.system.writes) >= 16)
     await asyncio.sleep(0.05)
     assert len(machine.system.writes) == 16  # and no more: a driver has one lock
-    assert machine.moments(Moment.DONE) == []
+    assert machine.moments(StepEventKind.DONE) == []
     gate.set()
     await work
     assert machine.system.uuids() == set(TEXTS[:20])
@@ -325,8 +325,8 @@ async def test_one_of_many_that_stays_brings_the_others_back(machine: Machine) -
 
 
 async def test_the_intent_is_on_the_disk_before_the_act(machine: Machine) -> None:
-    def look(event: Event) -> None:
-        if event.moment is Moment.BEGIN:
+    def look(event: StepEvent) -> None:
+        if event.kind is StepEventKind.BEGIN:
             assert machine.progress()[event.number] is Progress.ACTING
             assert TEXTS[event.number] in machine.owned
             assert TEXTS[event.number] not in machine.system.uuids()
@@ -354,7 +354,7 @@ async def test_the_first_error_is_raised_and_all_is_undone(machine: Machine) -> 
     with pytest.raises(MdoError, match=r"cannot create t-1 on card0: Input/output error") as caught:
         await machine.run([create(0), create(1, 0), create(2, 1), create(3, 2)])
     assert caught.value.__notes__ == ["all was undone"]
-    assert machine.moments(Moment.UNDONE) == [1, 0]
+    assert machine.moments(StepEventKind.UNDONE) == [1, 0]
     assert ("create", TEXTS[3]) not in machine.system.writes
     machine.untouched()
 
@@ -442,7 +442,7 @@ async def test_a_bug_in_an_undo_keeps_no_other_from_it(machine: Machine) -> None
 async def test_what_may_come_true_yet_is_undone_as_if_it_had(machine: Machine) -> None:
     with pytest.raises(UnsettledError):
         await machine.run([create(0), bad(1, "unsettled", 0)])
-    assert machine.moments(Moment.UNDONE) == [1, 0]
+    assert machine.moments(StepEventKind.UNDONE) == [1, 0]
     machine.untouched()
 
 
@@ -518,15 +518,15 @@ async def test_a_device_that_is_held_stays(machine: Machine) -> None:
 
 
 def breaks(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, moment: Moment, number: int
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, kind: StepEventKind, number: int
 ) -> Observer:
     """An observer that lets the journal's disk get full at a step's moment."""
 
     def fail(_: object) -> list[object]:
         raise HostError("the journal cannot be written: the disk is full", "make room")
 
-    def observe(event: Event) -> None:
-        if (event.moment, event.number) == (moment, number):
+    def observe(event: StepEvent) -> None:
+        if (event.kind, event.number) == (kind, number):
             monkeypatch.setattr(machine.journal, "_commit", fail)
 
     return observe
@@ -537,7 +537,7 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 ) -> None:
     """The disk gets full in the middle: its own error first, and nothing is left."""
     plan = [create(0), create(1, 0), create(2, 1)]
-    full = breaks(machine, monkeypatch, Moment.DONE, 1)
+    full = breaks(machine, monkeypatch, StepEventKind.DONE, 1)
     with pytest.raises(HostError, match="the disk is full") as caught:
         await execute(machine.journal, "apply", "lab", plan, machine.context, observe=full)
     assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
@@ -549,7 +549,7 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 async def test_a_journal_that_fails_in_the_end_undoes_all(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = breaks(machine, monkeypatch, Moment.ACTED, 0)
+    full = breaks(machine, monkeypatch, StepEventKind.ACTED, 0)
     with pytest.raises(HostError) as caught:
         await execute(machine.journal, "apply", "lab", [create(0)], machine.context, observe=full)
     assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
@@ -562,7 +562,7 @@ async def test_a_process_that_lives_on_recovers_what_it_could_not_write(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A service whose disk was full: its next command closes what the last one left open."""
-    full = breaks(machine, monkeypatch, Moment.ACTED, 0)
+    full = breaks(machine, monkeypatch, StepEventKind.ACTED, 0)
     with Journal.open(machine.journal.path) as book, monkeypatch.context() as patch:
         patch.setattr(machine, "journal", book)
         with pytest.raises(HostError):
@@ -735,8 +735,8 @@ def test_interrupted_twice_it_says_nothing_of_its_own(
 
 
 async def test_interrupted_when_all_is_done_it_is_done(machine: Machine) -> None:
-    def interrupt(event: Event) -> None:
-        if event.moment is Moment.DONE:
+    def interrupt(event: StepEvent) -> None:
+        if event.kind is StepEventKind.DONE:
             asyncio.get_running_loop().call_soon(work.cancel)
 
     work = asyncio.ensure_future(

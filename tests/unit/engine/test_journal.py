@@ -23,18 +23,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdev_orchestrator.engine import recovery, store
+from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import KEPT, Entry, Journal, Process, Progress, Run
+from mdev_orchestrator.engine.journal_db import (
+    Change,
+    DeviceRecord,
+    GuestRecord,
+    SpecRecord,
+    read_managed,
+)
 from mdev_orchestrator.engine.steps import Create, Launch, decode, encode
-from mdev_orchestrator.engine.store import Change, OwnDevice, OwnGuest, OwnSpec, read_owned
 from mdev_orchestrator.errors import BusyError, HostError
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
 U2 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1002")
-DEVICE = OwnDevice(uuid=U1, parent="card0", type="t-1", spec="lab", owner="pool:p")
-GUEST = OwnGuest(name="g", uuid=U2, spec="lab")
-SPEC = OwnSpec(name="lab", text="{}", source="/lab.toml", applied=1.0)
+DEVICE = DeviceRecord(uuid=U1, parent="card0", type="t-1", spec="lab", owner="pool:p")
+GUEST = GuestRecord(name="g", uuid=U2, spec="lab")
+SPEC = SpecRecord(name="lab", text="{}", source="/lab.toml", applied=1.0)
 STEPS = [
     Entry(0, encode(Create(device=DEVICE))),
     Entry(1, encode(Launch(guest=GUEST, devices=(U1,))), (0,)),
@@ -81,10 +87,10 @@ async def test_a_run_is_on_the_disk_before_its_first_step(journal: Journal, path
 async def test_what_is_noted_is_on_the_disk_and_ours_with_it(journal: Journal, path: Path) -> None:
     run = await begin(journal)
     await journal.note(run, Progress.ACTING, [0], change=Change(devices={U1: DEVICE}))
-    assert read_owned(path).devices == {U1: DEVICE}
+    assert read_managed(path).devices == {U1: DEVICE}
     assert rows(path, "SELECT progress FROM step ORDER BY number") == [("acting",), ("planned",)]
     await journal.note(run, Progress.STUCK, [0, 1], error="no", change=Change(devices={U1: None}))
-    assert read_owned(path).devices == {}
+    assert read_managed(path).devices == {}
     assert [(entry.progress, entry.error) for entry in journal.steps(run)] == [("stuck", "no")] * 2
 
 
@@ -101,7 +107,7 @@ async def test_an_end_gives_back_the_claims_and_settles_what_is_ours(
     await journal.end(run, "done", change=change, specs={"lab": SPEC})
     assert journal.open_runs() == []
     assert rows(path, "SELECT count(*) FROM claim") == [(0,)]
-    owned = read_owned(path)
+    owned = read_managed(path)
     assert (owned.devices, owned.guests, owned.specs) == ({U1: DEVICE}, {"g": GUEST}, {"lab": SPEC})
 
 
@@ -146,7 +152,7 @@ async def test_a_writer_that_is_cancelled_has_written_nevertheless(
 def test_it_can_be_opened_again_and_again(path: Path) -> None:
     for _ in range(3):
         with Journal.open(path) as journal:
-            assert journal.owned() == store.Owned()
+            assert journal.owned() == journal_db.Managed()
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
@@ -164,14 +170,14 @@ def test_several_may_create_it_at_once(path: Path, _: int) -> None:
 
 
 def test_where_there_is_none_nothing_is_ours_and_none_is_made(path: Path) -> None:
-    assert read_owned(path) == store.Owned()
+    assert read_managed(path) == journal_db.Managed()
     assert not path.parent.exists()
 
 
 def test_one_that_is_just_being_made_holds_nothing_yet(path: Path) -> None:
     path.parent.mkdir()
     path.touch()
-    assert read_owned(path) == store.Owned()
+    assert read_managed(path) == journal_db.Managed()
 
 
 # ---- two at once ----
@@ -265,7 +271,7 @@ def refusal(path: Path, hint: str = "") -> str:
     with pytest.raises(HostError) as changing:
         Journal.open(path).close()
     with pytest.raises(HostError) as looking:
-        read_owned(path)
+        read_managed(path)
     assert changing.value.message == looking.value.message
     assert hint in changing.value.hint
     assert "\n" not in str(changing.value)
@@ -384,10 +390,10 @@ async def test_a_journal_on_a_read_only_directory_can_be_looked_at(path: Path) -
     with Journal.open(path) as journal:
         await journal.put(Change(devices={U1: DEVICE}))
     if os.geteuid() == 0:  # who may write everywhere has to be told that he may not
-        assert store.connect(path, "immutable").execute("SELECT uuid FROM device").fetchall()
+        assert journal_db.connect(path, "immutable").execute("SELECT uuid FROM device").fetchall()
     else:
         path.parent.chmod(0o500)
-        assert read_owned(path).devices == {U1: DEVICE}
+        assert read_managed(path).devices == {U1: DEVICE}
         path.parent.chmod(0o700)
 
 
@@ -404,7 +410,7 @@ sys.stdin.read()
 
 def test_locked_by_another_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Journal.open(path).close()
-    monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(journal_db, "LOCK_SECONDS", 0.1)
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", HOLD, str(path)],
         stdin=subprocess.PIPE,
@@ -478,7 +484,7 @@ async def filled(path: Path) -> None:
         other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def replace_uuid(device: OwnDevice, uuid: UUID) -> OwnDevice:
+def replace_uuid(device: DeviceRecord, uuid: UUID) -> DeviceRecord:
     return msgspec.structs.replace(device, uuid=uuid)
 
 
@@ -515,7 +521,7 @@ async def test_rows_of_what_is_ours(path: Path, statement: str, words: str) -> N
     with Journal.open(path) as journal, pytest.raises(HostError) as changing:
         journal.owned()
     with pytest.raises(HostError) as looking:
-        read_owned(path)
+        read_managed(path)
     for caught in (changing, looking):
         assert caught.value.message.startswith(f"the journal {path} is damaged: ")
         assert words in caught.value.message
@@ -615,7 +621,7 @@ def test_whatever_happens_to_the_file_is_said_in_one_line(
     path.write_bytes(data)
 
     def look() -> None:
-        owned = read_owned(path)
+        owned = read_managed(path)
         assert all(device.uuid == uuid for uuid, device in owned.devices.items())
 
     def change() -> None:

@@ -21,7 +21,7 @@ from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-from mdev_orchestrator.qemu.process import Guest, State
+from mdev_orchestrator.qemu.process import RunningGuest, State
 from unit.fakesys import FakeSystem, put
 
 A, B, C = (f"0000000{n}-1111-4222-8333-444444444444" for n in "123")
@@ -69,7 +69,7 @@ class Machine:
             extra=("-S",),
         )
 
-    async def launch(self, spec: GuestSpec, deadline: float = 60) -> Guest:
+    async def launch(self, spec: GuestSpec, deadline: float = 60) -> RunningGuest:
         return await lifecycle.launch(
             spec,
             deadline=deadline,
@@ -78,14 +78,14 @@ class Machine:
             write=self.system.write,
         )
 
-    async def end(self, guest: Guest) -> str:
+    async def end(self, guest: RunningGuest) -> str:
         ended = await lifecycle.end(
             guest, deadline=0, force=True, host=self.system.root, write=self.system.write
         )
         return ended.how
 
-    async def sweep(self) -> tuple[lifecycle.Swept, ...]:
-        return await lifecycle.sweep(
+    async def sweep(self) -> tuple[lifecycle.ReclaimedGroup, ...]:
+        return await lifecycle.reclaim_groups(
             root=self.place, host=self.system.root, write=self.system.write
         )
 
@@ -130,7 +130,7 @@ async def machine(
         await process.stop(guest, deadline=0, force=True)
 
 
-async def kill(guest: Guest) -> None:
+async def kill(guest: RunningGuest) -> None:
     assert guest.record is not None
     os.kill(guest.record.pid, signal.SIGKILL)
     assert await process.wait_ended(guest, 20)

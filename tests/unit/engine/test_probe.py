@@ -17,7 +17,7 @@ import pytest
 
 from mdev_orchestrator.capacity.models import Confidence, Homogeneous, ParentCapacity, survey
 from mdev_orchestrator.cli.main import main
-from mdev_orchestrator.engine import learned
+from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import Probed, candidates, probe
@@ -150,7 +150,7 @@ async def test_a_driver_that_nobody_knows_is_known_afterwards(
     for seed in range(20):
         agree(driver, probed.after, seed)
     # and a later command knows it, of this parent and of others like it
-    (now,) = survey(scan(system.root), learned=learned.load())
+    (now,) = survey(scan(system.root), learned=model_cache.load())
     assert (now.model, now.confidence) == (probed.after.model, Confidence.OBSERVED)
 
 
@@ -178,14 +178,14 @@ async def test_what_has_several_explanations_stays_a_guess(
     probed = await learn(system, make())
     assert (probed.after.confidence, probed.learned) == (Confidence.GUESSED, False)
     assert "which has other explanations" in probed.after.why
-    assert learned.load() == {}
+    assert model_cache.load() == {}
 
 
 async def test_what_nothing_explains_is_said_and_not_kept(system: FakeSystem, state: Path) -> None:
     probed = await learn(system, moody())
     assert not probed.learned
     assert "no model explains" in probed.after.why
-    assert learned.load() == {}
+    assert model_cache.load() == {}
     assert system.uuids() == set()
 
 
@@ -261,7 +261,7 @@ async def test_a_refusal_leaves_nothing(system: FakeSystem, turn: int) -> None:
         await probe("igd0", after(system, turn, lambda: errno.ENOSPC))
     assert "every device was removed again" in caught.value.__notes__
     assert (system.uuids(), left_open()) == (set(), [])
-    assert learned.load() == {}
+    assert model_cache.load() == {}
 
 
 @pytest.mark.parametrize("turn", range(1, 8))
@@ -341,7 +341,7 @@ def kept(state: Path) -> Path:
 async def test_what_is_wrong_with_the_memory_is_no_error(system: FakeSystem, state: Path) -> None:
     await learn(system, drivers.igd())
     good = json.loads(kept(state).read_text())
-    assert len(learned.load()) == 1
+    assert len(model_cache.load()) == 1
     (entry,) = good
     bad: list[object] = [
         {**entry, "model": "magic"},
@@ -356,33 +356,35 @@ async def test_what_is_wrong_with_the_memory_is_no_error(system: FakeSystem, sta
     texts = [json.dumps([one]).encode() for one in bad]
     for text in (*texts, b"", b"{}", b"\xff", b"[" * 100_000, b" " * (2 << 20)):
         kept(state).write_bytes(text)
-        assert learned.load() == {}
-        assert survey(scan(system.root), learned=learned.load())[0].confidence == Confidence.KNOWN
+        assert model_cache.load() == {}
+        assert (
+            survey(scan(system.root), learned=model_cache.load())[0].confidence == Confidence.KNOWN
+        )
     kept(state).unlink()
     os.mkfifo(kept(state))
-    assert learned.load() == {}
+    assert model_cache.load() == {}
     kept(state).unlink()
     kept(state).mkdir()
     with pytest.raises(MdoError, match=r"cannot write .*models\.json"):
-        learned.keep({"x": Homogeneous(("a",), (1,), (0,))})
+        model_cache.keep({"x": Homogeneous(("a",), (1,), (0,))})
     assert list(state.glob(".models*")) == []
 
 
 async def test_a_memory_that_the_counts_contradict_is_not_used(system: FakeSystem) -> None:
     await learn(system, drivers.mbochs(total=256))
-    (found,) = survey(scan(system.root), learned=learned.load())
+    (found,) = survey(scan(system.root), learned=model_cache.load())
     assert found.confidence is Confidence.OBSERVED
     smaller = drivers.mbochs("less", total=128)
-    (other,) = survey(drivers.host(smaller), learned=learned.load())
+    (other,) = survey(drivers.host(smaller), learned=model_cache.load())
     assert other.confidence is Confidence.KNOWN
     assert other.remaining() == smaller.counts()
 
 
 def test_the_oldest_is_forgotten_first() -> None:
     model = Homogeneous(("a", "b"), (1, 2), (0, 1))
-    for number in range(learned.KEPT + 5):
-        learned.keep({f"kind {number}": model})
-    assert list(learned.load()) == [f"kind {n}" for n in range(5, learned.KEPT + 5)]
+    for number in range(model_cache.KEPT + 5):
+        model_cache.keep({f"kind {number}": model})
+    assert list(model_cache.load()) == [f"kind {n}" for n in range(5, model_cache.KEPT + 5)]
 
 
 async def test_a_creation_teaches_too(system: FakeSystem) -> None:
@@ -393,16 +395,16 @@ async def test_a_creation_teaches_too(system: FakeSystem) -> None:
     assert survey(before)[0].confidence is Confidence.GUESSED
     type_ = "acme-mbochs-large"
     await system.write(str(system.types("mbochs") / type_ / "create"), FOREIGN.encode())
-    learned.learn_from(before, system.root)
-    (now,) = survey(scan(system.root), learned=learned.load())
+    model_cache.learn_from(before, system.root)
+    (now,) = survey(scan(system.root), learned=model_cache.load())
     assert now.confidence is Confidence.OBSERVED
     assert now.remaining({type_: -1}) == driver.counts()
     # with that, there is nothing to be learned from the next
-    before, known = scan(system.root), learned.load()
+    before, known = scan(system.root), model_cache.load()
     second = str(UUID(int=7))
     await system.write(str(system.types("mbochs") / type_ / "create"), second.encode())
-    learned.learn_from(before, system.root)
-    assert learned.load() == known
+    model_cache.learn_from(before, system.root)
+    assert model_cache.load() == known
 
 
 # ---- the command ----

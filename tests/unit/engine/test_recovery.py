@@ -23,29 +23,29 @@ from hypothesis import strategies as st
 
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.executor import Event, Moment, Planned, execute
+from mdev_orchestrator.engine.executor import Planned, StepEvent, StepEventKind, execute
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress
+from mdev_orchestrator.engine.journal_db import (
+    Change,
+    DeviceRecord,
+    GuestRecord,
+    Managed,
+    SpecRecord,
+    read_managed,
+)
 from mdev_orchestrator.engine.recovery import Recovered
 from mdev_orchestrator.engine.steps import Create, Launch, Remove, encode
-from mdev_orchestrator.engine.store import (
-    Change,
-    OwnDevice,
-    Owned,
-    OwnGuest,
-    OwnSpec,
-    read_owned,
-)
 from mdev_orchestrator.errors import HostError
 from unit.fakesys import FakeSystem
 
 UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa1{n:03}") for n in range(16)]
 FOREIGN = "99999999-509f-382f-3c1e-e6bfe0fa1001"
-SPEC = OwnSpec(name="lab", text="{}", source="/lab.toml", applied=1.0)
+SPEC = SpecRecord(name="lab", text="{}", source="/lab.toml", applied=1.0)
 KILLED = 9
 
 
-def device(number: int) -> OwnDevice:
-    return OwnDevice(uuid=UUIDS[number], parent="card0", type="t-1", spec="lab", owner="pool:p")
+def device(number: int) -> DeviceRecord:
+    return DeviceRecord(uuid=UUIDS[number], parent="card0", type="t-1", spec="lab", owner="pool:p")
 
 
 @dataclass
@@ -78,8 +78,8 @@ class Place:
             write=write or self.system.write,  # type: ignore[arg-type]
         )
 
-    def owned(self) -> Owned:
-        return read_owned(self.journal)
+    def owned(self) -> Managed:
+        return read_managed(self.journal)
 
     @property
     def ours(self) -> set[int]:
@@ -126,7 +126,7 @@ class Killer:
     place: Place
     at: int
 
-    def moment(self, _: Event | None = None) -> None:
+    def moment(self, _: StepEvent | None = None) -> None:
         if self.at == 0:
             os._exit(KILLED)
         self.at -= 1
@@ -246,12 +246,14 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def crashed(place: Place, kind: str, plan: Sequence[Planned], moment: Moment, number: int) -> None:
+def crashed(
+    place: Place, kind: str, plan: Sequence[Planned], moment: StepEventKind, number: int
+) -> None:
     """Let a command die when a step of it comes to a certain moment."""
 
     def work(killer: Killer) -> None:
-        def observe(seen: Event) -> None:
-            if (seen.moment, seen.number) == (moment, number):
+        def observe(seen: StepEvent) -> None:
+            if (seen.kind, seen.number) == (moment, number):
                 os._exit(KILLED)
 
         with Journal.open(place.journal) as journal:
@@ -280,7 +282,7 @@ def removes(*numbers: int) -> list[Planned]:
 
 def test_an_apply_is_undone(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0, 1, 2), Moment.ACTED, 1)
+    crashed(place, "apply", creates(0, 1, 2), StepEventKind.ACTED, 1)
     with Journal.open(place.journal) as journal:
         (pending,) = recovery.pending(journal)
     assert (pending.way, pending.run.kind, pending.errors) == ("undo", "apply", ())
@@ -295,7 +297,7 @@ def test_an_apply_is_undone(place: Place) -> None:
 
 def test_a_destroy_is_finished(place: Place) -> None:
     place.make([0, 1, 2])
-    crashed(place, "destroy", removes(0, 1, 2), Moment.DONE, 0)
+    crashed(place, "destroy", removes(0, 1, 2), StepEventKind.DONE, 0)
     (done,) = place.recover()
     assert done.way == "finish"
     assert place.ours == set()
@@ -305,7 +307,7 @@ def test_a_destroy_is_finished(place: Place) -> None:
 def test_a_destroy_that_was_undoing_itself_goes_on_doing_so(place: Place) -> None:
     place.make([0, 1, 2])
     place.system.refuse[f"{UUIDS[2]}/remove"] = 5
-    crashed(place, "destroy", removes(0, 1, 2), Moment.UNDONE, 1)
+    crashed(place, "destroy", removes(0, 1, 2), StepEventKind.UNDONE, 1)
     place.system.refuse.clear()
     (done,) = place.recover()
     assert done.way == "undo"
@@ -339,7 +341,7 @@ def test_who_is_at_work_is_left_alone(place: Place) -> None:
 
 def test_two_recoveries_at_once_undo_once(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0, 1), Moment.ACTED, 1)
+    crashed(place, "apply", creates(0, 1), StepEventKind.ACTED, 1)
 
     async def both() -> tuple[list[Recovered], list[Recovered]]:
         with Journal.open(place.journal) as one, Journal.open(place.journal) as other:
@@ -358,8 +360,8 @@ def test_two_recoveries_at_once_undo_once(place: Place) -> None:
 
 def test_the_newest_is_undone_first(place: Place) -> None:
     place.make([])
-    crashed(place, "create", creates(0), Moment.ACTED, 0)
-    crashed(place, "apply", creates(1), Moment.ACTED, 0)
+    crashed(place, "create", creates(0), StepEventKind.ACTED, 0)
+    crashed(place, "apply", creates(1), StepEventKind.ACTED, 0)
     assert [done.run.kind for done in place.recover()] == ["apply", "create"]
     assert place.ours == set()
 
@@ -367,7 +369,7 @@ def test_the_newest_is_undone_first(place: Place) -> None:
 def test_a_device_of_somebody_else_under_our_uuid_stays(place: Place) -> None:
     """It died before it created; meanwhile another made one of that UUID, of another type."""
     place.make([])
-    crashed(place, "apply", creates(0), Moment.BEGIN, 0)
+    crashed(place, "apply", creates(0), StepEventKind.BEGIN, 0)
     place.system.type("card0", "t-2")
     place.system.mdev("card0", "t-2", str(UUIDS[0]))
     place.recover()
@@ -377,7 +379,7 @@ def test_a_device_of_somebody_else_under_our_uuid_stays(place: Place) -> None:
 
 def test_what_cannot_be_undone_is_told_and_tried_again_when_asked(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0), Moment.ACTED, 0)
+    crashed(place, "apply", creates(0), StepEventKind.ACTED, 0)
     place.system.refuse[f"{UUIDS[0]}/remove"] = 1
     with Journal.open(place.journal) as journal:
         context = place.context()
@@ -397,7 +399,7 @@ def test_what_cannot_be_undone_is_told_and_tried_again_when_asked(place: Place) 
 
 def test_a_step_that_cannot_be_read_is_damage(place: Place) -> None:
     place.make([])
-    crashed(place, "apply", creates(0), Moment.ACTED, 0)
+    crashed(place, "apply", creates(0), StepEventKind.ACTED, 0)
     place.sql("""UPDATE step SET data = '{"do": "dance"}'""")
     with Journal.open(place.journal) as journal, pytest.raises(HostError, match="is damaged"):
         asyncio.run(recovery.recover(journal, context=place.context()))
@@ -418,8 +420,8 @@ def rebooted(place: Place) -> list[Recovered]:
     return done
 
 
-@pytest.mark.parametrize("moment", [Moment.BEGIN, Moment.ACTED, Moment.DONE])
-def test_an_apply_of_an_earlier_boot_is_forgotten(place: Place, moment: Moment) -> None:
+@pytest.mark.parametrize("moment", [StepEventKind.BEGIN, StepEventKind.ACTED, StepEventKind.DONE])
+def test_an_apply_of_an_earlier_boot_is_forgotten(place: Place, moment: StepEventKind) -> None:
     """What is ours is what it was before: the old devices, to be brought back."""
     place.make([0, 1])
     before = place.owned()
@@ -433,7 +435,7 @@ def test_an_apply_of_an_earlier_boot_is_forgotten(place: Place, moment: Moment) 
 def test_a_destroy_of_an_earlier_boot_is_forgotten_too(place: Place) -> None:
     place.make([0, 1])
     before = place.owned()
-    crashed(place, "destroy", removes(0, 1), Moment.DONE, 0)
+    crashed(place, "destroy", removes(0, 1), StepEventKind.DONE, 0)
     (done,) = rebooted(place)
     assert done.way == "forget"
     assert place.owned() == before
@@ -441,12 +443,12 @@ def test_a_destroy_of_an_earlier_boot_is_forgotten_too(place: Place) -> None:
 
 def test_a_guest_of_an_earlier_boot_is_ours_as_it_was(place: Place) -> None:
     place.make([])
-    old = OwnGuest(name="g", uuid=UUIDS[5], spec="lab")
+    old = GuestRecord(name="g", uuid=UUIDS[5], spec="lab")
 
     async def story() -> None:
         with Journal.open(place.journal) as journal:
             await journal.put(Change(guests={"g": old}))
-            fresh = OwnGuest(name="h", uuid=UUIDS[6], spec="lab")
+            fresh = GuestRecord(name="h", uuid=UUIDS[6], spec="lab")
             steps = [Launch(guest=old, kept=True), Launch(guest=fresh)]
             entries = [Entry(number, encode(step)) for number, step in enumerate(steps)]
             run = await journal.begin("apply", "lab", entries, [])
@@ -465,7 +467,7 @@ async def test_what_no_spec_asks_for_and_is_gone_is_forgotten(tmp_path: Path) ->
     place.system.parent("card0")
     place.system.type("card0", "t-1", 100)
     place.system.mdev("card0", "t-1", str(UUIDS[0]))
-    bare = {UUIDS[n]: OwnDevice(uuid=UUIDS[n], parent="card0", type="t-1") for n in (0, 1, 2)}
+    bare = {UUIDS[n]: DeviceRecord(uuid=UUIDS[n], parent="card0", type="t-1") for n in (0, 1, 2)}
     with Journal.open(place.journal) as journal:
         await journal.put(Change(devices={**bare, UUIDS[3]: device(3)}))
         run = await journal.begin("create", "1 x t-1", (), [f"mdev:{UUIDS[2]}"])

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, SpecRecord, read_managed
 from mdev_orchestrator.engine.restore import Need, Restored, needs, power_down, restore
-from mdev_orchestrator.engine.store import Change, OwnDevice, OwnSpec, read_owned
 from mdev_orchestrator.errors import DeadlineError, HostError, UnknownError
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.state import journal_path
@@ -41,11 +41,11 @@ def registered(parent: str) -> dict[str, str]:
     return REGISTERED | {"DEVPATH": f"/devices/virtual/fake/{parent}"}
 
 
-def pool(uuid: UUID, parent: str, name: str, **more: str) -> tuple[OwnDevice, OwnSpec]:
+def pool(uuid: UUID, parent: str, name: str, **more: str) -> tuple[DeviceRecord, SpecRecord]:
     """A spec of one pool of one device, as the journal has it."""
     asked = {"name": "p", "type": "fake-1", "uuid": str(uuid), **more}
     text = json.dumps({"name": name, "pool": [asked]})
-    device = OwnDevice(
+    device = DeviceRecord(
         uuid=uuid,
         parent=parent,
         type="fake-1",
@@ -53,10 +53,10 @@ def pool(uuid: UUID, parent: str, name: str, **more: str) -> tuple[OwnDevice, Ow
         owner="pool:p",
         want=json.dumps(asked),
     )
-    return device, OwnSpec(name=name, text=text, source=f"{name}.toml", applied=1.0)
+    return device, SpecRecord(name=name, text=text, source=f"{name}.toml", applied=1.0)
 
 
-async def applied(*rows: tuple[OwnDevice, OwnSpec]) -> None:
+async def applied(*rows: tuple[DeviceRecord, SpecRecord]) -> None:
     """What an earlier boot has left in the journal."""
     with Journal.open() as book:
         run = await book.begin("apply", "test", (), ())
@@ -118,7 +118,7 @@ async def test_each_spec_waits_for_its_own_parent(system: FakeSystem, monitor: F
         "spec spec1 is not back after 1 s: parent card1 has not appeared "
         "(see the kernel log for its driver; then mdo restore spec1)"
     )
-    assert set(read_owned().devices) == {UUID(int=n + 1) for n in range(3)}
+    assert set(read_managed().devices) == {UUID(int=n + 1) for n in range(3)}
 
 
 async def test_as_soon_as_the_last_one_is_there(system: FakeSystem, monitor: FakeMonitor) -> None:
@@ -165,13 +165,13 @@ async def test_a_parent_without_its_type(system: FakeSystem, monitor: FakeMonito
 async def test_a_pool_that_is_made_by_hand(system: FakeSystem, monitor: FakeMonitor) -> None:
     """It is not waited for and not made; it stays ours, for the next apply."""
     await applied(pool(U1, "card0", "one", start="manual"))
-    before = read_owned()
+    before = read_managed()
     (done,) = await back(system, monitor, wait=0)
     assert done.error is None
     assert done.changes is not None
     assert done.changes.steps == ()
-    assert read_owned().devices == before.devices
-    assert '"manual"' in read_owned().specs["one"].text
+    assert read_managed().devices == before.devices
+    assert '"manual"' in read_managed().specs["one"].text
 
 
 async def test_a_spec_that_cannot_be_read(system: FakeSystem, monitor: FakeMonitor) -> None:
@@ -196,7 +196,7 @@ async def test_ten_at_once(system: FakeSystem) -> None:
 def test_what_mdevctl_starts_is_waited_for() -> None:
     """One that is ours, or that mdevctl does not start, is made by us."""
     device, spec = pool(U1, "card0", "one")
-    owned = read_owned()
+    owned = read_managed()
 
     def defined(start: str) -> dict[UUID, list[Definition]]:
         return {U1: [Definition(uuid=U1, parent="card0", type="fake-1", start=start)]}  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from mdev_orchestrator.errors import (
     RequestError,
 )
 from mdev_orchestrator.host import groups, sysfs
-from mdev_orchestrator.host.writer import write_or_kill
 from mdev_orchestrator.model import GROUP_NAMESPACE, Mdev, group_uuid, is_uuid
+from mdev_orchestrator.system.writer import write_or_kill
 from unit.fakesys import FakeSystem, put
 
 A, B, C = (f"0000000{n}-1111-4222-8333-444444444444" for n in "123")

@@ -14,8 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.host import writer
-from mdev_orchestrator.host.writer import AT_ONCE, CHILDREN, Batch, Separately, Writes, write_apart
+from mdev_orchestrator.system import writer
+from mdev_orchestrator.system.writer import (
+    AT_ONCE,
+    CHILDREN,
+    Batch,
+    Separately,
+    Writes,
+    write_apart,
+)
 
 Make = Callable[[Sequence[tuple[str, bytes]], Callable[[int, int], None]], Writes]
 

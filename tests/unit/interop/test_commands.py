@@ -12,7 +12,7 @@ import pytest
 
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.store import Change, OwnDevice
+from mdev_orchestrator.engine.journal_db import Change, DeviceRecord
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.spec import load
@@ -152,7 +152,7 @@ def test_nothing_to_import(machine: Machine, arguments: list[str], words: str) -
     assert machine.err.startswith(f"mdo: {words}")
 
 
-def own(*devices: OwnDevice) -> None:
+def own(*devices: DeviceRecord) -> None:
     """Let devices be ours."""
 
     async def put() -> None:
@@ -169,14 +169,14 @@ def test_ours_are_exported_as_they_were_made(machine: Machine) -> None:
     machine.system.mdev("grid0", "mvgpu-12", str(U2))
     machine.mdo("export", code=2)
     assert machine.err.startswith("mdo: no mdev here is ours \u2014 name those")
-    ours = OwnDevice(
+    ours = DeviceRecord(
         uuid=U1,
         parent="igd0",
         type="mvgpu-128M",
         params="a=2",
         attributes=(("written_only", "5"), ("written_only", "6")),
     )
-    own(ours, OwnDevice(uuid=U2, parent="igd0", type="gone"))
+    own(ours, DeviceRecord(uuid=U2, parent="igd0", type="gone"))
     (dump,) = json.loads(machine.mdo("export"))
     assert list(dump) == ["igd0"]
     assert dump["igd0"][0][str(U1)]["attrs"] == [

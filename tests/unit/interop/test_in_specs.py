@@ -8,9 +8,9 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from mdev_orchestrator.engine.diff import Changes, Seen, diff
+from mdev_orchestrator.engine.diff import Changes, ObservedState, diff
+from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove
-from mdev_orchestrator.engine.store import OwnDevice, Owned
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.interop import mdevctl
@@ -45,13 +45,13 @@ def run(machine: FakeSystem, group: UUID | None = GROUP, parent: str = "igd0") -
     (path / "group_uuid").write_text("\n" if group is None else f"{group}\n")
 
 
-def changes(machine: FakeSystem, document: Document, *ours: OwnDevice) -> Changes:
-    owned = Owned(devices={device.uuid: device for device in ours})
-    seen = Seen(scan(machine.root), owned, {}, mdevctl.defined(machine.root))
+def changes(machine: FakeSystem, document: Document, *ours: DeviceRecord) -> Changes:
+    owned = Managed(devices={device.uuid: device for device in ours})
+    seen = ObservedState(scan(machine.root), owned, {}, mdevctl.defined(machine.root))
     return diff(document, seen)
 
 
-def made(found: Changes) -> OwnDevice:
+def made(found: Changes) -> DeviceRecord:
     (device,) = [step.step.device for step in found.steps if isinstance(step.step, Create)]
     return device
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mdev_orchestrator.errors import BusyError, HostError, RequestError, UnknownError
-from mdev_orchestrator.host.process import start_time
 from mdev_orchestrator.lab import debian, machine
+from mdev_orchestrator.system.processes import start_time
 
 
 @pytest.fixture(autouse=True)

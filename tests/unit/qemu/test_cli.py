@@ -19,7 +19,7 @@ import pytest
 
 from mdev_orchestrator.cli import console
 from mdev_orchestrator.cli.main import main
-from mdev_orchestrator.qemu.process import Guest, State, find
+from mdev_orchestrator.qemu.process import RunningGuest, State, find
 from unit.fakesys import FakeSystem
 
 Mdo = Callable[..., tuple[int, str, str]]
@@ -174,7 +174,7 @@ def test_the_log_and_a_console_without_a_terminal(qemu: str, mdo: Mdo, place: Pa
 
 def test_log_is_passed_on_as_it_is(place: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     (place / "console.log").write_bytes(b"hello\xff\n")
-    console.print_log(Guest("g", place, State.GONE))
+    console.print_log(RunningGuest("g", place, State.GONE))
     assert capfdbinary.readouterr().out == b"hello\xff\n"
 
 

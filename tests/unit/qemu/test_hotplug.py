@@ -29,7 +29,7 @@ from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.hotplug import Device, Port
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import Guest, State, start, stop
+from mdev_orchestrator.qemu.process import RunningGuest, State, start, stop
 from mdev_orchestrator.qemu.remedies import remedy
 from unit.qemu.conftest import Peer, Script, Serve
 
@@ -38,7 +38,7 @@ RNG = Device("rng", "virtio-rng-pci")
 
 
 @asynccontextmanager
-async def guest(qemu: str, place: Path, ports: int = 2, *extra: str) -> AsyncIterator[Guest]:
+async def guest(qemu: str, place: Path, ports: int = 2, *extra: str) -> AsyncIterator[RunningGuest]:
     what = GuestSpec(
         "g",
         uuid4(),
@@ -55,8 +55,8 @@ async def guest(qemu: str, place: Path, ports: int = 2, *extra: str) -> AsyncIte
         await stop(found, deadline=0, force=True)
 
 
-async def ports(found: Guest) -> tuple[Port, ...]:
-    async with connect(found.query_socket, found.who) as qmp:
+async def ports(found: RunningGuest) -> tuple[Port, ...]:
+    async with connect(found.query_socket, found.label) as qmp:
         return await hotplug.ports(qmp)
 
 
@@ -161,7 +161,7 @@ async def test_qemu_ends_while_a_device_is_waited_for(qemu: str, place: Path) ->
     async with guest(qemu, place) as found:
         await hotplug.plug(found, RNG)
         task = asyncio.ensure_future(hotplug.unplug(found, "rng", 60))
-        async with connect(found.query_socket, found.who) as qmp:
+        async with connect(found.query_socket, found.label) as qmp:
             await qmp.execute("query-status", object)
             await qmp.quit()
         with pytest.raises(QemuError, match="guest g"):
@@ -246,9 +246,9 @@ def event(name: str, device: str) -> dict[str, object]:
 
 
 @asynccontextmanager
-async def faked(serve: Serve, script: Script) -> AsyncIterator[Guest]:
+async def faked(serve: Serve, script: Script) -> AsyncIterator[RunningGuest]:
     async with serve(script) as path:
-        yield Guest("g", path.parent, State.RUNNING)
+        yield RunningGuest("g", path.parent, State.RUNNING)
 
 
 @pytest.fixture
@@ -453,7 +453,9 @@ async def test_asked_again_when_the_guest_did_not_hear(
 
 
 @asynccontextmanager
-async def asked(serve: Serve, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guest]:
+async def asked(
+    serve: Serve, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[RunningGuest]:
     """A guest that was asked to let go by somebody who was interrupted then."""
     async with faked(serve, fake) as found:
         (found.directory / "query.sock").symlink_to(found.qmp_socket)
@@ -469,7 +471,7 @@ async def asked(serve: Serve, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> As
         (found.directory / "query.sock").unlink()
 
 
-def marks(found: Guest) -> list[str]:
+def marks(found: RunningGuest) -> list[str]:
     return [path.name for path in found.directory.glob("asked-*")]
 
 
@@ -480,7 +482,7 @@ async def test_a_guest_answers_when_who_asked_was_interrupted(
     """What it was asked cannot be taken back, so it is waited for."""
     async with asked(serve, plugged, monkeypatch) as found:
         looked = plugged.looked
-        keeping = asyncio.ensure_future(hotplug.keeps(found, M1))
+        keeping = asyncio.ensure_future(hotplug.await_pending_unplug(found, M1))
         while plugged.looked < looked + 2:
             await asyncio.sleep(0.01)
         assert plugged.peer
@@ -492,7 +494,9 @@ async def test_a_guest_answers_when_who_asked_was_interrupted(
         assert plugged.asked_to_go == 1
         if lets_go:
             del plugged.devices[DEVICE]
-        assert await hotplug.keeps(found, M1) is not lets_go  # of this nobody has to wait
+        assert (
+            await hotplug.await_pending_unplug(found, M1) is not lets_go
+        )  # of this nobody has to wait
 
 
 @pytest.mark.parametrize("late", [0.0, 1.0])
@@ -503,7 +507,7 @@ async def test_a_guest_that_does_not_answer_keeps_what_it_has(
     monkeypatch.setattr(hotplug, "OBEY_SECONDS", 0.5)
     async with asked(serve, plugged, monkeypatch) as found:
         await asyncio.sleep(late)
-        assert await hotplug.keeps(found, M1)
+        assert await hotplug.await_pending_unplug(found, M1)
         assert marks(found) == []
 
 

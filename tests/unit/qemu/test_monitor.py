@@ -21,7 +21,7 @@ from qemu.qmp import QMPClient
 
 from mdev_orchestrator.errors import CommandError, DeadlineError, MdoError, QemuError
 from mdev_orchestrator.qemu import monitor
-from mdev_orchestrator.qemu.monitor import MAX_EVENTS, Monitor, connect
+from mdev_orchestrator.qemu.monitor import MAX_EVENTS, QmpMonitor, connect
 from unit.qemu.conftest import GREETING, Peer, Script, Serve
 
 SOON = 0.2
@@ -169,24 +169,24 @@ async def test_a_traceback_is_made_for_who_reads_it(
     assert bool(made) == (level == logging.DEBUG)
 
 
-async def ends(qmp: Monitor) -> None:
+async def ends(qmp: QmpMonitor) -> None:
     """QEMU is killed, and nobody had asked it anything."""
     with contextlib.suppress(QemuError):
         await listen(qmp, 1)
 
 
-async def asks(qmp: Monitor) -> None:
+async def asks(qmp: QmpMonitor) -> None:
     with contextlib.suppress(QemuError):
         await qmp.execute("query-x", object)
 
 
-async def leaves(qmp: Monitor) -> None:
+async def leaves(qmp: QmpMonitor) -> None:
     """All is well."""
 
 
 @pytest.mark.parametrize("use", [ends, asks, leaves])
 async def test_a_connection_leaves_no_circles(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, use: Callable[[Monitor], Awaitable[None]]
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, use: Callable[[QmpMonitor], Awaitable[None]]
 ) -> None:
     """They would stay until Python looks for such, in a process that has one for each guest."""
     made: list[weakref.ref[QMPClient]] = []
@@ -329,7 +329,7 @@ def event(number: int, device: object = "d") -> dict[str, object]:
     return {"event": "DEVICE_DELETED", "data": {"device": device, "n": number}, "timestamp": {}}
 
 
-async def listen(qmp: Monitor, wanted: int, deadline: float = LONG) -> list[int]:
+async def listen(qmp: QmpMonitor, wanted: int, deadline: float = LONG) -> list[int]:
     with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == "d") as events:
         await qmp.execute("go", object)
         found: list[int] = []

@@ -31,12 +31,11 @@ from mdev_orchestrator.errors import (
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.host.process import has_ended, start_time
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import (
-    Guest,
+    RunningGuest,
     State,
     find,
     find_running,
@@ -45,6 +44,7 @@ from mdev_orchestrator.qemu.process import (
     stop,
 )
 from mdev_orchestrator.qemu.status import check_console_free, look, look_all
+from mdev_orchestrator.system.processes import has_ended, start_time
 from unit.qemu.conftest import processes_of
 
 UUID1 = UUID("c0ffee00-0000-4000-8000-000000000001")
@@ -64,7 +64,7 @@ def spec(qemu: str, name: str = "g", *extra: str) -> GuestSpec:
 
 
 @asynccontextmanager
-async def started(place: Path, what: GuestSpec) -> AsyncIterator[Guest]:
+async def started(place: Path, what: GuestSpec) -> AsyncIterator[RunningGuest]:
     guest = await start(what, root=place)
     try:
         yield guest
@@ -148,14 +148,14 @@ async def test_it_outlives_who_started_it_and_another_process_stops_it(
 async def test_the_monitor_can_be_connected_to_again(qemu: str, place: Path) -> None:
     async with started(place, spec(qemu)) as guest:
         for _ in range(3):
-            async with connect(guest.qmp_socket, guest.who) as qmp:
+            async with connect(guest.qmp_socket, guest.label) as qmp:
                 await qmp.execute("query-status", object)
 
 
 async def test_a_busy_monitor(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest, connect(guest.qmp_socket, guest.who):
+    async with started(place, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
         with pytest.raises(DeadlineError, match="another program may hold"):
-            async with connect(guest.qmp_socket, guest.who, deadline=0.3):
+            async with connect(guest.qmp_socket, guest.label, deadline=0.3):
                 pass
         assert (await look(guest)).status == "prelaunch"  # by the other monitor
 
@@ -181,9 +181,9 @@ async def test_many_starts_at_once(qemu: str, place: Path) -> None:
     results = await asyncio.gather(
         *(start(spec(qemu), root=place) for _ in range(5)), return_exceptions=True
     )
-    won = [result for result in results if isinstance(result, Guest)]
+    won = [result for result in results if isinstance(result, RunningGuest)]
     assert len(won) == 1
-    assert all(isinstance(result, Guest | BusyError) for result in results)
+    assert all(isinstance(result, RunningGuest | BusyError) for result in results)
     assert find("g", place) == won[0]
     assert len(processes_of(place)) == 1
     await stop(won[0], deadline=0, force=True)
@@ -399,7 +399,7 @@ async def test_the_power_button_is_pressed_again(
     """A guest that boots feels nothing of the first time."""
     monkeypatch.setattr(process, "PRESS_AGAIN_SECONDS", 0.1)
     async with started(place, spec(qemu)) as guest:
-        async with connect(guest.watch_socket, guest.who) as qmp:
+        async with connect(guest.watch_socket, guest.label) as qmp:
             with qmp.events(("POWERDOWN",), lambda _: True) as events:
                 stopping = asyncio.ensure_future(stop(guest, deadline=5))
                 for _ in range(3):
@@ -415,19 +415,19 @@ async def test_whether_a_guest_obeys_is_waited_for(
     """Whoever asked it was interrupted."""
     monkeypatch.setattr(process, "OBEY_SECONDS", 0.5)
     async with started(place, spec(qemu)) as guest:
-        assert not await process.obeys(guest)  # nobody has asked it
+        assert not await process.await_pending_shutdown(guest)  # nobody has asked it
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await stop(guest)
         assert (guest.directory / process.ASKED).exists()
-        assert not await process.obeys(guest)
+        assert not await process.await_pending_shutdown(guest)
         assert not (guest.directory / process.ASKED).exists()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await stop(guest)
         assert guest.record
         os.kill(guest.record.pid, signal.SIGTERM)
-        assert await process.obeys(guest)
+        assert await process.await_pending_shutdown(guest)
 
 
 async def test_who_gives_up_waiting_has_asked_nothing(qemu: str, place: Path) -> None:
@@ -453,7 +453,7 @@ async def test_a_qemu_that_is_stopped(qemu: str, place: Path) -> None:
 # ---------------------------------------------------------------- what is believed
 
 
-def rewrite(guest: Guest, **changes: object) -> Guest:
+def rewrite(guest: RunningGuest, **changes: object) -> RunningGuest:
     path = guest.directory / "record.json"
     data = msgspec.json.decode(path.read_bytes())
     path.write_bytes(msgspec.json.encode({**data, **changes}))

@@ -13,7 +13,7 @@ import pytest
 
 from mdev_orchestrator.qemu import events
 from mdev_orchestrator.qemu.events import StateChange, Unwatched, Watched, guest_events
-from mdev_orchestrator.qemu.process import WATCH, Guest, Record, State
+from mdev_orchestrator.qemu.process import WATCH, Record, RunningGuest, State
 from unit.qemu.conftest import Peer, Serve
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "LOOK_SECONDS", 0.01)
 
 
-def guest_at(path: Path, *, ready: bool = True) -> Guest:
+def guest_at(path: Path, *, ready: bool = True) -> RunningGuest:
     """A guest whose monitor for events is the one that is served."""
     watch = path.parent / WATCH
     watch.unlink(missing_ok=True)
@@ -51,11 +51,11 @@ def guest_at(path: Path, *, ready: bool = True) -> Guest:
         cpus=1,
         ready=ready,
     )
-    return Guest("g", path.parent, State.RUNNING if ready else State.STARTING, record)
+    return RunningGuest("g", path.parent, State.RUNNING if ready else State.STARTING, record)
 
 
 async def collected(
-    count: int, guests: list[Guest], first: asyncio.Event | None = None
+    count: int, guests: list[RunningGuest], first: asyncio.Event | None = None
 ) -> list[events.GuestEvent]:
     """So many events; ``first`` is set when there is one."""
     found = []
@@ -95,7 +95,7 @@ async def test_a_guest_that_is_there_later(serve: Serve) -> None:
         await peer.greet()
         await peer.hang()
 
-    guests: list[Guest] = []
+    guests: list[RunningGuest] = []
     async with serve(tell) as path:
         waiting = asyncio.ensure_future(collected(1, guests))
         await asyncio.sleep(0.05)

@@ -15,7 +15,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from mdev_orchestrator.engine.context import Context, UnsettledError
-from mdev_orchestrator.engine.store import OwnDevice
+from mdev_orchestrator.engine.journal_db import DeviceRecord
 from mdev_orchestrator.errors import (
     BusyError,
     DeadlineError,
@@ -29,12 +29,12 @@ from mdev_orchestrator.host.events import until
 from mdev_orchestrator.host.groups import join
 from mdev_orchestrator.host.holders import creators, holders
 from mdev_orchestrator.host.readiness import missing, wait_ready
-from mdev_orchestrator.host.writer import Writes
 from mdev_orchestrator.model import GROUP_FILE, Mdev, parse_uuid
+from mdev_orchestrator.system.writer import Writes
 
 T = TypeVar("T")
 
-Told = Callable[[int, bool], None]
+ResultCallback = Callable[[int, bool], None]
 """Takes the number of a device, and whether it is as wanted or nothing was done to it."""
 
 _LISTED = 8  # files that fit one line
@@ -42,7 +42,7 @@ _LOOK_SECONDS = 0.05
 """Between two looks at a creation that goes on without us; no event tells of its end."""
 
 
-def is_same(found: Mdev, device: OwnDevice) -> bool:
+def is_same(found: Mdev, device: DeviceRecord) -> bool:
     """Whether an mdev is the one that we made, as far as can be told.
 
     One that is being removed has no type any more.
@@ -53,7 +53,7 @@ def is_same(found: Mdev, device: OwnDevice) -> bool:
 # ---- making ----
 
 
-async def create(device: OwnDevice, context: Context) -> None:
+async def create(device: DeviceRecord, context: Context) -> None:
     """Make an mdev, set it up, and wait until it can be opened; or take it back.
 
     :raise UuidError: Another device has its UUID.
@@ -87,7 +87,9 @@ async def create(device: OwnDevice, context: Context) -> None:
         raise
 
 
-async def create_all(devices: Sequence[OwnDevice], context: Context, told: Told) -> None:
+async def create_all(
+    devices: Sequence[DeviceRecord], context: Context, told: ResultCallback
+) -> None:
     """Make several that do not need each other: what one costs is mostly the way to it.
 
     Nothing is set up, and unlike :func:`create` it takes back nothing.
@@ -108,7 +110,7 @@ async def create_all(devices: Sequence[OwnDevice], context: Context, told: Told)
 # ---- removing ----
 
 
-async def remove(device: OwnDevice, context: Context) -> None:
+async def remove(device: DeviceRecord, context: Context) -> None:
     """Remove an mdev, if it is there and the one that is meant.
 
     :raise BusyError: Somebody has it open.
@@ -134,7 +136,9 @@ async def remove(device: OwnDevice, context: Context) -> None:
         raise UnsettledError(error.message, error.hint) from None
 
 
-async def remove_all(devices: Sequence[OwnDevice], context: Context, told: Told) -> None:
+async def remove_all(
+    devices: Sequence[DeviceRecord], context: Context, told: ResultCallback
+) -> None:
     """Remove several that do not need each other; see :func:`create_all`.
 
     Nothing is removed when somebody has one of them open.
@@ -173,7 +177,7 @@ async def remove_all(devices: Sequence[OwnDevice], context: Context, told: Told)
 # ---- parts of them ----
 
 
-async def _create(device: OwnDevice, context: Context) -> None:
+async def _create(device: DeviceRecord, context: Context) -> None:
     """Write to ``create`` and learn the outcome, whatever happens to us meanwhile."""
     creating = asyncio.ensure_future(
         sysfs.create(device.parent, device.type, device.uuid, context.host, write=context.write)
@@ -189,7 +193,7 @@ async def _create(device: OwnDevice, context: Context) -> None:
 
 
 async def _known(
-    creating: asyncio.Future[None], device: OwnDevice, context: Context, cause: BaseException
+    creating: asyncio.Future[None], device: DeviceRecord, context: Context, cause: BaseException
 ) -> None:
     """After a creation was given up: wait for its outcome, and take it back."""
     await asyncio.wait((creating,), timeout=context.deadline)
@@ -200,7 +204,9 @@ async def _known(
     await _take_back(device, context, cause)
 
 
-async def _create_all(devices: Sequence[OwnDevice], context: Context, told: Told) -> list[int]:
+async def _create_all(
+    devices: Sequence[DeviceRecord], context: Context, told: ResultCallback
+) -> list[int]:
     """Write to ``create`` for several, and learn the outcome of each, whatever happens to us.
 
     :return: Those that are there and cannot be opened yet; the others have been told of.
@@ -235,11 +241,11 @@ async def _create_all(devices: Sequence[OwnDevice], context: Context, told: Told
     return unready
 
 
-def _refusal(device: OwnDevice, number: int, root: Path) -> MdoError:
+def _refusal(device: DeviceRecord, number: int, root: Path) -> MdoError:
     return sysfs.refusal(device.parent, device.type, device.uuid, number, root)
 
 
-async def _written(batch: Writes, context: Context, told: Told) -> BaseException | None:
+async def _written(batch: Writes, context: Context, told: ResultCallback) -> BaseException | None:
     """Have a batch written, and tell of those that were not begun.
 
     :return: Why it was given up, if it was; what had begun then was waited for.
@@ -269,7 +275,7 @@ async def _answered(batch: Writes, deadline: float) -> None:
             raise TimeoutError
 
 
-def _unanswered(device: OwnDevice) -> UnsettledError:
+def _unanswered(device: DeviceRecord) -> UnsettledError:
     return UnsettledError(
         f"the driver of {device.parent} has not answered for mdev {device.uuid}: it may still "
         "appear",
@@ -277,14 +283,14 @@ def _unanswered(device: OwnDevice) -> UnsettledError:
     )
 
 
-def _late(device: OwnDevice, context: Context) -> DeadlineError:
+def _late(device: DeviceRecord, context: Context) -> DeadlineError:
     return DeadlineError(
         f"{device.type} on {device.parent} was not created within {context.deadline:g} s",
         "give it a longer --deadline, and see the kernel log",
     )
 
 
-async def _settled(device: OwnDevice, context: Context) -> None:
+async def _settled(device: DeviceRecord, context: Context) -> None:
     """Wait until no creation is under way that may be of this device.
 
     One that was given up, or whose command was killed, goes on in the kernel.
@@ -300,7 +306,7 @@ async def _settled(device: OwnDevice, context: Context) -> None:
         await asyncio.sleep(_LOOK_SECONDS)
 
 
-async def _set_up(device: OwnDevice, context: Context) -> None:
+async def _set_up(device: DeviceRecord, context: Context) -> None:
     if device.params:
         await _set_params(device, context)
     joins = [] if device.group is None else [(GROUP_FILE, str(device.group))]
@@ -314,7 +320,7 @@ async def _set_up(device: OwnDevice, context: Context) -> None:
             await set_attribute(device.uuid, name, value, context)
 
 
-async def _set_params(device: OwnDevice, context: Context) -> None:
+async def _set_params(device: DeviceRecord, context: Context) -> None:
     for name in sysfs.PARAMS_FILES:
         if await sysfs.write_file(
             device.uuid, name, device.params, context.host, write=context.write
@@ -348,7 +354,7 @@ async def set_attribute(uuid: UUID, name: str, value: str, context: Context) -> 
         )
 
 
-async def _take_back(device: OwnDevice, context: Context, cause: BaseException) -> None:
+async def _take_back(device: DeviceRecord, context: Context, cause: BaseException) -> None:
     """Remove what was created, in spite of whoever cancels; what stays is unsettled."""
     try:
         await _finish(_removed(device.uuid, context))
@@ -401,7 +407,7 @@ async def _removed(uuid: UUID, context: Context) -> None:
 
 
 async def _remove_all(
-    uuids: Sequence[UUID], files: Sequence[str], context: Context, told: Told
+    uuids: Sequence[UUID], files: Sequence[str], context: Context, told: ResultCallback
 ) -> None:
     """Write to the ``remove`` files of several that are there and that nobody holds."""
     lines = [(file, b"1") for file in files]

@@ -33,7 +33,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, finalize, ref
 
-from mdev_orchestrator.host.process import idle_seconds, reap
+from mdev_orchestrator.system.processes import idle_seconds, reap
 
 if TYPE_CHECKING:
     import asyncio

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The file behind the journal: its tables, what is ours, and how it can fail.
 
-:mod:`.journal` writes it. Who only wants to know what is ours calls :func:`read_owned`.
+:mod:`.journal` writes it. Who only wants to know what is ours calls :func:`read_managed`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CREATE TABLE spec (name TEXT PRIMARY KEY, data TEXT NOT NULL) STRICT, WITHOUT RO
 """
 
 
-class OwnDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An mdev that is ours: all that is needed to make it again as it is.
 
     :ivar spec: Name of the spec that asked for it; ``None`` for one made by ``mdo create``.
@@ -76,7 +76,7 @@ class OwnDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     want: str = ""
 
 
-class OwnGuest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GuestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A guest that is ours.
 
     :ivar definition: The spec's ``guest`` without its devices, as JSON text.
@@ -90,7 +90,7 @@ class OwnGuest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     devices: tuple[UUID, ...] = ()
 
 
-class OwnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SpecRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A spec that was applied.
 
     :ivar text: All of it, as JSON, with absolute paths.
@@ -105,22 +105,22 @@ class OwnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     policy: Literal["pack", "spread"] = "pack"
 
 
-class Owned(Struct, frozen=True):
+class Managed(Struct, frozen=True):
     """All that is ours, by its name."""
 
-    devices: Mapping[UUID, OwnDevice] = field(default_factory=dict)
-    guests: Mapping[str, OwnGuest] = field(default_factory=dict)
-    specs: Mapping[str, OwnSpec] = field(default_factory=dict)
+    devices: Mapping[UUID, DeviceRecord] = field(default_factory=dict)
+    guests: Mapping[str, GuestRecord] = field(default_factory=dict)
+    specs: Mapping[str, SpecRecord] = field(default_factory=dict)
 
 
 class Change(Struct, frozen=True):
     """What a step's outcome changes in what is ours; ``None`` for what is not ours any more."""
 
-    devices: Mapping[UUID, OwnDevice | None] = field(default_factory=dict)
-    guests: Mapping[str, OwnGuest | None] = field(default_factory=dict)
+    devices: Mapping[UUID, DeviceRecord | None] = field(default_factory=dict)
+    guests: Mapping[str, GuestRecord | None] = field(default_factory=dict)
 
 
-def read_owned(path: Path | None = None) -> Owned:
+def read_managed(path: Path | None = None) -> Managed:
     """What is ours, for a command that only looks; nothing where there is no journal.
 
     :param path: The journal's file; the state directory's without it.
@@ -129,12 +129,12 @@ def read_owned(path: Path | None = None) -> Owned:
     path = path or journal_path()
     check_file(path)
     if not path.exists():
-        return Owned()
+        return Managed()
     with explained(path):
         connection = connect(path, "ro" if os.access(path.parent, os.W_OK) else "immutable")
         try:
             if _is_new(connection, path):
-                return Owned()
+                return Managed()
             _check_version(connection, path)
             _check_sound(connection)
             return read_rows(connection)
@@ -287,12 +287,12 @@ def _damaged(path: Path, what: str) -> HostError:
     )
 
 
-def read_rows(connection: sqlite3.Connection) -> Owned:
+def read_rows(connection: sqlite3.Connection) -> Managed:
     """All that is ours."""
-    devices = _rows(connection, "device", "uuid", OwnDevice)
-    guests = _rows(connection, "guest", "name", OwnGuest)
-    specs = _rows(connection, "spec", "name", OwnSpec)
-    return Owned(
+    devices = _rows(connection, "device", "uuid", DeviceRecord)
+    guests = _rows(connection, "guest", "name", GuestRecord)
+    specs = _rows(connection, "spec", "name", SpecRecord)
+    return Managed(
         {d.uuid: d for d in devices}, {g.name: g for g in guests}, {s.name: s for s in specs}
     )
 

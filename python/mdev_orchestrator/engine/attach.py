@@ -16,10 +16,10 @@ from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.devices import find_place
 from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.journal_db import DeviceRecord, GuestRecord
 from mdev_orchestrator.engine.lifecycle import usable_mdev
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
-from mdev_orchestrator.engine.store import OwnDevice, OwnGuest
 from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.sysfs import ROOT
@@ -73,7 +73,7 @@ async def attach(
         if creating:
             placement = await find_place(what, 1, parent, (), host)
             type_, uuid = placement.type_, placement.uuids[0]
-            device = OwnDevice(uuid=uuid, parent=type_.parent, type=type_.id)
+            device = DeviceRecord(uuid=uuid, parent=type_.parent, type=type_.id)
             plan = [Planned(Create(device=device))]
         else:
             uuid, plan = parse_uuid(what), []
@@ -115,16 +115,16 @@ async def detach(
         await execute(book, "detach", f"{guest} {uuid}", plan, context, observe=observe)
 
 
-def _own(guest: process.Guest) -> OwnGuest:
+def _own(guest: process.RunningGuest) -> GuestRecord:
     if guest.record is None:
         raise AssertionError("a guest that runs has a record")
-    return OwnGuest(name=guest.name, uuid=guest.record.uuid)
+    return GuestRecord(name=guest.name, uuid=guest.record.uuid)
 
 
-def _known(book: Journal, uuid: UUID, host: Path) -> OwnDevice:
+def _known(book: Journal, uuid: UUID, host: Path) -> DeviceRecord:
     """A device as the journal has it, or as it is: who names one may remove it, ours or not."""
     mdev = sysfs.read_mdev(uuid, host)
     if mdev is None or mdev.type_id is None:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
-    as_is = OwnDevice(uuid=uuid, parent=mdev.parent, type=mdev.type_id, group=mdev.group_uuid)
+    as_is = DeviceRecord(uuid=uuid, parent=mdev.parent, type=mdev.type_id, group=mdev.group_uuid)
     return book.owned().devices.get(uuid, as_is)
