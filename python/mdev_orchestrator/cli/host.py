@@ -13,7 +13,7 @@ from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.model import Host, Mdev
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
+    from mdev_orchestrator.engine.records import DeviceRecord, Managed
 
 UNKNOWN = "?"
 NONE = "-"

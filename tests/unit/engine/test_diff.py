@@ -31,13 +31,7 @@ from mdev_orchestrator.engine.diff import (
     without,
 )
 from mdev_orchestrator.engine.executor import Planned
-from mdev_orchestrator.engine.journal_db import (
-    Change,
-    DeviceRecord,
-    GuestRecord,
-    Managed,
-    SpecRecord,
-)
+from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition

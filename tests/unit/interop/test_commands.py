@@ -12,7 +12,7 @@ import pytest
 
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord
+from mdev_orchestrator.engine.records import Change, DeviceRecord
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.spec import load

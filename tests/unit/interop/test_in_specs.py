@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.diff import Changes, ObservedState, diff
-from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
+from mdev_orchestrator.engine.records import DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
