@@ -22,7 +22,7 @@ import msgspec
 from mdev_orchestrator.capacity.planner import Policy
 from mdev_orchestrator.engine import diff as differ
 from mdev_orchestrator.engine import lifecycle, model_cache
-from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.context import ROOT, Context, machine_of
 from mdev_orchestrator.engine.diff import Changes, ObservedState, Running
 from mdev_orchestrator.engine.executor import Observer, execute, ignore
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Journal, Run
@@ -37,8 +37,7 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
@@ -182,8 +181,8 @@ def _winners(before: Host, changes: Changes, root: Path) -> Iterator[None]:
         yield
     except (CapacityError, UuidError) as error:
         made = {p.step.device.uuid for p in changes.steps if isinstance(p.step, Create)}
-        now = sysfs.scan(root).mdevs
-        held = holders(now, root)
+        now = sysfs.read_host(machine_of(root)).mdevs
+        held = read_holders(machine_of(root), now)
         known = {mdev.uuid for mdev in before.mdevs}
         for mdev in [m for m in now if m.uuid not in known and m.uuid not in made][:_LISTED]:
             who = ", ".join(map(str, held.of(mdev.uuid)))
@@ -242,7 +241,7 @@ async def look(owned: Managed, *, host: Path = ROOT, guests: Path | None = None)
     alive = [guest for guest in process.list_guests(guests) if guest.alive]
     found = await asyncio.gather(*(_running(guest) for guest in alive))
     running = {guest.name: one for guest, one in zip(alive, found, strict=True) if one}
-    return ObservedState(sysfs.scan(host), owned, running, mdevctl.defined(host))
+    return ObservedState(await sysfs.scan(machine_of(host)), owned, running, mdevctl.defined(host))
 
 
 async def _running(guest: RunningGuest) -> Running | None:

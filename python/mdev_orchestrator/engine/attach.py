@@ -12,7 +12,7 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.context import ROOT, Context, machine_of
 from mdev_orchestrator.engine.devices import find_place
 from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
 from mdev_orchestrator.engine.journal import Journal
@@ -22,7 +22,6 @@ from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
 from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import device_id
@@ -123,7 +122,7 @@ def _own(guest: process.RunningGuest) -> GuestRecord:
 
 def _known(book: Journal, uuid: UUID, host: Path) -> DeviceRecord:
     """A device as the journal has it, or as it is: who names one may remove it, ours or not."""
-    mdev = sysfs.read_mdev(uuid, host)
+    mdev = sysfs.read_mdev(machine_of(host), uuid)
     if mdev is None or mdev.type_id is None:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
     as_is = DeviceRecord(uuid=uuid, parent=mdev.parent, type=mdev.type_id, group=mdev.group_uuid)

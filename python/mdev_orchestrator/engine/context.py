@@ -4,30 +4,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from pathlib import Path
 from uuid import UUID
 
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holder, Holders, holders
-from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.system.writer import (
-    FINE,
-    Batch,
-    Separately,
-    Writer,
-    Writes,
-    write_apart,
-    write_or_kill,
-)
+from mdev_orchestrator.host.holders import Holder, Holders, read_holders
+from mdev_orchestrator.machine import Machine
 
+ROOT = Path("/")
 DEADLINE = 30.0
 """Seconds for one device to be made or removed."""
 _HELD_SECONDS = 0.5
 """How old an answer about who has what open may be."""
+
+
+@cache
+def machine_of(root: Path) -> Machine:
+    """The handle of a host by its root."""
+    return Machine(root)
 
 
 class UnsettledError(DeadlineError):
@@ -48,21 +45,14 @@ class Context:
     host: Path = ROOT
     guests: Path | None = None
     deadline: float = DEADLINE
-    write: Writer = write_apart
-    start: Writer = write_or_kill
     ports: dict[UUID, str | None] = field(default_factory=dict)
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
 
-    def batch(
-        self,
-        lines: Sequence[tuple[str, bytes]],
-        told: Callable[[int, int], None],
-        fine: frozenset[int] = FINE,
-    ) -> Writes:
-        """Several writes, by ``write`` or as it would make them."""
-        make = Batch if self.write is write_apart else partial(Separately, self.write)
-        return make(lines, told, fine)
+    @property
+    def machine(self) -> Machine:
+        """The handle of the host."""
+        return machine_of(self.host)
 
     def held(self, uuid: UUID) -> tuple[Holder, ...]:
         """Who has an mdev open.
@@ -72,5 +62,8 @@ class Context:
         """
         now = time.monotonic()
         if self._held is None or now - self._held[0] > _HELD_SECONDS or self._held[1].of(uuid):
-            self._held = now, holders(sysfs.scan(self.host, types=False).mdevs, self.host)
+            self._held = (
+                now,
+                read_holders(self.machine, sysfs.read_host(self.machine, types=False).mdevs),
+            )
         return self._held[1].of(uuid)

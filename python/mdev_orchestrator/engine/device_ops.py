@@ -21,16 +21,18 @@ from mdev_orchestrator.errors import (
     DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     RequestError,
     UnknownError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.host.groups import join
-from mdev_orchestrator.host.holders import creators, holders
+from mdev_orchestrator.host.holders import find_creators, find_holders
 from mdev_orchestrator.host.readiness import missing, wait_ready
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import GROUP_FILE, Mdev, parse_uuid
-from mdev_orchestrator.system.writer import Writes
+from mdev_orchestrator.system.writer import WriteBatch, WriteResult
 
 T = TypeVar("T")
 
@@ -61,12 +63,12 @@ async def create(device: DeviceRecord, context: Context) -> None:
     :raise MdoError: It cannot be; there is nothing of it.
     """
     # who does not repair need not look: the kernel makes a UUID once
-    found = sysfs.read_mdev(device.uuid, context.host) if context.repairing else None
+    found = sysfs.read_mdev(context.machine, device.uuid) if context.repairing else None
     if found is not None and found.type_id is None:
         await _gone(device.uuid, context)  # our own removal has not come to its end
         found = None
     if found is not None and not is_same(found, device):
-        raise sysfs.taken(device.uuid, context.host)
+        raise sysfs.taken(context.machine, device.uuid)
     loop = asyncio.get_running_loop()
     end = loop.time() + context.deadline
     if found is None:
@@ -74,7 +76,7 @@ async def create(device: DeviceRecord, context: Context) -> None:
     try:
         async with asyncio.timeout_at(end):
             await _set_up(device, context)
-        await wait_ready(device.uuid, max(end - loop.time(), 0), context.host)
+        await wait_ready(context.machine, device.uuid, max(end - loop.time(), 0))
     except BaseException as error:
         if found is None:
             await _take_back(device, context, error)
@@ -103,7 +105,7 @@ async def create_all(
     end = loop.time() + context.deadline
     for index in unready:
         left = max(end - loop.time(), 0)
-        await wait_ready(devices[index].uuid, left, context.host)
+        await wait_ready(context.machine, devices[index].uuid, left)
         told(index, True)
 
 
@@ -118,11 +120,11 @@ async def remove(device: DeviceRecord, context: Context) -> None:
     :raise MdoError: It cannot be; it is there.
     """
     uuid = device.uuid
-    found = sysfs.read_mdev(uuid, context.host)
+    found = sysfs.read_mdev(context.machine, uuid)
     if context.repairing and (found is None or found.type_id is None):
         # one that is being created has no type either, and nothing to remove it by
         await _settled(device, context)
-        found = sysfs.read_mdev(uuid, context.host)
+        found = sysfs.read_mdev(context.machine, uuid)
     if found is None or not is_same(found, device):
         return
     if who := context.held(uuid):
@@ -143,10 +145,10 @@ async def remove_all(
 
     Nothing is removed when somebody has one of them open.
     """
-    host = sysfs.scan(context.host, types=False)
+    host = await sysfs.scan(context.machine, types=False)
     there = {mdev.uuid: mdev for mdev in host.mdevs}
     homes = {parent.name: parent.path for parent in host.parents}
-    held = holders(host.mdevs, context.host)
+    held = await find_holders(context.machine, host.mdevs)
     plain: dict[int, str] = {}
     odd: list[int] = []
     for index, device in enumerate(devices):
@@ -166,12 +168,13 @@ async def remove_all(
             raise
         told(index, True)
     indices = list(plain)
-    await _remove_all(
-        [devices[index].uuid for index in indices],
-        list(plain.values()),
-        context,
-        lambda place, made: told(indices[place], made),
-    )
+    if indices:
+        await _remove_all(
+            [devices[index].uuid for index in indices],
+            list(plain.values()),
+            context,
+            lambda place, made: told(indices[place], made),
+        )
 
 
 # ---- parts of them ----
@@ -180,7 +183,7 @@ async def remove_all(
 async def _create(device: DeviceRecord, context: Context) -> None:
     """Write to ``create`` and learn the outcome, whatever happens to us meanwhile."""
     creating = asyncio.ensure_future(
-        sysfs.create(device.parent, device.type, device.uuid, context.host, write=context.write)
+        sysfs.create(context.machine, device.parent, device.type, device.uuid)
     )
     try:
         async with asyncio.timeout(context.deadline):
@@ -211,41 +214,47 @@ async def _create_all(
 
     :return: Those that are there and cannot be opened yet; the others have been told of.
     """
-    root = context.host
-    lines = [sysfs.creation(d.parent, d.type, d.uuid, root) for d in devices]
+    machine = context.machine
+    lines = [sysfs.creation(machine, d.parent, d.type, d.uuid) for d in devices]
     unready: list[int] = []
     refused: list[int] = []
+    lost: list[int] = []
 
-    def written(index: int, number: int) -> None:
-        if number:
+    def written(index: int, result: WriteResult) -> None:
+        if result.outcome is Outcome.UNKNOWN:
+            lost.append(index)
+        elif result.errno:
             told(index, False)
             refused.append(index)
-        elif missing(devices[index].uuid, root) is None:
+        elif missing(machine, devices[index].uuid) is None:
             told(index, True)
         else:
             unready.append(index)
 
-    batch = context.batch(lines, written)
+    batch = machine.writer.batch(lines, written, lane=devices[0].parent)
     cause = await _written(batch, context, told)
-    if batch.unknown:
-        raise _unanswered(devices[min(batch.unknown)]) from cause
+    if lost := sorted({*lost, *batch.unknown}):
+        raise _unanswered(devices[lost[0]]) from cause
     if isinstance(cause, TimeoutError):
         raise _late(devices[0], context) from None
     if cause is not None:
         raise cause
     if refused:
-        first, *others = (_refusal(devices[i], batch.results[i] or 0, root) for i in refused)
+        first, *others = (_refusal(devices[i], batch.results[i], machine) for i in refused)
         for other in others:
             first.add_note(f"also: {other}")
         raise first
     return unready
 
 
-def _refusal(device: DeviceRecord, number: int, root: Path) -> MdoError:
-    return sysfs.refusal(device.parent, device.type, device.uuid, number, root)
+def _refusal(device: DeviceRecord, result: WriteResult | None, machine: Machine) -> MdoError:
+    number = result.errno if result else 0
+    return sysfs.refusal(machine, device.parent, device.type, device.uuid, number)
 
 
-async def _written(batch: Writes, context: Context, told: ResultCallback) -> BaseException | None:
+async def _written(
+    batch: WriteBatch, context: Context, told: ResultCallback
+) -> BaseException | None:
     """Have a batch written, and tell of those that were not begun.
 
     :return: Why it was given up, if it was; what had begun then was waited for.
@@ -258,13 +267,13 @@ async def _written(batch: Writes, context: Context, told: ResultCallback) -> Bas
         cause = error
         batch.stop()
         await asyncio.wait((batch.ended,), timeout=context.deadline)
-    for index, number in enumerate(batch.results):
-        if number is None and index not in batch.unknown:
+    for index, result in enumerate(batch.results):
+        if result is None and index not in batch.unknown:
             told(index, False)
     return cause
 
 
-async def _answered(batch: Writes, deadline: float) -> None:
+async def _answered(batch: WriteBatch, deadline: float) -> None:
     """Wait for the end of a batch.
 
     :raise TimeoutError: One of its writes took longer than ``deadline``, in seconds.
@@ -296,7 +305,7 @@ async def _settled(device: DeviceRecord, context: Context) -> None:
     One that was given up, or whose command was killed, goes on in the kernel.
     """
     end = time.monotonic() + context.deadline
-    while who := creators(device.parent, device.type, context.host):
+    while who := await find_creators(context.machine, device.parent, device.type):
         if time.monotonic() >= end:
             raise UnsettledError(
                 f"mdev {device.uuid} may still appear: the driver of {device.parent} has not "
@@ -315,16 +324,14 @@ async def _set_up(device: DeviceRecord, context: Context) -> None:
     for name, value in (*device.attributes, *joins):
         if name == GROUP_FILE:
             group = parse_uuid(value)
-            await join(device.uuid, group, device.parent, context.host, write=context.write)
+            await join(context.machine, device.uuid, group, device.parent)
         else:
             await set_attribute(device.uuid, name, value, context)
 
 
 async def _set_params(device: DeviceRecord, context: Context) -> None:
     for name in sysfs.PARAMS_FILES:
-        if await sysfs.write_file(
-            device.uuid, name, device.params, context.host, write=context.write
-        ):
+        if await sysfs.write_file(context.machine, device.uuid, name, device.params):
             return
     raise HostError(
         f"the driver of mdev {device.uuid} on {device.parent} takes no parameters: it has neither "
@@ -340,13 +347,12 @@ async def set_attribute(uuid: UUID, name: str, value: str, context: Context) -> 
     :raise HostError: The driver has no such file.
     :raise MdoError: It refused the value.
     """
-    root = context.host
-    if sysfs.leads_out(uuid, name, root):
+    if sysfs.leads_out(context.machine, uuid, name):
         raise RequestError(
             f"{name!r} of mdev {uuid} leads out of its directory", "name a file of the mdev itself"
         )
-    if not await sysfs.write_file(uuid, name, value, root, write=context.write):
-        files = sysfs.writable_files(uuid, root)
+    if not await sysfs.write_file(context.machine, uuid, name, value):
+        files = sysfs.writable_files(context.machine, uuid)
         shown = ", ".join(files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
         raise HostError(
             f"the driver of mdev {uuid} has no file {name}",
@@ -381,7 +387,9 @@ async def _finish(work: Awaitable[T]) -> T:
 async def _gone(uuid: UUID, context: Context) -> None:
     try:
         async with asyncio.timeout(context.deadline):
-            await until(lambda: sysfs.directory(uuid, context.host) is None, context.host)
+            await wait_until(
+                context.machine, lambda: sysfs.directory(context.machine, uuid) is None
+            )
     except TimeoutError:
         raise DeadlineError(
             f"mdev {uuid} is still being removed after {context.deadline:g} s",
@@ -391,12 +399,12 @@ async def _gone(uuid: UUID, context: Context) -> None:
 
 async def _removed(uuid: UUID, context: Context) -> None:
     try:
-        await sysfs.remove(uuid, context.deadline, context.host, write=context.write)
+        await sysfs.remove(context.machine, uuid, context.deadline)
     except UnknownError:
         return
     except DeadlineError as error:
-        found = sysfs.read_mdev(uuid, context.host)
-        who = () if found is None else holders((found,), context.host).of(uuid)
+        found = sysfs.read_mdev(context.machine, uuid)
+        who = () if found is None else (await find_holders(context.machine, (found,))).of(uuid)
         if not who:
             raise
         raise DeadlineError(
@@ -414,8 +422,10 @@ async def _remove_all(
     lingering: list[int] = []
     refused: list[int] = []
 
-    def written(index: int, number: int) -> None:
-        if number not in sysfs.ON_ITS_WAY:
+    def written(index: int, result: WriteResult) -> None:
+        if result.outcome is Outcome.UNKNOWN:
+            lingering.append(index)
+        elif result.errno not in sysfs.REMOVING:
             told(index, False)
             refused.append(index)
         elif Path(files[index]).parent.exists():
@@ -423,7 +433,8 @@ async def _remove_all(
         else:
             told(index, True)
 
-    batch = context.batch(lines, written, sysfs.ON_ITS_WAY)
+    lane = Path(files[0]).parent.parent.name
+    batch = context.machine.writer.batch(lines, written, lane=lane, accepted=sysfs.REMOVING)
     cause = await _written(batch, context, told)
     for index in (*lingering, *sorted(batch.unknown)):
         # it says who has it, if it does not go
@@ -435,9 +446,10 @@ async def _remove_all(
     if isinstance(cause, asyncio.CancelledError):
         raise cause
     if refused:
-        raise sysfs.not_removed(uuids[refused[0]], batch.results[refused[0]] or 0)
-    for index, number in enumerate(batch.results):
-        if number is None and index not in batch.unknown:
+        result = batch.results[refused[0]]
+        raise sysfs.not_removed(uuids[refused[0]], result.errno if result else 0)
+    for index, result in enumerate(batch.results):
+        if result is None and index not in batch.unknown:
             raise DeadlineError(
                 f"mdev {uuids[index]} was not removed: others before it took longer than "
                 f"{context.deadline:g} s",

@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 
 from msgspec import Struct
 
-from mdev_orchestrator.engine.context import DEADLINE, Context
+from mdev_orchestrator.engine.context import DEADLINE, ROOT, Context, machine_of
 from mdev_orchestrator.engine.executor import Planned, execute
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, read_managed
@@ -35,8 +35,7 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holders, holders
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.host.holders import Holders, find_holders
 from mdev_orchestrator.model import (
     GROUP_FILE,
     Host,
@@ -46,7 +45,6 @@ from mdev_orchestrator.model import (
     group_uuid,
     parse_uuid,
 )
-from mdev_orchestrator.system.writer import Writer, write_apart
 
 Detach = Callable[[str, UUID, float], Awaitable[None]]
 """Takes a guest's name, an mdev and seconds; returns when the guest has let go."""
@@ -115,7 +113,6 @@ async def create_devices(
     attributes: Sequence[tuple[str, str]] = (),
     deadline: float = DEADLINE,
     root: Path = ROOT,
-    write: Writer = write_apart,
     journal: Path | None = None,
 ) -> tuple[Mdev, ...]:
     """Create mdevs of one type, all or none, and wait until each is usable. They are ours then.
@@ -146,7 +143,7 @@ async def create_devices(
     placement = await find_place(type_id, count, parent, uuids, root)
     type_ = placement.type_
     for group_id in groups:
-        _check_group(sysfs.scan(root), group_id, type_.parent)
+        _check_group(await sysfs.scan(machine_of(root)), group_id, type_.parent)
     devices = [
         DeviceRecord(
             uuid=uuid,
@@ -157,13 +154,15 @@ async def create_devices(
         )
         for uuid in placement.uuids
     ]
-    context = Context(host=root, deadline=deadline, write=write)
+    context = Context(host=root, deadline=deadline)
     with Journal.open(journal) as book:
         await recover(book, context=context)
         title = f"{len(devices)} x {type_.id}"
         await execute(book, "create", title, _creations(devices), context)
     return tuple(
-        mdev for uuid in placement.uuids if (mdev := sysfs.read_mdev(uuid, root)) is not None
+        mdev
+        for uuid in placement.uuids
+        if (mdev := sysfs.read_mdev(machine_of(root), uuid)) is not None
     )
 
 
@@ -181,7 +180,6 @@ async def remove_devices(
     detach: Detach | None = None,
     deadline: float = DEADLINE,
     root: Path = ROOT,
-    write: Writer = write_apart,
     journal: Path | None = None,
 ) -> tuple[UUID, ...]:
     """Remove mdevs concurrently, after checking that all of them can be.
@@ -198,7 +196,7 @@ async def remove_devices(
     """
     wanted = _distinct(uuids)
     found = [_removable(uuid, root) for uuid in wanted]
-    held = holders(found, root)
+    held = await find_holders(machine_of(root), found)
     for mdev in found:
         _refuse_held(mdev, held, may_detach=detach is not None)
 
@@ -210,9 +208,9 @@ async def remove_devices(
                 async with talking:
                     await detach(holder.guest or "", mdev.uuid, deadline)
         try:
-            await sysfs.remove(mdev.uuid, deadline, root, write=write)
+            await sysfs.remove(machine_of(root), mdev.uuid, deadline)
         except DeadlineError as error:
-            who = holders((mdev,), root).of(mdev.uuid)
+            who = (await find_holders(machine_of(root), (mdev,))).of(mdev.uuid)
             if not who:
                 raise
             names = ", ".join(map(str, who))
@@ -231,7 +229,11 @@ async def remove_devices(
 async def _forget(uuids: Sequence[UUID], root: Path, journal: Path | None) -> None:
     """Note that devices are not ours any more, those of them that were and have gone."""
     ours = read_managed(journal).devices
-    gone = {uuid: None for uuid in uuids if uuid in ours and sysfs.directory(uuid, root) is None}
+    gone = {
+        uuid: None
+        for uuid in uuids
+        if uuid in ours and sysfs.directory(machine_of(root), uuid) is None
+    }
     if gone:
         with Journal.open(journal) as book:
             await book.put(Change(devices=gone))
@@ -259,7 +261,9 @@ async def find_place(
     end = loop.time() + _GRACE
     while True:
         try:
-            return place(sysfs.scan(root), type_id, count, parent=parent, uuids=uuids)
+            return place(
+                await sysfs.scan(machine_of(root)), type_id, count, parent=parent, uuids=uuids
+            )
         except CapacityError:
             if loop.time() >= end:
                 raise
@@ -348,7 +352,7 @@ def _too_many(host: Host, type_: MdevType, wanted: int) -> CapacityError:
 
 
 def _no_such_mdev(uuid: UUID, root: Path) -> UnknownError:
-    known = [str(mdev.uuid) for mdev in sysfs.scan(root).mdevs]
+    known = [str(mdev.uuid) for mdev in sysfs.read_host(machine_of(root)).mdevs]
     if not known:
         return UnknownError(f"there is no mdev {uuid}", "this host has none")
     close = get_close_matches(str(uuid), known, n=1, cutoff=0.8)
@@ -358,7 +362,7 @@ def _no_such_mdev(uuid: UUID, root: Path) -> UnknownError:
 
 
 def _removable(uuid: UUID, root: Path) -> Mdev:
-    mdev = sysfs.read_mdev(uuid, root)
+    mdev = sysfs.read_mdev(machine_of(root), uuid)
     if mdev is None:
         raise _no_such_mdev(uuid, root)
     file = mdev.path / "remove"  # it is not there while a removal is under way

@@ -39,6 +39,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
+from mdev_orchestrator.engine.context import ROOT, machine_of
 from mdev_orchestrator.errors import (
     BusyError,
     DeadlineError,
@@ -49,15 +50,13 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.host import groups, sysfs
-from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.holders import Holders, find_holders
 from mdev_orchestrator.host.readiness import wait_ready
-from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import Host, Mdev, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import Ended, RunningGuest
 from mdev_orchestrator.state import decode, private_dir
-from mdev_orchestrator.system.writer import Writer, write_or_kill
 
 START_SECONDS = 30.0
 """For one group to come online."""
@@ -107,10 +106,10 @@ async def usable_mdev(uuid: UUID, deadline: float, host: Path = ROOT) -> GuestMd
     :raise UnknownError: There is no such mdev.
     :raise DeadlineError: It cannot be opened; says why.
     """
-    mdev = sysfs.read_mdev(uuid, host)
+    mdev = sysfs.read_mdev(machine_of(host), uuid)
     if mdev is None:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them; mdo create makes one")
-    await wait_ready(uuid, min(deadline, READY_SECONDS), host)
+    await wait_ready(machine_of(host), uuid, min(deadline, READY_SECONDS))
     return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
 
 
@@ -120,7 +119,6 @@ async def launch(
     deadline: float = process.START_SECONDS,
     root: Path | None = None,
     host: Path = ROOT,
-    write: Writer = write_or_kill,
 ) -> RunningGuest:
     """Start a guest, and the groups of its mdevs before that; all of it or nothing.
 
@@ -133,10 +131,10 @@ async def launch(
     :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
         or what :func:`mdev_orchestrator.qemu.process.start` raises.
     """
-    await reclaim_groups(root=root, host=host, write=write)
-    found = sysfs.scan(host, types=False) if spec.mdevs else Host()
+    await reclaim_groups(root=root, host=host)
+    found = await sysfs.scan(machine_of(host), types=False) if spec.mdevs else Host()
     wanted = _groups_of(found, (mdev.uuid for mdev in spec.mdevs))
-    held = _holders_of(wanted, found, host)
+    held = await _holders_of(wanted, found, host)
     for group in wanted:
         _check_users(group, held)
     _check_complete(f"guest {spec.name}", wanted, {mdev.uuid for mdev in spec.mdevs})
@@ -156,7 +154,7 @@ async def launch(
             for group in wanted:
                 by: Literal["mdo", "qemu"] = "qemu" if group in left_to_qemu else "mdo"
                 await stack.enter_async_context(
-                    _online(place, group, by, min(deadline, START_SECONDS), host, write)
+                    _online(place, group, by, min(deadline, START_SECONDS), host)
                 )
             with _explained(wanted, host):
                 yield
@@ -171,7 +169,6 @@ async def attach(
     deadline: float = hotplug.ATTACH_SECONDS,
     wait_guest: bool = False,
     host: Path = ROOT,
-    write: Writer = write_or_kill,
 ) -> str | None:
     """Plug an mdev into a running guest, and start its group before that if it is offline.
 
@@ -189,16 +186,16 @@ async def attach(
         connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp,
         contextlib.AsyncExitStack() as stack,
     ):
-        found = sysfs.scan(host, types=False)
+        found = await sysfs.scan(machine_of(host), types=False)
         for group in _groups_of(found, [mdev.uuid]):
-            _check_users(group, _holders_of([group], found, host), guest)
+            _check_users(group, await _holders_of([group], found, host), guest)
             by: Literal["mdo", "qemu"] = "mdo"
             if group.online is False and await features.has_property(
                 qmp, mdev.device_api, features.START
             ):
                 by = "qemu"
             await stack.enter_async_context(
-                _online(guest.started, group, by, end - loop.time(), host, write)
+                _online(guest.started, group, by, end - loop.time(), host)
             )
             stack.enter_context(_explained([group], host))
         return await hotplug.plug_by(qmp, hotplug.device_for(mdev), end, wait_guest=wait_guest)
@@ -214,7 +211,6 @@ async def detach(
     *,
     root: Path | None = None,
     host: Path = ROOT,
-    write: Writer = write_or_kill,
 ) -> None:
     """Take an mdev out of a running guest, and its group offline when that was the last of it.
 
@@ -225,7 +221,7 @@ async def detach(
     found = process.find(guest, root)
     if not process.has_started(found):
         return
-    for swept in await _tidy(found, host, write):
+    for swept in await _tidy(found, host):
         if swept.error:
             raise MdoError(f"mdev {uuid} is out of guest {guest}, but {swept.group}: {swept.error}")
 
@@ -236,7 +232,6 @@ async def end(
     deadline: float = process.STOP_SECONDS,
     force: bool = False,
     host: Path = ROOT,
-    write: Writer = write_or_kill,
 ) -> Ended:
     """End a guest, take what was started for it offline, and remove its directory.
 
@@ -247,7 +242,7 @@ async def end(
     async def release(ended: RunningGuest) -> None:
         if not process.has_started(ended):
             return
-        for swept in await _tidy(ended, host, write):
+        for swept in await _tidy(ended, host):
             if swept.error:
                 raise MdoError(
                     f"{ended.label} has ended, but {swept.group} may still be online: "
@@ -259,7 +254,7 @@ async def end(
 
 
 async def reclaim_groups(
-    *, root: Path | None = None, host: Path = ROOT, write: Writer = write_or_kill
+    *, root: Path | None = None, host: Path = ROOT
 ) -> tuple[ReclaimedGroup, ...]:
     """Take offline what was started for guests that have ended, or have let go of it since.
 
@@ -269,13 +264,15 @@ async def reclaim_groups(
     left = [g for g in process.list_guests(root) if process.has_started(g) or _drafts(g)]
     if not left:
         return ()
-    found = sysfs.scan(host, types=False)
-    held = holders(found.mdevs, host)  # one look for all guests: it reads every process
+    found = await sysfs.scan(machine_of(host), types=False)
+    held = await find_holders(
+        machine_of(host), found.mdevs
+    )  # one look for all guests: it reads every process
     for guest in left:
         if not _has_all_in_use(guest, found, held):
             # one that is being started or changed at this moment can wait for the next sweep
             with contextlib.suppress(BusyError):
-                done += await _tidy(guest, host, write, wait=0, starting=0)
+                done += await _tidy(guest, host, wait=0, starting=0)
     return tuple(done)
 
 
@@ -294,7 +291,6 @@ def _has_all_in_use(guest: RunningGuest, found: Host, held: Holders) -> bool:
 async def _tidy(
     guest: RunningGuest,
     host: Path,
-    write: Writer,
     *,
     wait: float = process.LOCK_SECONDS,
     starting: float = START_SECONDS,
@@ -313,7 +309,7 @@ async def _tidy(
                 try:
                     started = _read(file)
                     done += await _give_back(
-                        guest.name, file, started, host, write, alive=alive, starting=starting
+                        guest.name, file, started, host, alive=alive, starting=starting
                     )
                 except MdoError as error:
                     done.append(
@@ -333,19 +329,18 @@ async def _give_back(
     file: Path,
     started: Started,
     host: Path,
-    write: Writer,
     *,
     alive: bool,
     starting: float = 0,
 ) -> list[ReclaimedGroup]:
     """Take one group offline unless it is in use, and forget it then."""
-    found = sysfs.scan(host, types=False)
+    found = await sysfs.scan(machine_of(host), types=False)
     left = _left_of(started, found)
     was_online = False
     if left:
         group = found.group_of(left[0])
-        users = _users(group, _holders_of([group], found, host))
-        if users or not await _stopped(left[0].uuid, starting, host, write):
+        users = _users(group, await _holders_of([group], found, host))
+        if users or not await _stopped(left[0].uuid, starting, host):
             who = "held by " + ", ".join(sorted(users)) if users else "the driver says it is in use"
             return [] if alive else [ReclaimedGroup(guest, group.label, who)]
         was_online = left[0].online is True
@@ -371,7 +366,7 @@ def _users(group: StartGroup, held: Holders) -> set[str]:
     return {str(holder) for uuid in group.members for holder in held.of(uuid)}
 
 
-async def _stopped(uuid: UUID, seconds: float, host: Path, write: Writer) -> bool:
+async def _stopped(uuid: UUID, seconds: float, host: Path) -> bool:
     """Stop a group that nobody has open.
 
     When the driver says that it is in use nevertheless, it is just starting: who asked for that has
@@ -379,7 +374,7 @@ async def _stopped(uuid: UUID, seconds: float, host: Path, write: Writer) -> boo
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    while not await groups.stop(uuid, STOP_SECONDS, host, write=write):
+    while not await groups.stop(machine_of(host), uuid, STOP_SECONDS):
         if loop.time() >= end:
             return False
         await asyncio.sleep(_LOOK_SECONDS)
@@ -396,7 +391,6 @@ async def _online(
     by: Literal["mdo", "qemu"],
     deadline: float,
     host: Path,
-    write: Writer,
 ) -> AsyncIterator[None]:
     """A group that is online before the block, or will be by QEMU; undone if the block fails.
 
@@ -410,14 +404,14 @@ async def _online(
     try:
         if by == "mdo":
             try:
-                await groups.start(group, max(deadline, 0.1), host, write=write)
+                await groups.start(machine_of(host), group, max(deadline, 0.1))
             except HostError as error:
                 denied = error.message
                 _forget(file)
             except DeadlineError:
                 raise  # it may come online yet
             except MdoError:
-                now = groups.find(group.members[0], host)
+                now = await groups.find(machine_of(host), group.members[0])
                 if now is None or now[1].online is False:
                     _forget(file)  # all or nothing: it was nothing
                 raise
@@ -426,16 +420,16 @@ async def _online(
         if denied:
             error.add_note(f"{denied}, and its driver did not start it by itself")
         elif file.exists():
-            await _undo(file, host, write, error)
+            await _undo(file, host, error)
         raise
 
 
-async def _undo(file: Path, host: Path, write: Writer, cause: BaseException) -> None:
+async def _undo(file: Path, host: Path, cause: BaseException) -> None:
     """Give back what a failed launch or attach started; what cannot be becomes a note."""
     started = _read(file)
     try:
         # a device that was plugged in spite of the failure is in use, and its group stays
-        await _give_back("", file, started, host, write, alive=True)
+        await _give_back("", file, started, host, alive=True)
     except MdoError as error:
         cause.add_note(f"{_named(started)} may still be online: {error.message}")
 
@@ -447,7 +441,7 @@ def _explained(wanted: Sequence[StartGroup], host: Path) -> Iterator[None]:
         yield
     except QemuError as error:
         for group in wanted:
-            if words := groups.explain(group, host):
+            if words := groups.explain(machine_of(host), group):
                 error.add_note(words)
         raise
 
@@ -503,10 +497,11 @@ def _groups_of(found: Host, uuids: Iterable[UUID]) -> tuple[StartGroup, ...]:
     return tuple(dict.fromkeys(found.group_of(mdev) for mdev in mdevs if mdev is not None))
 
 
-def _holders_of(wanted: Collection[StartGroup], found: Host, host: Path) -> Holders:
+async def _holders_of(wanted: Collection[StartGroup], found: Host, host: Path) -> Holders:
     """Who has members of some start groups open, by one look at all processes."""
     members = {uuid for group in wanted for uuid in group.members}
-    return holders([mdev for mdev in found.mdevs if mdev.uuid in members], host)
+    members_only = [mdev for mdev in found.mdevs if mdev.uuid in members]
+    return await find_holders(machine_of(host), members_only)
 
 
 def _one(group: StartGroup, of: Collection[UUID]) -> UUID:

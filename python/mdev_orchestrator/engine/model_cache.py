@@ -31,9 +31,9 @@ from mdev_orchestrator.capacity.models import (
     survey,
 )
 from mdev_orchestrator.capacity.planner import Plan
+from mdev_orchestrator.engine.context import ROOT, machine_of
 from mdev_orchestrator.errors import HostError, MdoError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.state import decode, private_dir, state_dir
 
@@ -117,7 +117,7 @@ def learn_from(
     if plan is not None and _is_true(plan, root):
         return
     known = load(place)
-    if found := learn(before, sysfs.scan(root), known):
+    if found := learn(before, sysfs.read_host(machine_of(root)), known):
         with suppress(MdoError):
             keep(found, place)
 
@@ -128,7 +128,7 @@ def _is_true(plan: Plan, root: Path) -> bool:
     return all(
         parent.capacity.confidence is not Confidence.GUESSED
         and all(
-            sysfs.available_instances(parent.capacity.name, type_, root) == count
+            sysfs.available_instances(machine_of(root), parent.capacity.name, type_) == count
             for type_, count in parent.available_after.items()
         )
         for parent in plan.parents

@@ -90,7 +90,7 @@ async def candidates(
     """
     with Journal.open(journal) as book:
         await recover(book, context=context)
-    return choose(sysfs.scan(context.host), names)
+    return choose(sysfs.read_host(context.machine), names)
 
 
 def choose(host: Host, names: Sequence[str]) -> Candidates:
@@ -132,7 +132,7 @@ async def probe(
     :raise MdoError: The driver refused; every device was removed again, but for those that the
         notes name.
     """
-    host = sysfs.scan(context.host)
+    host = await sysfs.scan(context.machine)
     (found,) = choose(host, [parent]).idle
     (believed,) = survey(Host((found,)), learned=model_cache.load(place))
     if believed.confidence is Confidence.CERTAIN:
@@ -253,7 +253,7 @@ class _Trial(Struct):
         parent = self.run.title
         ours = {create.device.uuid for create in self.creates}
         while True:
-            host = sysfs.scan(self.context.host)
+            host = await sysfs.scan(self.context.machine)
             for mdev in host.mdevs:
                 if mdev.parent == parent and mdev.uuid not in ours:
                     raise BusyError(

@@ -25,14 +25,13 @@ from uuid import UUID
 from msgspec import Struct
 
 from mdev_orchestrator.engine import executor
-from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.context import ROOT, Context, machine_of
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord, Managed
 from mdev_orchestrator.engine.steps import AnyStep, decode
 from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.model import Host, is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.system.processes import boot_id
@@ -104,7 +103,7 @@ async def recover(
             errors = await executor.undo(journal, run, entries, context, observe)
         words = tuple(str(step) for step in _begun(entries))
         done.append(Recovered(found, way, words, tuple(errors), why))
-    await journal.forget(lambda uuid: sysfs.directory(uuid, context.host) is not None)
+    await journal.forget(lambda uuid: sysfs.directory(context.machine, uuid) is not None)
     return done
 
 
@@ -180,7 +179,7 @@ async def adopt(
     wanted = [process.find_running(name, guests) for name in names if not is_uuid(name)]
     if everything:
         wanted = [guest for guest in process.list_guests(guests) if guest.alive]
-    found = sysfs.scan(host)
+    found = await sysfs.scan(machine_of(host))
     with Journal.open(journal) as book:
         owned = book.owned()
         devices: dict[UUID, DeviceRecord | None] = {}

@@ -34,7 +34,7 @@ from msgspec import Struct, field
 
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.apply import apply, manual_pools, stored
-from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.context import ROOT, Context, machine_of
 from mdev_orchestrator.engine.diff import Changes
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Journal
@@ -52,7 +52,6 @@ from mdev_orchestrator.host.events import (
     udev_monitor,
 )
 from mdev_orchestrator.host.readiness import wait_ready
-from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import Host
@@ -145,7 +144,7 @@ async def restore(
     async def bring_back(own: SpecRecord, needed: frozenset[Need]) -> Changes:
         for need in needed:
             if need.uuid is not None:  # it is on the bus before it can be used
-                await wait_ready(need.uuid, wait, host)
+                await wait_ready(machine_of(host), need.uuid, wait)
         return await apply(
             stored(own),
             policy=own.policy,
@@ -172,7 +171,7 @@ async def restore(
                     if not waiting:
                         break
         except TimeoutError:
-            work.give_up(tasks, sysfs.scan(host), wait)
+            work.give_up(tasks, await sysfs.scan(machine_of(host)), wait)
         except HostError as error:  # no events: what is there comes back nevertheless
             work.done |= {name: Restored(name, error=error) for name in waiting}
     return tuple(work.done[name] for name in specs)
@@ -271,12 +270,12 @@ async def _looks(
     """
 
     async def scans(stream: AsyncIterator[Event]) -> AsyncGenerator[Host, None]:
-        yield sysfs.scan(host)
+        yield await sysfs.scan(machine_of(host))
         async for event in stream:  # begins with a Rescan: nothing is missed in between
             if any(need.may_come_with(event) for needed in waiting.values() for need in needed):
-                yield sysfs.scan(host)
+                yield await sysfs.scan(machine_of(host))
 
-    stream = events(make_monitor or (lambda: udev_monitor(host)))
+    stream = events(make_monitor or (lambda: udev_monitor(machine_of(host))))
     async with aclosing(stream), aclosing(scans(stream)) as looks:
         yield looks
 

@@ -196,7 +196,6 @@ class Launch(Step, frozen=True, tag="launch"):
             deadline=self.deadline,
             root=context.guests,
             host=context.host,
-            write=context.start,
         )
 
     def inverse(self) -> Stop:
@@ -236,9 +235,7 @@ class Stop(Step, frozen=True, tag="stop"):
             return
         # one without a record was cut short at its start: nothing of it can be asked
         force = self.force or found.record is None
-        await lifecycle.end(
-            found, deadline=self.deadline, force=force, host=context.host, write=context.start
-        )
+        await lifecycle.end(found, deadline=self.deadline, force=force, host=context.host)
 
     def inverse(self) -> Launch:
         """What undoes it."""
@@ -276,7 +273,6 @@ class Attach(Step, frozen=True, tag="attach"):
             _usable(self.uuid, context),
             deadline=self.deadline,
             host=context.host,
-            write=context.start,
         )
 
     def inverse(self) -> Detach:
@@ -313,7 +309,6 @@ class Detach(Step, frozen=True, tag="detach"):
                 self.deadline,
                 root=context.guests,
                 host=context.host,
-                write=context.start,
             )
         except UnknownError:
             if self.named and not context.repairing:
@@ -384,7 +379,7 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
 
 
 def _usable(uuid: UUID, context: Context) -> GuestMdev:
-    found = sysfs.read_mdev(uuid, context.host)
+    found = sysfs.read_mdev(context.machine, uuid)
     if found is None:
         raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
     return GuestMdev(uuid, found.path, found.device_api or "vfio-pci")
