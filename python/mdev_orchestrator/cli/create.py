@@ -13,7 +13,8 @@ from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
 from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.machine import Machine
 
 
 def create(
@@ -37,7 +38,7 @@ def create(
 ) -> None:
     """Create devices of one type, all or none; prints their UUIDs, one a line."""
     root = output.host_root()
-    before = scan(root)
+    before = read_host(Machine(root))
     made = output.run(
         create_devices(
             type_id,

@@ -10,7 +10,8 @@ from mdev_orchestrator.cli.options import Option
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import doctor as host_doctor
 from mdev_orchestrator.host.doctor import Finding
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import doctor as qemu_doctor
 
 
@@ -35,5 +36,6 @@ def doctor(
 
 async def _examine(qemu: str) -> list[Finding]:
     root = output.host_root()
-    host = scan(root)
-    return [*host_doctor.examine(host, root), *await qemu_doctor.examine(qemu, host.mdevs)]
+    machine = Machine(root)
+    host = read_host(machine)
+    return [*host_doctor.examine(machine, host), *await qemu_doctor.examine(qemu, host.mdevs)]

@@ -23,10 +23,11 @@ JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
 
 def list_(*, json: JsonOption = False) -> None:
     """Show all guests, with what they hold."""
-    from mdev_orchestrator.host.sysfs import scan
+    from mdev_orchestrator.host.sysfs import read_host
+    from mdev_orchestrator.machine import Machine
 
     reports = output.run(_look_all())
-    host = scan(output.host_root())
+    host = read_host(Machine(output.host_root()))
     if json:
         output.emit_json({"guests": [guest_shape(report, host) for report in reports]})
         return
@@ -115,9 +116,10 @@ def start(
     if words := qemu_words(report.guest.qemu_log):
         output.say(f"{report.guest.label}: QEMU says: {words}")
     if json:
-        from mdev_orchestrator.host.sysfs import scan
+        from mdev_orchestrator.host.sysfs import read_host
+        from mdev_orchestrator.machine import Machine
 
-        output.emit_json(guest_shape(report, scan(output.host_root())))
+        output.emit_json(guest_shape(report, read_host(Machine(output.host_root()))))
     else:
         record = report.guest.record
         output.emit(f"{name} runs as process {record.pid if record else NONE}")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.options import Option
-from mdev_orchestrator.host.holders import Holders, holders
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.holders import Holders, read_holders
+from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def host(
 ) -> None:
     """Show parents, their types with free and used instances, and devices with their holders."""
     root = output.host_root()
-    found = scan(root)
-    held = holders(found.mdevs, root)
+    found = read_host(Machine(root))
+    held = read_holders(Machine(root), found.mdevs)
     owned = _owned()
     if json:
         output.emit_json(shape(found, held, owned))

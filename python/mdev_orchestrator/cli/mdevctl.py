@@ -11,9 +11,10 @@ from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.options import Argument, Option
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.spec import load, to_plain, to_toml
 
@@ -97,7 +98,7 @@ def export(
 
 def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
     root = output.host_root()
-    host = scan(root)
+    host = read_host(Machine(root))
     if len(what) == 1 and not is_uuid(what[0]):
         return mdevctl.of_spec(load(what[0]), host)
     ours = [

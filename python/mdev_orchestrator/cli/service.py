@@ -9,18 +9,19 @@ from pathlib import Path
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.host import service
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.state import cache_dir, state_dir
 
 
 def install() -> None:
     """Write the units and the udev rule, for this mdo and this state directory; again to renew."""
-    runs = service.install(_files(), output.host_root())
+    runs = service.install(Machine(output.host_root()), _files())
     output.emit(f"{service.GUESTS} " + ("runs" if runs else "will run when systemd boots"))
 
 
 def remove() -> None:
     """Remove them again; guests that run go on running."""
-    done = service.remove(output.host_root())
+    done = service.remove(Machine(output.host_root()))
     output.emit(f"{service.GUESTS} " + ("is removed" if done else "is not installed"))
 
 

@@ -25,6 +25,7 @@ from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -80,7 +81,7 @@ def counts(host: Host) -> dict[str, int | None]:
 
 def igd_counts() -> str:
     """Counts of the igd types, as the thread of 2016 writes them: 8/4/2."""
-    left = counts(sysfs.scan())
+    left = counts(sysfs.read_host(Machine()))
     return "/".join(str(left[f"mvgpu-{size}M"]) for size in (128, 256, 512))
 
 
@@ -99,7 +100,7 @@ async def use(program: l2.Program, uuid: UUID) -> str:
 async def tell() -> None:
     """Tell the story; what it made is gone when it ends, however it ends."""
     async with step("look at the host") as this:
-        before = counts(sysfs.scan())
+        before = counts(sysfs.read_host(Machine()))
         expect("parents that offer types", True, bool(before))
         this.result = f"{len(before)} types, igd reads {igd_counts()}"
     async with contextlib.AsyncExitStack() as devices, contextlib.AsyncExitStack() as undo:
@@ -108,7 +109,9 @@ async def tell() -> None:
             devices.push_async_callback(gone, grid)
             (igd,) = await create_devices(IGD_TYPE)
             devices.push_async_callback(gone, igd)
-            others = {n for id_, n in counts(sysfs.scan()).items() if id_ in GRID_OTHERS}
+            others = {
+                n for id_, n in counts(sysfs.read_host(Machine())).items() if id_ in GRID_OTHERS
+            }
             expect("instances left of the other grid types", {0}, others)
             expect("instances left of the igd types", "4/2/1", igd_counts())
             this.result = "other grid types read 0, igd reads 4/2/1"
@@ -217,13 +220,13 @@ async def refused(kind: type[MdoError], launching: Awaitable[process.RunningGues
 
 def online(mdev: Mdev) -> bool | None:
     """Whether an mdev is online now."""
-    found = sysfs.read_mdev(mdev.uuid)
+    found = sysfs.read_mdev(Machine(), mdev.uuid)
     return None if found is None else found.online
 
 
 def links() -> tuple[int, int]:
     """All links of the parent, and how many are free."""
-    parent = next(p for p in sysfs.scan().parents if p.name == PEER_PARENT)
+    parent = next(p for p in sysfs.read_host(Machine()).parents if p.name == PEER_PARENT)
     return parent.links or 0, parent.links_free or 0
 
 
@@ -232,17 +235,17 @@ GRID_OTHERS = {f"mvgpu-{number}" for number in range(11, 19)} - {GRID_TYPE}
 
 async def gone(mdev: Mdev) -> None:
     """Remove an mdev if it is still there."""
-    if sysfs.read_mdev(mdev.uuid) is not None:
+    if sysfs.read_mdev(Machine(), mdev.uuid) is not None:
         await remove_devices([str(mdev.uuid)])
 
 
 async def settled(wanted: dict[str, int | None]) -> dict[str, int | None]:
     """Counts, read again for a moment: the kernel gives an instance back just after ``remove``."""
     for _ in range(20):
-        if counts(sysfs.scan()) == wanted:
+        if counts(sysfs.read_host(Machine())) == wanted:
             break
         await asyncio.sleep(0.05)  # no event tells of it
-    return counts(sysfs.scan())
+    return counts(sysfs.read_host(Machine()))
 
 
 def main() -> int:

@@ -55,6 +55,7 @@ from mdev_orchestrator.errors import (
     UnknownError,
 )
 from mdev_orchestrator.host.service import scope
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
     GuestSpec,
@@ -706,7 +707,7 @@ async def _start(spec: GuestSpec, directory: Path, deadline: float) -> RunningGu
         )
         argv = guest_argv(spec, sockets)
         numbers = [listener.fileno() for listener in listeners]
-        pid, opener = _spawn(scope(spec.name) + argv, numbers, directory / QEMU_LOG)
+        pid, opener = _spawn(scope(Machine(), spec.name) + argv, numbers, directory / QEMU_LOG)
         stack.callback(os.close, opener)
         process = os.pidfd_open(pid)
         stack.callback(os.close, process)
