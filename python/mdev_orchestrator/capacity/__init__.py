@@ -11,5 +11,6 @@
 attributes  what vendors say about their types, as typed values
 models      how one more device changes what else a parent can take
 planner     where requests go, and what would remain
+shortage    the error for what does not fit
 ==========  ==================================================================
 """

@@ -24,10 +24,10 @@ from msgspec import Struct
 
 from mdev_orchestrator.capacity.models import (
     Confidence,
-    Look,
     ParentCapacity,
+    TypeCounts,
+    count_types,
     kind_of,
-    look,
     observe,
     survey,
 )
@@ -137,7 +137,7 @@ async def probe(
     (believed,) = survey(Host((found,)), learned=model_cache.load(place))
     if believed.confidence is Confidence.CERTAIN:
         return Probed(believed, believed, 0)
-    idle = look(host, parent)
+    idle = count_types(host, parent)
     if idle is None:
         raise BusyError(f"parent {parent} has a device on its way", "try again when it has settled")
     with Journal.open(journal) as book:
@@ -154,7 +154,7 @@ async def probe(
 
 @asynccontextmanager
 async def _trial(
-    book: Journal, parent: Parent, idle: Look, context: Context
+    book: Journal, parent: Parent, idle: TypeCounts, context: Context
 ) -> AsyncIterator[_Trial]:
     """A run of the journal, with all devices that may be made; undone at the end."""
     alone = [type_ for type_, left in idle.left.items() if left]
@@ -206,8 +206,8 @@ class _Trial(Struct):
     run: Run
     creates: Sequence[Create]
     context: Context
-    idle: Look
-    looks: list[Look]
+    idle: TypeCounts
+    looks: list[TypeCounts]
     used: dict[str, int]
     created: int = 0
 
@@ -230,7 +230,7 @@ class _Trial(Struct):
         self.created += 1
         await self.book.note(self.run, Progress.DONE, [number], change=create.outcome)
         self.used[create.device.type] += 1
-        self.looks.append(await self.settled(Look(self.used, {})))
+        self.looks.append(await self.settled(TypeCounts(self.used, {})))
 
     async def _take_back(self, number: int) -> None:
         remove = self.creates[number].inverse()
@@ -240,7 +240,7 @@ class _Trial(Struct):
         self.used[remove.device.type] -= 1
         self.looks.append(await self.settled(self.idle))
 
-    async def settled(self, expected: Look) -> Look:
+    async def settled(self, expected: TypeCounts) -> TypeCounts:
         """Wait until the parent is as it should be, and give what is seen of it then.
 
         No event tells when a driver has given an instance back.
@@ -261,9 +261,9 @@ class _Trial(Struct):
                         "probed; nothing was learned",
                         "try again when nobody uses it",
                     )
-            seen = look(host, parent)
+            seen = count_types(host, parent)
             if seen is not None and _as_expected(seen, expected):
-                return Look(dict(seen.used), seen.left)
+                return TypeCounts(dict(seen.used), seen.left)
             if loop.time() >= end:
                 raise DeadlineError(
                     f"parent {parent} does not count as it should: {_difference(seen, expected)}",
@@ -272,12 +272,12 @@ class _Trial(Struct):
             await asyncio.sleep(0.02)
 
 
-def _as_expected(seen: Look, expected: Look) -> bool:
+def _as_expected(seen: TypeCounts, expected: TypeCounts) -> bool:
     """Whether it has just these devices, and those counts that are known beforehand."""
     return seen.used == expected.used and expected.left.items() <= seen.left.items()
 
 
-def _difference(seen: Look | None, expected: Look) -> str:
+def _difference(seen: TypeCounts | None, expected: TypeCounts) -> str:
     if seen is None:
         return "a device is on its way"
     for what, now, then in (

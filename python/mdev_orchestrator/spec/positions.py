@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NoReturn
@@ -184,6 +183,8 @@ class _Reader:
         if word is None:
             self._expected("a key")
         if word.startswith('"') and "\\" in word:
+            import tomllib
+
             try:
                 (word,) = tomllib.loads(f"{word} = 0")
             except tomllib.TOMLDecodeError:

@@ -6,7 +6,6 @@ The parsers decide what is right. What is wrong is found out here, since their m
 
 from __future__ import annotations
 
-import tomllib
 from bisect import bisect_left
 from collections.abc import Mapping
 
@@ -32,7 +31,11 @@ def read_text(text: str, source: str, kind: Kind) -> tuple[object, Mapping[Place
 
 
 def _parse(text: str, kind: Kind) -> object:
-    return msgspec.json.decode(text) if kind == "json" else tomllib.loads(text)
+    if kind == "json":
+        return msgspec.json.decode(text)
+    import tomllib  # most commands read no TOML
+
+    return tomllib.loads(text)
 
 
 def _explain(text: str, kind: Kind, layout: Layout) -> tuple[int, str]:
@@ -61,7 +64,7 @@ def _refused_statement(text: str, layout: Layout) -> tuple[int, str]:
 
 def _is_toml(text: str) -> bool:
     try:
-        tomllib.loads(text)
+        _parse(text, "toml")
     except (ValueError, RecursionError):
         return False
     return True
