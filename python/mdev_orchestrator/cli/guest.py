@@ -91,8 +91,9 @@ def start(
     from uuid import uuid4
 
     from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu.command import GuestSpec, parse_accel, parse_size
+    from mdev_orchestrator.qemu.command import GuestSpec, parse_accel
     from mdev_orchestrator.qemu.process import qemu_words
+    from mdev_orchestrator.spec import parse_size
 
     spec = GuestSpec(
         name=name,

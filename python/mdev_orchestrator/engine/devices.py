@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 from mdev_orchestrator.capacity.models import survey
 from mdev_orchestrator.capacity.planner import Request
 from mdev_orchestrator.capacity.planner import plan as make_plan
+from mdev_orchestrator.capacity.shortage import capacity_error
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE, Context
 from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
@@ -24,7 +25,6 @@ from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Detach, Remove
 from mdev_orchestrator.errors import (
     BusyError,
-    CapacityError,
     HostError,
     RequestError,
     UnknownError,
@@ -156,7 +156,7 @@ def place(
         request = Request(key=type_.id, type_id=type_.id, count=wanted, parent=type_.parent)
         plan = make_plan([request], survey(host, learned=model_cache.load(machine)))
         if not plan.fits:
-            raise _too_many(host, type_, wanted)
+            raise capacity_error(plan, [request])
     fresh = (uuid4() for _ in range(wanted - len(uuids)))
     return type_, (*uuids, *fresh)
 
@@ -230,27 +230,6 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     more = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _too_many(host: Host, type_: MdevType, wanted: int) -> CapacityError:
-    available = type_.available_instances
-    if available:
-        return CapacityError(
-            f"{wanted} of {type_.id} do not fit on {type_.parent}: {available} would; "
-            "nothing was created",
-            f"-n {available}",
-        )
-    used = Counter(m.type_id for m in host.mdevs if m.parent == type_.parent)
-    in_use = _some(
-        f"{count} of {id_}" if id_ else f"{count} being removed" for id_, count in used.items()
-    )
-    siblings = next(p.types for p in host.parents if p.name == type_.parent)
-    fits = _some(f"{t.available_instances} of {t.id}" for t in siblings if t.available_instances)
-    return CapacityError(
-        f"no instance of {type_.id} is left on {type_.parent}: in use there "
-        f"{in_use or 'nothing'}; nothing was created",
-        f"{fits} would fit instead" if fits else "remove a device first",
-    )
 
 
 # ---------------------------------------------------------------- removing

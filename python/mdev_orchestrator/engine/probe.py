@@ -23,10 +23,10 @@ from msgspec import Struct
 
 from mdev_orchestrator.capacity.models import (
     Confidence,
-    Look,
     ParentCapacity,
+    TypeCounts,
+    count_types,
     kind_of,
-    look,
     observe,
     survey,
 )
@@ -99,7 +99,7 @@ async def candidates(machine: Machine, names: Sequence[str]) -> Candidates:
 
 
 def choose(host: Host, names: Sequence[str]) -> Candidates:
-    """The same for one scan of the host, without a look at the journal."""
+    """The same for one scan of the host, without reading the journal."""
     parents = {parent.name: parent for parent in host.parents}
     if not parents:
         raise UnknownError(
@@ -141,7 +141,7 @@ async def probe(machine: Machine, parent: str, *, deadline: float = DEADLINE) ->
     (believed,) = survey(Host((found,)), learned=model_cache.load(machine))
     if believed.confidence is Confidence.CERTAIN:
         return Probed(believed, believed, 0)
-    idle = look(host, parent)
+    idle = count_types(host, parent)
     if idle is None:
         raise BusyError(f"parent {parent} has a device on its way", "try again when it has settled")
     async with open_journal(machine) as journal:
@@ -149,7 +149,7 @@ async def probe(machine: Machine, parent: str, *, deadline: float = DEADLINE) ->
             await trial.alone()
             await trial.together()
         await trial.settled(idle)
-    now = observe(believed, [*trial.looks, idle])
+    now = observe(believed, [*trial.samples, idle])
     result = Probed(believed, now, trial.created)
     if result.learned:
         model_cache.keep(machine, {kind_of(found): now.model})
@@ -158,7 +158,7 @@ async def probe(machine: Machine, parent: str, *, deadline: float = DEADLINE) ->
 
 @asynccontextmanager
 async def _trial(
-    journal: Journal, parent: Parent, idle: Look, context: Context
+    journal: Journal, parent: Parent, idle: TypeCounts, context: Context
 ) -> AsyncIterator[_Trial]:
     """A run of the journal, with all devices that may be created; undone at the end."""
     alone = [type_ for type_, left in idle.left.items() if left]
@@ -210,8 +210,8 @@ class _Trial(Struct):
     """
 
     execution: Execution
-    idle: Look
-    looks: list[Look]
+    idle: TypeCounts
+    samples: list[TypeCounts]
     used: dict[str, int]
     created: int = 0
 
@@ -231,21 +231,21 @@ class _Trial(Struct):
         """As many devices as fit, up to a number."""
         devices = self.devices
         for number in range(len(devices) - TOGETHER, len(devices)):
-            if self.looks[-1].left[devices[number].type]:
+            if self.samples[-1].left[devices[number].type]:
                 await self._create(number)
 
     async def _create(self, number: int) -> None:
         await self.execution.do_one(number)
         self.created += 1
         self.used[self.devices[number].type] += 1
-        self.looks.append(await self.settled(Look(self.used, {})))
+        self.samples.append(await self.settled(TypeCounts(self.used, {})))
 
     async def _remove(self, number: int) -> None:
         await self.execution.undo_one(number)
         self.used[self.devices[number].type] -= 1
-        self.looks.append(await self.settled(self.idle))
+        self.samples.append(await self.settled(self.idle))
 
-    async def settled(self, expected: Look) -> Look:
+    async def settled(self, expected: TypeCounts) -> TypeCounts:
         """Wait until the parent is as it should be, and give what is seen of it then.
 
         No event tells when a driver has given an instance back.
@@ -266,9 +266,9 @@ class _Trial(Struct):
                         "probed; nothing was learned",
                         "try again when it has no devices",
                     )
-            seen = look(host, parent)
+            seen = count_types(host, parent)
             if seen is not None and _as_expected(seen, expected):
-                return Look(dict(seen.used), seen.left)
+                return TypeCounts(dict(seen.used), seen.left)
             if loop.time() >= end:
                 raise DeadlineError(
                     f"parent {parent} does not count as it should: {_difference(seen, expected)}",
@@ -277,12 +277,12 @@ class _Trial(Struct):
             await asyncio.sleep(0.02)
 
 
-def _as_expected(seen: Look, expected: Look) -> bool:
+def _as_expected(seen: TypeCounts, expected: TypeCounts) -> bool:
     """Whether it has just these devices, and those counts that are known beforehand."""
     return seen.used == expected.used and expected.left.items() <= seen.left.items()
 
 
-def _difference(seen: Look | None, expected: Look) -> str:
+def _difference(seen: TypeCounts | None, expected: TypeCounts) -> str:
     if seen is None:
         return "a device is on its way"
     for what, now, then in (

@@ -419,6 +419,7 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
         hotplug_window=int(guest.hotplug_window),
         mdevs=tuple(mdevs),
         hotplug_ports=guest.hotplug_ports,
+        hotplug_window=int(guest.hotplug_window),
         accel=guest.accel,
         machine=guest.machine,
         qemu=guest.qemu,

@@ -137,17 +137,6 @@ def port_id(number: int) -> str:
     return f"port{number}"
 
 
-def parse_size(text: str) -> int:
-    """Read an amount of memory, ``512M`` or ``2G``; without a letter it is bytes.
-
-    :raise RequestError: It is something else.
-    """
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.strip().upper())
-    if not match:
-        raise RequestError(f"{text!r} is no amount of memory", "write it like 512M or 2G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
-
-
 def parse_accel(text: str) -> Accel:
     """Read the name of an accelerator.
 

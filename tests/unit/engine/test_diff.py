@@ -423,7 +423,7 @@ def test_more_memory_needs_a_restart_which_keeps_the_devices(world: World) -> No
     world.apply(spec(ONE))
     before = world.of("guest:a")
     changes = world.apply(spec(ONE.replace("mdev", 'memory = "1G"\nmdev')))
-    assert changes.restarts == {"a": "memory changes from 536870912 to 1073741824"}
+    assert changes.restarts == {"a": "memory changes from 512M to 1G"}
     assert kinds(changes) == "stop launch"
     assert world.of("guest:a") == before
     assert list(world.running["a"].mdevs) == before

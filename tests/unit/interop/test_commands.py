@@ -72,11 +72,20 @@ uuid = "{U1}"
 type = "mvgpu-128M"
 parent = "igd0"
 attributes = [
-    ["vgpu_params", "a=1"],
-    ["vgpu_params", "a=2"],
-    ["group_uuid", "{GROUP}"],
+    [
+        "vgpu_params",
+        "a=1",
+    ],
+    [
+        "vgpu_params",
+        "a=2",
+    ],
+    [
+        "group_uuid",
+        "{GROUP}",
+    ],
 ]
-mdevctl = '{{"note":"for Anna"}}'
+mdevctl = "{{\\"note\\":\\"for Anna\\"}}"
 """
     )
     assert machine.mdo("import", "--parent", "grid0") == (

@@ -54,7 +54,7 @@ def mdo(
 def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     uuid = str(uuid4())
     code, out, err = mdo(
-        "guest", "start", "g", "--arg=-S", "--uuid", uuid, "--memory", "64M", "--json"
+        "guest", "start", "g", "--arg=-S", "--uuid", uuid, "--memory", "64MB", "--json"
     )
     assert (code, err) == (0, "")
     shown = json.loads(out)
@@ -91,6 +91,9 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
         (("guest", "stop", "../g"), 2, "cannot be the name of a guest"),
         (("guest", "console", "g"), 2, "no guest is called g"),
         (("guest", "start", "g", "--memory", "much"), 2, "no amount of memory"),
+        # a size is read as in a spec, so that the next fault is the first
+        (("guest", "start", "g", "--memory", "512MB", "--kernel", "/no"), 2, "/no does not exist"),
+        (("guest", "start", "g", "--hotplug-window", "1 MiB", "--kernel", "/no"), 2, "/no does"),
         (("guest", "start", "g", "--accel", "warp"), 2, "no accelerator"),
         (("guest", "start", "g", "--uuid", "x"), 2, "not a UUID"),
         (("guest", "start", "g", "--mdev", "x"), 2, "not a UUID"),
