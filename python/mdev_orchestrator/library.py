@@ -7,8 +7,8 @@
 ...         device = await machine.create("mvgpu-12")
 ...         await machine.attach("render-1", device.uuid)
 
-A method that changes the machine does all of it or nothing, also when it is cancelled. What it
-raises is a :class:`mdev_orchestrator.errors.MdoError`, with the object, the outcome, and what to do.
+A method that changes the machine does all of it or nothing, also when it is cancelled. It raises
+:class:`mdev_orchestrator.errors.MdoError`, with the object, the outcome, and what to do.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from mdev_orchestrator.capacity.planner import Policy
 from mdev_orchestrator.engine import adopt as engine_adopt
 from mdev_orchestrator.engine import apply as engine_apply
 from mdev_orchestrator.engine import attach as engine_attach
-from mdev_orchestrator.engine import devices, guests
+from mdev_orchestrator.engine import devices, guests, recovery
 from mdev_orchestrator.engine import probe as engine_probe
-from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine import restore as engine_restore
 from mdev_orchestrator.engine.adopt import Adopted
 from mdev_orchestrator.engine.attach import Attached

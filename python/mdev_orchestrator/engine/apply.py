@@ -21,12 +21,12 @@ from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation, Plan, perform
 from mdev_orchestrator.engine.records import Managed, SpecRecord
 from mdev_orchestrator.engine.snapshot import ObservedState, take_snapshot
-from mdev_orchestrator.engine.steps import Create
 from mdev_orchestrator.errors import CapacityError, RequestError, UnknownError, UuidError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import find_holders
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
+from mdev_orchestrator.qemu.process import STOP_SECONDS
 from mdev_orchestrator.spec import Document, to_json
 
 _LISTED = 4  # names in one message
@@ -165,7 +165,7 @@ async def destroy(
     name: str,
     *,
     force: bool = False,
-    deadline: float = differ.STOP_SECONDS,
+    deadline: float = STOP_SECONDS,
     observe: Observer = ignore,
 ) -> Changes:
     """Remove all that a spec has brought: its guests and devices. All of it, or nothing.

@@ -9,6 +9,7 @@ What could not be waited for is raised with the outcome *unknown*.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -37,6 +38,8 @@ from mdev_orchestrator.system.writer import WriteBatch, WriteResult
 ResultCallback = Callable[[int, Outcome], None]
 """Takes the index of a device and the outcome of its step."""
 
+_NO_INSTANCE_LEFT = frozenset((errno.EUSERS, errno.ENOSPC))
+"""What ``create`` gives when all instances are in use."""
 _LISTED = 8  # files that fit one line
 _LOOK_SECONDS = 0.05
 """Between two looks at something that sends no event."""
@@ -131,7 +134,7 @@ async def _create(device: DeviceRecord, context: Context) -> None:
         if result.outcome is Outcome.DONE:
             return
         error = _refusal(device, result, context)
-        if result.errno not in sysfs.NO_INSTANCE_LEFT or not context.may_settle(device.parent):
+        if result.errno not in _NO_INSTANCE_LEFT or not context.may_settle(device.parent):
             raise error
         await asyncio.sleep(_LOOK_SECONDS)  # the driver has not counted our removal yet
 
@@ -234,9 +237,7 @@ def _refusal(device: DeviceRecord, result: WriteResult, context: Context) -> Mdo
             outcome=Outcome.UNKNOWN,
             subject=f"mdev {device.uuid}",
         )
-    return sysfs.refusal(
-        context.machine, device.parent, device.type, device.uuid, result.errno
-    )
+    return sysfs.refusal(context.machine, device.parent, device.type, device.uuid, result.errno)
 
 
 def _unanswered(device: DeviceRecord) -> DeadlineError:

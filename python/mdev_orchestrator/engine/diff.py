@@ -49,9 +49,10 @@ from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord
 from mdev_orchestrator.engine.snapshot import ObservedGuest, ObservedState
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
 from mdev_orchestrator.errors import CapacityError, RequestError
-from mdev_orchestrator.interop.mdevctl import Definition, complete, is_of
+from mdev_orchestrator.interop.mdevctl import complete, is_of
 from mdev_orchestrator.model import Host, Mdev, MdevType, is_uuid
-from mdev_orchestrator.qemu.process import STOP_SECONDS
+from mdev_orchestrator.qemu.hotplug import ATTACH_SECONDS, DETACH_SECONDS
+from mdev_orchestrator.qemu.process import START_SECONDS, STOP_SECONDS
 from mdev_orchestrator.spec import (
     Document,
     GuestConfig,
@@ -148,7 +149,9 @@ def without(
         running = seen.running.get(guest.name)
         if running is not None and running.uuid == guest.uuid:
             stops.append(
-                PlannedStep(Stop(guest=guest, devices=running.mdevs, force=force, deadline=deadline))
+                PlannedStep(
+                    Stop(guest=guest, devices=running.mdevs, force=force, deadline=deadline)
+                )
             )
     needs = tuple(range(len(stops)))
     mine = [d for d in seen.managed.devices.values() if d.spec == name or d.owner in owners]
@@ -218,7 +221,7 @@ class _Diff:
         self.seen = seen
         self.policy = policy
         self.force = force
-        self.deadlines = {} if deadline is None else {"deadline": deadline}
+        self.deadline = deadline
         self.capacity = capacity
         self.new_uuid = new_uuid
         self.types = {
@@ -620,7 +623,7 @@ class _Diff:
                     guest=own,
                     devices=turn.devices,
                     kept=turn.row is not None,
-                    **self.deadlines,
+                    deadline=self._seconds(START_SECONDS),
                 )
                 fresh.append(_Node(launch, made))
                 nodes.append(fresh[-1])
@@ -628,12 +631,23 @@ class _Diff:
                 # a guest that must stop does so when all is there that it is to come back with
                 stop = _Node(self._stop(turn.row, kept=True), [] if old_first else [*fresh])
                 stops[own.name] = stop
-                start = Launch(guest=own, devices=turn.devices, kept=True, **self.deadlines)
+                start = Launch(
+                    guest=own,
+                    devices=turn.devices,
+                    kept=True,
+                    deadline=self._seconds(START_SECONDS),
+                )
                 nodes += [stop, _Node(start, [stop, *made])]
             else:
                 crowded = len(turn.new) > turn.running.free_ports
-                away = _chain(Detach(guest=own, uuid=uuid, **self.deadlines) for uuid in turn.old)
-                plugs = _chain(Attach(guest=own, uuid=uuid, **self.deadlines) for uuid in turn.new)
+                away = _chain(
+                    Detach(guest=own, uuid=uuid, deadline=self._seconds(DETACH_SECONDS))
+                    for uuid in turn.old
+                )
+                plugs = _chain(
+                    Attach(guest=own, uuid=uuid, deadline=self._seconds(ATTACH_SECONDS))
+                    for uuid in turn.new
+                )
                 for node, uuid in zip(plugs, turn.new, strict=True):
                     node.needs += [creates[uuid]] if uuid in creates else []
                 if crowded:
@@ -657,10 +671,17 @@ class _Diff:
                 node.needs += fresh
         return _numbered(nodes)
 
+    def _seconds(self, default: float) -> float:
+        return default if self.deadline is None else self.deadline
+
     def _stop(self, row: GuestRecord, *, kept: bool = False) -> Stop:
         running = self.seen.running[row.name]
         return Stop(
-            guest=row, devices=running.mdevs, kept=kept, force=self.force, **self.deadlines
+            guest=row,
+            devices=running.mdevs,
+            kept=kept,
+            force=self.force,
+            deadline=self._seconds(STOP_SECONDS),
         )
 
 
@@ -715,7 +736,8 @@ def _numbered(nodes: Sequence[_Node]) -> tuple[PlannedStep, ...]:
     order = list(TopologicalSorter({node: node.needs for node in nodes}).static_order())
     number = {node: index for index, node in enumerate(order)}
     return tuple(
-        PlannedStep(node.step, tuple(sorted({number[need] for need in node.needs}))) for node in order
+        PlannedStep(node.step, tuple(sorted({number[need] for need in node.needs})))
+        for node in order
     )
 
 

@@ -29,7 +29,7 @@ from typing import Self
 from mdev_orchestrator.engine import steps as step_module
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.records import Change, SpecRecord
+from mdev_orchestrator.engine.records import Change, DeviceRecord, SpecRecord
 from mdev_orchestrator.engine.steps import AnyStep, Create, Launch, Remove, attempt_all
 from mdev_orchestrator.errors import MdoError, Outcome
 from mdev_orchestrator.host import sysfs
@@ -100,11 +100,11 @@ LEFT_OPEN = "mdo recover undoes what was done"
 def claims_of(planned: Sequence[PlannedStep]) -> set[str]:
     """The objects that steps change, and the parents on which they create devices."""
     claims = {claim for entry in planned for claim in entry.step.claims}
-    return claims | {f"parent:{entry.step.device.parent}" for entry in _creations(planned)}
+    return claims | {f"parent:{device.parent}" for device in _created(planned)}
 
 
-def _creations(planned: Sequence[PlannedStep]) -> list[PlannedStep]:
-    return [entry for entry in planned if isinstance(entry.step, Create)]
+def _created(planned: Sequence[PlannedStep]) -> list[DeviceRecord]:
+    return [entry.step.device for entry in planned if isinstance(entry.step, Create)]
 
 
 def entries_of(planned: Sequence[PlannedStep]) -> list[Entry]:
@@ -242,8 +242,7 @@ class Execution:
         """
         machine = self.context.machine
         gone = {e.step.device.uuid for e in self.planned if isinstance(e.step, Remove)}
-        for entry in _creations(self.planned):
-            uuid = entry.step.device.uuid
+        for uuid in [device.uuid for device in _created(self.planned)]:
             if sysfs.directory(machine, uuid) is None and uuid not in gone:
                 raise MdoError(
                     f"mdev {uuid} was removed by another program while {self.run} was at work",
@@ -416,7 +415,7 @@ class Execution:
         A parent on which it also removes devices stays claimed to the end: an undo creates them.
         """
         removed = {e.step.device.parent for e in self.planned if isinstance(e.step, Remove)}
-        parents = [entry.step.device.parent for entry in _creations(self.planned)]
+        parents = [device.parent for device in _created(self.planned)]
         return Counter(parent for parent in parents if parent not in removed)
 
     def _free_parents(self, numbers: Sequence[int]) -> list[str]:

@@ -69,8 +69,7 @@ async def launch(
             start_groups.check_users(group, held)
         start_groups.check_complete(f"guest {spec.name}", wanted, given)
         starters = {
-            group: await _starter(spec.qemu, group, given[_first(group, given)])
-            for group in wanted
+            group: await _starter(spec.qemu, group, given[_first(group, given)]) for group in wanted
         }
 
     @contextlib.asynccontextmanager

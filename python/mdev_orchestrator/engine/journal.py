@@ -310,7 +310,9 @@ class Journal:
     def open_runs(self) -> list[Run]:
         """Runs that have not come to their end, the oldest first; some may be at work just now."""
         with explained(self.path):
-            return [_run(row) for row in self._db.execute(f"{_RUNS} WHERE ended IS NULL ORDER BY id")]
+            return [
+                _run(row) for row in self._db.execute(f"{_RUNS} WHERE ended IS NULL ORDER BY id")
+            ]
 
     def is_at_work(self, run: Run) -> bool:
         """Whether a process is at work at an open run."""

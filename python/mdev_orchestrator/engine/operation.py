@@ -82,9 +82,7 @@ class Operation(Generic[T]):
     is_undone: bool = True
 
 
-async def perform(
-    operation: Operation[T], context: Context, *, observe: Observer = ignore
-) -> T:
+async def perform(operation: Operation[T], context: Context, *, observe: Observer = ignore) -> T:
     """Do all of an operation, or nothing.
 
     :raise BusyError: Another command changes one of its objects; nothing was done.

@@ -90,9 +90,7 @@ async def _ask(machine: Machine, guest: RunningGuest) -> ObservedGuest | MdoErro
     if guest.record is None:
         return None
     try:
-        async with connect(
-            guest.query_socket, guest.label, deadline=hotplug.QUERY_SECONDS
-        ) as qmp:
+        async with connect(guest.query_socket, guest.label, deadline=hotplug.QUERY_SECONDS) as qmp:
             mdevs = await hotplug.mdevs(qmp)
             ports = await hotplug.ports(qmp)
     except MdoError as error:

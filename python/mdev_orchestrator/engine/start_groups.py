@@ -39,7 +39,6 @@ from msgspec import Struct
 
 from mdev_orchestrator.errors import (
     BusyError,
-    DeadlineError,
     HostError,
     MdoError,
     Outcome,
@@ -363,4 +362,3 @@ def check_users(group: StartGroup, held: Holders, guest: RunningGuest | None = N
             "a start group belongs to one guest; stop that one, or take other devices",
             subject=group.label,
         )
-

@@ -139,7 +139,9 @@ class Create(Step, frozen=True, tag="create"):
 
     @property
     def on_no_effect(self) -> Change:  # noqa: D102
-        return Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        return (
+            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        )
 
     async def _act(self, context: Context) -> None:
         await device_ops.create(self.device, context)
@@ -168,7 +170,9 @@ class Remove(Step, frozen=True, tag="remove"):
 
     @property
     def on_done(self) -> Change:  # noqa: D102
-        return Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        return (
+            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        )
 
     @property
     def batch(self) -> str | None:  # noqa: D102
@@ -419,7 +423,6 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
         hotplug_window=int(guest.hotplug_window),
         mdevs=tuple(mdevs),
         hotplug_ports=guest.hotplug_ports,
-        hotplug_window=int(guest.hotplug_window),
         accel=guest.accel,
         machine=guest.machine,
         qemu=guest.qemu,
