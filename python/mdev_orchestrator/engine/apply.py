@@ -142,7 +142,7 @@ def manual_pools(document: Document) -> frozenset[str]:
 
 @contextlib.asynccontextmanager
 async def _other_programs(machine: Machine, before: list[Host]) -> AsyncIterator[None]:
-    """Name the devices that other programs created meanwhile, when what fitted does not any more."""
+    """Name the devices that other programs created meanwhile, when a plan does not fit any more."""
     try:
         yield
     except (CapacityError, UuidError) as error:

@@ -60,6 +60,6 @@ class Context:
         self._removed[parent] = time.monotonic()
 
     def may_settle(self, parent: str) -> bool:
-        """Whether a parent that has no instance left may soon have one: this run removed a device."""
+        """Whether a parent without an instance may soon have one: this run removed a device."""
         removed = self._removed.get(parent)
         return removed is not None and time.monotonic() - removed < SETTLE_SECONDS

@@ -265,7 +265,7 @@ class Execution:
         event = StepEvent(kind, self.planned[number].step, number, len(self.planned), outcome)
         try:
             self.observe(event)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, the steps go on
             _LOG.exception("an observer failed at %s of step %d", kind, number)
 
     def _limit(self, step: AnyStep) -> asyncio.Semaphore:

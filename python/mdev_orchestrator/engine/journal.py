@@ -208,7 +208,8 @@ class _RunLocks:
         if run in self._mine:
             return True
         answer = self._control(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, run)
-        return struct.unpack(_FLOCK, answer[: struct.calcsize(_FLOCK)])[0] != fcntl.F_UNLCK
+        kind: int = struct.unpack(_FLOCK, answer[: struct.calcsize(_FLOCK)])[0]
+        return kind != fcntl.F_UNLCK
 
     def close(self) -> None:
         """Give all locks back."""

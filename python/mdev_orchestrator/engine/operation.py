@@ -193,11 +193,11 @@ class _Performance(Generic[T]):
             await self.journal.plan(
                 run, executor.entries_of(steps), claims, change=on_begin, wait=0, seize=seize
             )
-        except asyncio.CancelledError as error:
+        except asyncio.CancelledError:
             if await self.journal.read(lambda: bool(self.journal.steps(run))):
                 await self.journal.end(run, "undone", change=on_cancel)
                 self.run = None
-            raise error
+            raise
 
     async def _retry_recovery(self, claimed: ClaimedError) -> None:
         """Undo once more a run that could not be undone, because its objects are needed now.

@@ -262,8 +262,8 @@ class _Trial(Struct):
             for mdev in host.mdevs:
                 if mdev.parent == parent and mdev.uuid not in created:
                     raise BusyError(
-                        f"another program created device {mdev.uuid} on parent {parent} while it was "
-                        "probed; nothing was learned",
+                        f"another program created device {mdev.uuid} on parent {parent} while "
+                        "it was probed; nothing was learned",
                         "try again when it has no devices",
                     )
             seen = count_types(host, parent)

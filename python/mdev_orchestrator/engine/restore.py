@@ -294,8 +294,8 @@ async def power_down(
 ) -> tuple[PoweredDown, ...]:
     """Power down every guest of the state directory that runs, all at the same time.
 
-    Their records and those of their devices stay, so :func:`restore` starts them again. Nothing is written to
-    the journal: a shutdown must not wait for a disk that is full.
+    Their records and those of their devices stay, so :func:`restore` starts them again. Nothing is
+    written to the journal: a shutdown must not wait for a disk that is full.
 
     :param deadline: Seconds for all of them.
     :param force: End those that do not power down in time.

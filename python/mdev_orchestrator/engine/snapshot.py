@@ -70,16 +70,18 @@ async def take_snapshot(
     # errors are values here: no task fails, so none is left running
     found = await asyncio.gather(*(_ask(machine, guest) for guest in asked))
     for guest, answer in zip(asked, found, strict=True):
-        if isinstance(answer, MdoError):
-            if not force:
-                raise MdoError(
-                    f"{guest.label} cannot be asked what it has: {answer.message}",
-                    f"mdo guest stop --force {guest.name} ends it, if it does not come back",
-                    subject=guest.label,
-                )
-            answer = _as_started(guest, answer.message)
-        if answer is not None:
-            running[guest.name] = answer
+        if not isinstance(answer, MdoError):
+            observed = answer
+        elif force:
+            observed = _as_started(guest, answer.message)
+        else:
+            raise MdoError(
+                f"{guest.label} cannot be asked what it has: {answer.message}",
+                f"mdo guest stop --force {guest.name} ends it, if it does not come back",
+                subject=guest.label,
+            )
+        if observed is not None:
+            running[guest.name] = observed
     return ObservedState(host, managed, running, mdevctl.defined(machine))
 
 

@@ -184,7 +184,7 @@ async def _release(
             held_by = "held by " + ", ".join(sorted(users)) if users else "its driver says so"
             return [] if alive else [ReclaimedGroup(guest, group.label, held_by)]
         was_online = left[0].online is True
-    file.unlink(missing_ok=True)
+    _delete(file)
     return [ReclaimedGroup(guest, started.label)] if was_online else []
 
 
@@ -293,6 +293,10 @@ def _write(place: Path, started: StartedRecord) -> Path:
     except OSError as error:
         raise HostError(f"cannot write {file}: {error.strerror}") from error
     return file
+
+
+def _delete(file: Path) -> None:
+    file.unlink(missing_ok=True)
 
 
 def _drafts(guest: RunningGuest) -> list[Path]:
