@@ -20,6 +20,7 @@ from mdev_orchestrator.host.events import (
     events,
     udev_monitor,
 )
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.events import (
     GuestEvent,
     StateChange,
@@ -44,7 +45,8 @@ def watch(
 async def _watch(*, json: bool) -> None:
     root = output.host_root()
     await asyncio.gather(
-        _print(events(lambda: udev_monitor(root)), json=json), _print(guest_events(), json=json)
+        _print(events(lambda: udev_monitor(root)), json=json),
+        _print(guest_events(Machine(root)), json=json),
     )
 
 

@@ -239,7 +239,7 @@ async def destroy(
 async def look(owned: Managed, *, host: Path = ROOT, guests: Path | None = None) -> ObservedState:
     """Look at the machine: devices, and the guests that run."""
     await lifecycle.reclaim_groups(root=guests, host=host)
-    alive = [guest for guest in process.list_guests(guests) if guest.alive]
+    alive = [guest for guest in process.list_guests(lifecycle.machine_of(guests)) if guest.alive]
     found = await asyncio.gather(*(_running(guest) for guest in alive))
     running = {guest.name: one for guest, one in zip(alive, found, strict=True) if one}
     return ObservedState(sysfs.scan(host), owned, running, mdevctl.defined(host))
@@ -256,7 +256,7 @@ async def _running(guest: RunningGuest) -> Running | None:
             mdevs = await hotplug.mdevs(qmp)
             ports = await hotplug.ports(qmp)
     except MdoError as error:
-        if not process.find(guest.name, guest.directory.parent).alive:
+        if not process.find(lifecycle.machine_of(guest.directory.parent), guest.name).alive:
             return None  # it ended while it was asked
         raise MdoError(
             f"{guest.label} cannot be asked what it has: {error.message}", error.hint

@@ -17,7 +17,7 @@ from mdev_orchestrator.engine.devices import find_place
 from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import DeviceRecord, GuestRecord
-from mdev_orchestrator.engine.lifecycle import usable_mdev
+from mdev_orchestrator.engine.lifecycle import machine_of, usable_mdev
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
 from mdev_orchestrator.errors import RequestError, UnknownError
@@ -63,7 +63,7 @@ async def attach(
     :raise DeadlineError: The guest has not taken it; it stays plugged.
     :raise MdoError: It cannot be; all was undone.
     """
-    found = process.find_running(guest, guests)
+    found = process.find_running(machine_of(guests), guest)
     context = Context(host=host, guests=guests, deadline=deadline)
     creating = not is_uuid(what)
     if not creating and parent is not None:
@@ -104,7 +104,7 @@ async def detach(
     :raise UnknownError: The guest does not have it.
     :raise MdoError: It cannot be; it is as before.
     """
-    found = process.find_running(guest, guests)
+    found = process.find_running(machine_of(guests), guest)
     context = Context(host=host, guests=guests)
     with Journal.open(journal) as book:
         await recover(book, context=context, observe=observe)

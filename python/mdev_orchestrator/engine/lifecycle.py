@@ -52,6 +52,7 @@ from mdev_orchestrator.host import groups, sysfs
 from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -95,6 +96,11 @@ class ReclaimedGroup(Struct, frozen=True):
         if self.error:
             return f"guest {self.guest}: {self.group} may still be online: {self.error}"
         return f"guest {self.guest} has no use for {self.group} any more: it is offline now"
+
+
+def machine_of(guests: Path | None, host: Path = ROOT) -> Machine:
+    """The machine whose guests are in a directory."""
+    return Machine(host, state=guests and guests.parent)
 
 
 # ---------------------------------------------------------------- launch and attach
@@ -161,7 +167,7 @@ async def launch(
             with _explained(wanted, host):
                 yield
 
-    return await process.start(spec, deadline=deadline, root=root, around=around)
+    return await process.start(machine_of(root, host), spec, deadline=deadline, around=around)
 
 
 async def attach(
@@ -176,9 +182,9 @@ async def attach(
     """Plug an mdev into a running guest, and start its group before that if it is offline.
 
     :param deadline: Seconds for the whole.
-    :return: The port that it sits in, as :func:`mdev_orchestrator.qemu.hotplug.plug` gives it.
+    :return: The port that it sits in, as :func:`mdev_orchestrator.qemu.hotplug.plug_by` gives it.
     :raise BusyError: Another process has a member of the group.
-    :raise MdoError: The group did not come online; or what ``plug`` raises.
+    :raise MdoError: The group did not come online; or what ``plug_by`` raises.
     """
     from mdev_orchestrator.qemu.monitor import connect
 
@@ -221,8 +227,9 @@ async def detach(
     :raise MdoError: What :func:`mdev_orchestrator.qemu.hotplug.detach` raises; or the device is out
         and its group does not go offline.
     """
-    await hotplug.detach(guest, uuid, deadline, root=root)
-    found = process.find(guest, root)
+    machine = machine_of(root, host)
+    await hotplug.detach(machine, guest, uuid, deadline)
+    found = process.find(machine, guest)
     if not process.has_started(found):
         return
     for swept in await _tidy(found, host, write):
@@ -255,7 +262,13 @@ async def end(
                     "the next mdo guest command tries again",
                 )
 
-    return await process.stop(guest, deadline=deadline, force=force, release=release)
+    return await process.stop(
+        machine_of(guest.directory.parent, host),
+        guest,
+        deadline=deadline,
+        force=force,
+        release=release,
+    )
 
 
 async def reclaim_groups(
@@ -266,7 +279,9 @@ async def reclaim_groups(
     Never raises for a group that it cannot stop, and leaves alone what somebody has open.
     """
     done: list[ReclaimedGroup] = []
-    left = [g for g in process.list_guests(root) if process.has_started(g) or _drafts(g)]
+    left = [
+        g for g in process.list_guests(machine_of(root)) if process.has_started(g) or _drafts(g)
+    ]
     if not left:
         return ()
     found = sysfs.scan(host, types=False)

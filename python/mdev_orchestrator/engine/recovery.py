@@ -29,6 +29,7 @@ from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord, Managed
+from mdev_orchestrator.engine.lifecycle import machine_of
 from mdev_orchestrator.engine.steps import AnyStep, decode
 from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
@@ -177,9 +178,9 @@ async def adopt(
     :raise RequestError: A guest does not run.
     """
     uuids = [parse_uuid(name) for name in names if is_uuid(name)]
-    wanted = [process.find_running(name, guests) for name in names if not is_uuid(name)]
+    wanted = [process.find_running(machine_of(guests), name) for name in names if not is_uuid(name)]
     if everything:
-        wanted = [guest for guest in process.list_guests(guests) if guest.alive]
+        wanted = [guest for guest in process.list_guests(machine_of(guests)) if guest.alive]
     found = sysfs.scan(host)
     with Journal.open(journal) as book:
         owned = book.owned()

@@ -318,5 +318,5 @@ async def power_down(
             return PoweredDown(guest.name, error=error)
         return PoweredDown(guest.name, ended.how)
 
-    alive = [guest for guest in process.list_guests(guests) if guest.alive]
+    alive = [guest for guest in process.list_guests(lifecycle.machine_of(guests)) if guest.alive]
     return tuple(await asyncio.gather(*map(one, alive)))

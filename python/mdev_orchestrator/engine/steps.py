@@ -395,7 +395,7 @@ def _usable(uuid: UUID, context: Context) -> GuestMdev:
 
 def _guest(name: str, context: Context) -> RunningGuest | None:
     try:
-        return process.find(name, context.guests)
+        return process.find(lifecycle.machine_of(context.guests), name)
     except UnknownError:
         return None
 
