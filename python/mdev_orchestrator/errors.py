@@ -57,6 +57,8 @@ class MdoError(Exception):
     :ivar outcome: What is known of the act that failed; ``None`` if no act had to do with it.
     :ivar subject: The object, such as ``mdev UUID`` or ``guest NAME``; may be empty.
     :ivar errno: The kernel's error number; ``None`` if the kernel gave none.
+    :ivar details: What helps to find the cause and is too long for a message, such as QEMU's whole
+        command line; may be empty.
     """
 
     exit_code = 1
@@ -69,12 +71,14 @@ class MdoError(Exception):
         outcome: Outcome | None = None,
         subject: str = "",
         errno: int | None = None,
+        details: str = "",
     ) -> None:
         self.message = one_line(message)
         self.hint = one_line(hint)
         self.outcome = outcome
         self.subject = subject
         self.errno = errno
+        self.details = details
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -123,16 +127,16 @@ class CommandError(QemuError):
     """QEMU refused a command, which so had no effect.
 
     :ivar command: The command's name.
-    :ivar error_class: QMP's class of the error, for instance ``DeviceNotFound``.
+    :ivar qmp_class: QMP's class of the error, for instance ``DeviceNotFound``.
     :ivar description: QEMU's own words.
     """
 
     def __init__(
-        self, message: str, hint: str = "", *, command: str, error_class: str, description: str
+        self, message: str, hint: str = "", *, command: str, qmp_class: str, description: str
     ) -> None:
         super().__init__(message, hint, outcome=Outcome.NO_EFFECT)
         self.command = command
-        self.error_class = error_class
+        self.qmp_class = qmp_class
         self.description = description
 
 

@@ -38,11 +38,12 @@ def list_(*, json: JsonOption = False) -> None:
 
 
 async def _look_all() -> list[Report]:
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.qemu.process import list_guests
     from mdev_orchestrator.qemu.status import look_all
 
     await reclaim_groups()
-    return await look_all(list_guests())
+    return await look_all(list_guests(Machine(output.host_root())))
 
 
 async def reclaim_groups() -> None:
@@ -199,9 +200,15 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
 
 async def _stop(name: str, deadline: float, *, force: bool) -> Ended:
     from mdev_orchestrator.engine.lifecycle import end
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.qemu.process import find
 
-    ended = await end(find(name), deadline=deadline, force=force, host=output.host_root())
+    ended = await end(
+        find(Machine(output.host_root()), name),
+        deadline=deadline,
+        force=force,
+        host=output.host_root(),
+    )
     await reclaim_groups()
     return ended
 
@@ -224,13 +231,14 @@ def console(
 ) -> None:
     """Connect the terminal to the guest's first serial port; ctrl-] ends it."""
     from mdev_orchestrator.cli.console import interact, print_log
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.qemu.process import find, find_running
     from mdev_orchestrator.qemu.status import check_console_free
 
     if log:
-        print_log(find(name))
+        print_log(find(Machine(output.host_root()), name))
         return
-    guest = find_running(name)
+    guest = find_running(Machine(output.host_root()), name)
     output.run(check_console_free(guest))
     interact(guest)
 

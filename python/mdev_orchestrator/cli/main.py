@@ -89,6 +89,8 @@ def _main(arguments: Sequence[str]) -> int:
             import traceback
 
             traceback.print_exception(error)
+            if error.details:
+                output.say(error.details)
         output.say_error(error)
         return error.exit_code
     except KeyboardInterrupt:

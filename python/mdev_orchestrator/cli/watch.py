@@ -46,7 +46,7 @@ async def _watch(*, json: bool) -> None:
     root = output.host_root()
     await asyncio.gather(
         _print(events(lambda: udev_monitor(Machine(root))), json=json),
-        _print(guest_events(), json=json),
+        _print(guest_events(Machine(root)), json=json),
     )
 
 

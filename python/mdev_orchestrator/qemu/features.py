@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import msgspec
 
 from mdev_orchestrator.errors import CommandError, MdoError
 from mdev_orchestrator.state import cache_dir, decode
+from mdev_orchestrator.system.files import write_atomic
 
 if TYPE_CHECKING:
     from mdev_orchestrator.qemu.monitor import QmpMonitor
@@ -130,10 +130,8 @@ def _read() -> list[_Entry]:
 
 
 def _write(entries: list[_Entry]) -> None:
-    """Keep the answers if that can be done; who cannot asks again."""
+    """Keep the answers if that can be done; without them the binary is asked again."""
     path = cache_dir() / _CACHE
-    scratch = path.with_name(f"{_CACHE}.{os.getpid()}")
     with contextlib.suppress(OSError, MdoError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(msgspec.json.encode(entries))
-        scratch.replace(path)
+        write_atomic(path, msgspec.json.encode(entries), sync=False)

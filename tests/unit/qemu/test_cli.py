@@ -19,6 +19,7 @@ import pytest
 
 from mdev_orchestrator.cli import console
 from mdev_orchestrator.cli.main import main
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.process import RunningGuest, State, find
 from unit.fakesys import FakeSystem
 
@@ -117,11 +118,19 @@ def test_what_cannot_be(
     assert not list(place.glob("guests/*"))
 
 
-def test_qemu_says_no(qemu: str, mdo: Mdo, place: Path) -> None:
-    code, out, err = mdo("guest", "start", "g", "--arg=-device", "--arg=nonsense")
+def test_a_failed_start_says_why_and_not_how(
+    qemu: str, mdo: Mdo, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line is long, and the reason drowns in it."""
+    failing = ("guest", "start", "g", "--arg=-device", "--arg=nonsense")
+    code, out, err = mdo(*failing)
     assert (code, out) == (3, "")
-    assert "'nonsense' is not a valid device model name" in err
-    assert "it was run as: /" in err
+    assert err == (
+        "mdo: guest g: QEMU ended with status 1: -device nonsense: 'nonsense' is not a valid "
+        "device model name \u2014 --debug shows how QEMU was run\n"
+    )
+    monkeypatch.setenv("MDO_DEBUG", "1")
+    assert f"QEMU was run as: {qemu} -name guest=g" in mdo(*failing)[2]
     assert list(place.glob("guests/*")) == []
 
 
@@ -168,7 +177,7 @@ def test_a_damaged_guest_is_shown(mdo: Mdo, place: Path) -> None:
 
 def test_the_log_and_a_console_without_a_terminal(qemu: str, mdo: Mdo, place: Path) -> None:
     mdo("guest", "start", "g", "--arg=-S")
-    log = find("g", place / "guests").console_log
+    log = find(Machine(state=place), "g").console_log
     log.write_bytes(b"hello\xff\n")
     code, _, err = mdo("guest", "console", "g")
     assert (code, "needs a terminal" in err) == (2, True)
