@@ -40,6 +40,7 @@ from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.process import RunningGuest
@@ -242,7 +243,7 @@ async def look(owned: Managed, *, host: Path = ROOT, guests: Path | None = None)
     alive = [guest for guest in process.list_guests(guests) if guest.alive]
     found = await asyncio.gather(*(_running(guest) for guest in alive))
     running = {guest.name: one for guest, one in zip(alive, found, strict=True) if one}
-    return ObservedState(sysfs.scan(host), owned, running, mdevctl.defined(host))
+    return ObservedState(sysfs.scan(host), owned, running, mdevctl.defined(Machine(host)))
 
 
 async def _running(guest: RunningGuest) -> Running | None:

@@ -55,6 +55,7 @@ from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.process import RunningGuest
@@ -140,7 +141,7 @@ async def restore(
     journal = journal or journal_path()
     owned = await _recovered(journal, Context(host=host, guests=guests), observe)
     specs = {name: _known(owned, name) for name in sorted(names or owned.specs)}
-    defined = mdevctl.defined(host)
+    defined = mdevctl.defined(Machine(host))
 
     async def bring_back(own: SpecRecord, needed: frozenset[Need]) -> Changes:
         for need in needed:
