@@ -40,10 +40,10 @@ class Outcome(StrEnum):
 
 
 def one_line(text: str) -> str:
-    """A text for a terminal: one line, and nothing in it that a terminal would obey.
+    """Make one line of a text, without characters that would control a terminal.
 
-    Messages quote what others wrote: files, drivers, QEMU. A line's end becomes a space, any other
-    character that cannot be shown is written as in Python's literals.
+    Messages quote files, drivers and QEMU. A line's end becomes a space, any other character that
+    cannot be shown is written as in Python's literals.
     """
     text = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -114,7 +114,7 @@ class CapacityError(RequestError):
 
 
 class BusyError(RequestError):
-    """The object is held by somebody else, for instance by a running guest."""
+    """Another process holds the object, for instance a running guest."""
 
 
 class QemuError(MdoError):
@@ -124,7 +124,7 @@ class QemuError(MdoError):
 
 
 class CommandError(QemuError):
-    """QEMU refused a command, which so had no effect.
+    """QEMU refused a command, so the command had no effect.
 
     :ivar command: The command's name.
     :ivar qmp_class: QMP's class of the error, for instance ``DeviceNotFound``.

@@ -7,12 +7,10 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
 
-import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -35,6 +33,7 @@ from mdev_orchestrator.spec import (
     to_plain,
     to_toml,
 )
+from unit.other_words import reword
 
 KINDS: tuple[Literal["toml"], Literal["json"]] = ("toml", "json")
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -429,34 +428,12 @@ def test_wrong_is_one_line_with_file_line_and_key(name: str) -> None:
     assert refused(text).startswith(message)
 
 
-class OtherWords:
-    """Libraries that say the same in other words."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        for module, name in (
-            (msgspec, "convert"),
-            (msgspec.json, "decode"),
-            (tomllib, "loads"),
-        ):
-            patch.setattr(module, name, self.reworded(getattr(module, name)))
-
-    @staticmethod
-    def reworded(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **options: object) -> object:
-            try:
-                return function(*arguments, **options)
-            except ValueError as error:  # of msgspec's and tomllib's own kinds, too
-                raise type(error)("d'autres mots - at `$.guest[7].ailleurs` (octet 9)") from None
-
-        return call
-
-
 @pytest.mark.parametrize("name", WRONG)
 def test_no_message_depends_on_the_words_of_a_library(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, message = WRONG[name]
-    OtherWords(monkeypatch)
+    reword(monkeypatch)
     assert refused(text).startswith(message)
 
 

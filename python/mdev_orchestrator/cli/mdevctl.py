@@ -41,8 +41,8 @@ def import_(
     """Make a spec of mdevctl's definitions: a pool for each device. Changes nothing of theirs."""
     if from_ is not None and not from_.is_dir():
         raise RequestError(f"{from_} is not a directory", "--from names one like /etc/mdevctl.d")
-    where = from_ or mdevctl.directory(output.host_root())
-    asked = mdevctl.select(mdevctl.read(where), [parse_uuid(text) for text in uuids or ()], parent)
+    found = mdevctl.read(Machine(output.host_root()), from_)
+    asked = mdevctl.select(found, [parse_uuid(text) for text in uuids or ()], parent)
     spec, faults = mdevctl.to_spec(asked.found)
     for damage in asked.damage:
         output.say(str(damage))
@@ -84,7 +84,11 @@ def export(
     Of one device it prints what mdevctl define --jsonfile takes.
     """
     definitions = _wanted(what or [], to)
-    written = [] if to is None else mdevctl.write(definitions, to, force=force)
+    written = (
+        []
+        if to is None
+        else mdevctl.write(Machine(output.host_root()), definitions, to, force=force)
+    )
     if json:
         output.emit_json({"definitions": [_shape(it, to, written) for it in definitions]})
     elif to is not None:
@@ -122,7 +126,7 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
         found = [it for it in host.mdevs if any(mdevctl.is_of(it, own) for own in ours)]
         if not found:
             raise UnknownError("no mdev here is ours", "name those that you want; mdo host has all")
-    known = (*mdevctl.read(to or mdevctl.directory(root)).found, *ours)
+    known = (*mdevctl.read(Machine(root), to).found, *ours)
     return [mdevctl.of_mdev(mdev, known) for mdev in found]
 
 
