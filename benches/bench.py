@@ -71,8 +71,8 @@ def in_lab(script: str, words: Sequence[str], *, mvgpu: str) -> int:
     :param mvgpu: Parameters of the driver.
     """
     sys.path.insert(0, str(ROOT / "python"))
+    from mdev_lab import l1
     from mdev_orchestrator.errors import MdoError
-    from mdev_orchestrator.lab import machine
 
     result = RESULTS / f"{Path(script).stem}.json"
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def in_lab(script: str, words: Sequence[str], *, mvgpu: str) -> int:
     load = os.getloadavg()[0]
     command = [sys.executable, str(Path(script).resolve()), "--inside", *words]
     try:
-        with machine.running(f"bench-{os.getpid()}", module_options=mvgpu, progress=say) as lab:
-            status = machine.execute(lab, command)
+        with l1.running(f"bench-{os.getpid()}", module_options=mvgpu, progress=say) as lab:
+            status = l1.execute(lab, command)
     except MdoError as error:
         say(f"{Path(script).name}: {error}")
         return error.exit_code

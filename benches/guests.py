@@ -191,7 +191,7 @@ class Guests:
 
     def __init__(self, place: Path, name: str, count: int, *, device: bool) -> None:
         """:param device: Whether each has one, which is made now unless the way makes it."""
-        from mdev_orchestrator.lab import l2
+        from mdev_lab import l2
 
         self.place, self.name, self.device = place, name, device
         self.names = [f"{name}{number}" for number in range(count)]

@@ -49,9 +49,9 @@ def processes_of(name: str) -> list[str]:
 
 
 def directory_of(name: str) -> Path:
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import labs
 
-    return machine.labs_dir() / name
+    return labs.labs_dir() / name
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_orchestrator.qemu_build import builds, patches
 from qemu_build.fakemdev import FakeMdev
 
 Machine = tuple[str | Path, ...]
 
 
-@pytest.fixture(params=qemubuild.series_known())
+@pytest.fixture(params=patches.series_known())
 def machine(request: pytest.FixtureRequest) -> Machine:
     """Program and options of a patched QEMU."""
-    built = qemubuild.build(request.param, progress=print)
+    built = builds.build(request.param, progress=print)
     return built.binary, "-L", built.firmware, "-machine", "q35,accel=tcg"
 
 
