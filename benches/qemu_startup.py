@@ -137,6 +137,7 @@ def compare(figures: bench.Figures, series: str, work: Path) -> bool:
         for clock, taken in (("processor", program.cpu_ms), ("wall", program.wall_ms)):
             for milliseconds in taken:
                 figures.note(f"{series} {clock} time", program.name, milliseconds / 1000)
+    figures.save()
     print(f"\nQEMU {stock.version}, start-up without mediated devices; {figures.rounds} rounds")
     return table(programs)
 
