@@ -3,7 +3,7 @@
 
 Runs in the lab on mvgpu. All guests have the same kernel, memory, machine, ports and QEMU, and KVM
 as far as L1 has it. What counts as the end is the same for all ways, and what the guest has is
-seen by one observer, on a monitor that nobody else uses:
+seen by one observer, on a monitor that no other client uses:
 
 =========  =======================================================================================
 attach     QEMU has realised the device: the command or call has returned

@@ -117,10 +117,10 @@ def listing(words: list[str], uuids: frozenset[str]) -> float:
     return taken
 
 
-def check(right: bool, who: str) -> None:
+def check(right: bool, way: str) -> None:
     """A listing that is not the whole is no measurement."""
     if not right:
-        raise RuntimeError(f"{who} did not list all devices")
+        raise RuntimeError(f"{way} did not list all devices")
 
 
 def main() -> int:

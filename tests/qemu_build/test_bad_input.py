@@ -37,7 +37,7 @@ def test_an_mdev_of_another_api(machine: Machine, tmp_path: Path, api: str) -> N
 def test_a_slow_start_says_what_it_waits_for(machine: Machine, tmp_path: Path) -> None:
     mdev = FakeMdev(tmp_path, "vfio-pci")
     online = mdev.directory / "online"
-    os.mkfifo(online)  # whoever writes to it waits until somebody reads
+    os.mkfifo(online)  # a write blocks until there is a reader
     with mdev.start(*machine) as qemu:
         try:
             answer(online, "0\n")

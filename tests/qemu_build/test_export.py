@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The exported series, as somebody applies it by hand: 'git am' on Debian's source."""
+"""The exported series, as a user applies it by hand: 'git am' on Debian's source."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Labs as they are on disk: found, swept away, or refused with a word."""
+"""Labs as they are on disk: found, removed, or refused with a reason."""
 
 import json
 import os
@@ -44,14 +44,14 @@ def test_a_running_lab_is_found_again() -> None:
     assert labs.find("one").pid == os.getpid()
 
 
-def test_a_lab_whose_process_ended_is_swept_away() -> None:
+def test_a_lab_whose_process_ended_is_removed() -> None:
     directory = record("gone", os.getpid(), mine() + 1)
     (directory / "exec-0.sock").touch()
     assert labs.labs() == []
     assert not any(directory.parent.iterdir())
 
 
-def test_what_a_killed_start_left_is_swept_away(places: Path) -> None:
+def test_what_a_killed_start_left_is_removed(places: Path) -> None:
     half = places / "state/labs/half"
     half.mkdir(parents=True)
     (half / labs.STARTER).write_text(f"{os.getpid()} {mine() + 1}\n")
@@ -70,7 +70,7 @@ def test_a_lab_that_is_being_brought_up_is_left_alone(places: Path) -> None:
     assert [path.name for path in directory.parent.iterdir()] == ["young"]
 
 
-def test_a_lab_brought_up_while_its_dead_namesake_is_swept_survives() -> None:
+def test_a_lab_brought_up_while_one_of_the_same_name_is_removed_survives() -> None:
     directory = record("phoenix", os.getpid(), mine())
     labs.remove_directory(directory, inode=directory.stat().st_ino + 1)
     assert labs.find("phoenix").directory == directory
