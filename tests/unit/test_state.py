@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mdev_lab import labs
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError
-from mdev_orchestrator.lab import machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.state import private_dir, state_dir
 
@@ -41,7 +41,7 @@ def any_umask(place: Path) -> Iterator[None]:
 USERS: dict[str, Callable[[], object]] = {
     "guest list": process.list_guests,
     "guest, by name": lambda: process.find("a"),
-    "lab list": machine.labs,
+    "lab list": labs.labs,
     "journal, to look": read_managed,
     "journal, to change": Journal.open,
     "what was learned": model_cache.load,

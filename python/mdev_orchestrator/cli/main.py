@@ -40,7 +40,6 @@ COMMANDS = {
     "watch": ("watch:watch", "Print events as they happen"),
     "doctor": ("doctor:doctor", "Say what this host lacks, and how to mend it"),
     "qemu": ("qemu:COMMANDS", "Build a QEMU that starts and stops groups itself"),
-    "lab": ("lab:COMMANDS", "A nested machine to try everything in"),
 }
 
 USAGE = """\
@@ -129,16 +128,22 @@ def _run(words: list[str]) -> int:
 
 
 def command(name: str) -> Command | Group:
-    """The command or the group of commands that stands in :data:`COMMANDS`.
+    """Return the command or group of a name: one of :data:`COMMANDS`, or an installed plugin.
 
     :raise RequestError: There is none of that name.
+    :raise HostError: It is the lab's, which is not installed.
     """
     from importlib import import_module
 
     from mdev_orchestrator.cli.options import Command, Group, unknown
 
     if name not in COMMANDS:
-        raise unknown("command", name, COMMANDS, "mdo")
+        from mdev_orchestrator.cli import plugins
+
+        plugin = plugins.find(name)
+        if plugin is None:
+            raise unknown("command", name, COMMANDS, "mdo")
+        return plugin
     place, text = COMMANDS[name]
     module, _, attribute = place.partition(":")
     target = getattr(import_module(f"mdev_orchestrator.cli.{module}"), attribute)
@@ -148,8 +153,11 @@ def command(name: str) -> Command | Group:
 
 
 def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    return USAGE + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    from mdev_orchestrator.cli import plugins
+
+    texts = {name: text for name, (_, text) in COMMANDS.items()} | plugins.installed()
+    width = max(map(len, texts))
+    return USAGE + "\n".join(f"  {name:{width}}  {text}" for name, text in texts.items())
 
 
 if __name__ == "__main__":

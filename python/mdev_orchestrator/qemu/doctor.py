@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from mdev_orchestrator.host.doctor import Finding
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import features
+from mdev_orchestrator.system.children import run_child
 
 QEMU = "qemu-system-x86_64"
 REMEDY = "apt-get install --no-install-recommends qemu-system-x86"
@@ -82,21 +83,7 @@ def judge_start(starts: bool, mdevs: Iterable[Mdev]) -> Finding:
 async def _output(*command: str) -> str | None:
     """What a program prints, ``None`` if it does not end in time; it is killed then."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        ended = await run_child(*command, deadline=_DEADLINE, with_errors=True)
     except OSError as error:
         return f"cannot be run: {os.strerror(error.errno or 0)}"
-    try:
-        async with asyncio.timeout(_DEADLINE):
-            output, _ = await process.communicate()
-    except TimeoutError:
-        return None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return output.decode(errors="replace")
+    return None if ended is None else ended.output

@@ -13,13 +13,22 @@ from unit.cli.test_main import U1, command
 from unit.fakesys import FakeSystem
 
 #: Nothing may need it: a library for command lines takes longer than most commands.
-FRAMEWORKS = {"typer", "click", "argparse", "optparse", "getopt", "importlib.metadata"}
+FRAMEWORKS = {"typer", "click", "argparse", "optparse", "getopt"}
 #: Only to talk to a guest.
 GUESTS = {"qemu.qmp", "json", "mdev_orchestrator.qemu.monitor"}
 #: Only to place devices.
 CAPACITY = {"mdev_orchestrator.capacity.planner", "mdev_orchestrator.interop.mdevctl"}
-#: Only to draw a table on a terminal, build a QEMU, bring up a lab, hear events.
-OTHERS = {"rich", "mdev_orchestrator.lab", "pyudev", "email", "secrets"}
+#: Only to find commands of other distributions, draw a table on a terminal, build a QEMU, bring up
+#: a lab, hear events.
+OTHERS = {
+    "importlib.metadata",
+    "rich",
+    "mdev_orchestrator.qemu_build",
+    "mdev_lab",
+    "pyudev",
+    "email",
+    "secrets",
+}
 #: Only to change something.
 ENGINE = {"asyncio", "mdev_orchestrator.engine.steps", *CAPACITY}
 
@@ -66,11 +75,13 @@ def test_what_is_said_without_a_command(system: FakeSystem, option: str) -> None
     assert not needless({"msgspec", "rich", *GUESTS, *ENGINE}, system, option)
 
 
-@pytest.mark.parametrize(
-    "words", [["host", "--help"], ["guest", "--help"], ["lab", "up", "--help"]]
-)
+@pytest.mark.parametrize("words", [["host", "--help"], ["guest", "--help"]])
 def test_the_help_of_a_command(system: FakeSystem, words: list[str]) -> None:
-    assert not needless({"rich", "asyncio", *GUESTS}, system, *words)
+    assert not needless({*OTHERS, "asyncio", *GUESTS}, system, *words)
+
+
+def test_the_help_of_a_command_of_another_distribution(system: FakeSystem) -> None:
+    assert not needless({"rich", "asyncio", *GUESTS}, system, "lab", "up", "--help")
 
 
 def test_a_word_that_is_wrong(system: FakeSystem) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdev_orchestrator.cli import main, output
+from mdev_orchestrator.cli import main, output, plugins
 from mdev_orchestrator.cli.options import Argument, Command, Group, Option, Parameter
 from mdev_orchestrator.errors import RequestError
 
@@ -221,7 +221,7 @@ def test_a_group(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def commands() -> Iterator[tuple[list[str], Command]]:
-    for name in main.COMMANDS:
+    for name in (*main.COMMANDS, *plugins.installed()):
         found = main.command(name)
         if isinstance(found, Group):
             yield from (([name, one], found.command(one)) for one in found.commands)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``mdo lab``: the nested machine."""
+"""``mdo lab``: the nested machine.
+
+The entry point ``lab`` of the group ``mdev_orchestrator.commands`` leads to this module.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from mdev_orchestrator.cli.options import Argument, Option
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.lab.demo import Row
+    from mdev_lab.demo import Row
 
 Name = Annotated[str, Option("--name", help="Which lab; several can be up.")]
 Series = Annotated[
@@ -36,7 +39,7 @@ def _progress(line: str) -> None:
 
 @contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as ctrl-C does, so that what it made is undone."""
+    """End the block by an exception on SIGTERM and SIGHUP, so that the lab ends with it."""
     import signal
 
     def unwind(number: int, _frame: object) -> None:
@@ -61,9 +64,9 @@ def up(
     ] = None,
 ) -> None:
     """Bring a lab up; it stays until 'mdo lab down'."""
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import l1
 
-    lab = machine.up(
+    lab = l1.up(
         name,
         series=series,
         memory=memory,
@@ -80,9 +83,9 @@ def execute(
     tty: Annotated[bool, Option("--tty", "-t", help="Give it a terminal.")] = False,
 ) -> int:
     """Run a command inside; input, output, signals and exit status pass through."""
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import l1, labs
 
-    return machine.execute(machine.find(name), command, terminal=tty)
+    return l1.execute(labs.find(name), command, terminal=tty)
 
 
 def run(
@@ -93,42 +96,42 @@ def run(
     mvgpu: Options = "",
 ) -> int:
     """Run one command in a lab of its own, which ends with it."""
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import l1
 
     with (
         _signals_unwind(),
-        machine.running(
+        l1.running(
             name, series=series, memory=memory, module_options=mvgpu, progress=_progress
         ) as lab,
     ):
-        return machine.execute(lab, command)
+        return l1.execute(lab, command)
 
 
 def shell(name: Name = "default") -> int:
     """Open a shell inside."""
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import l1, labs
 
-    return machine.execute(machine.find(name), ["bash", "-i"], terminal=sys.stdin.isatty())
+    return l1.execute(labs.find(name), ["bash", "-i"], terminal=sys.stdin.isatty())
 
 
 def status(json: Json = False) -> None:
     """List the labs that are up."""
     from dataclasses import asdict
 
+    from mdev_lab import labs
     from mdev_orchestrator.cli import output
-    from mdev_orchestrator.lab import machine
 
-    labs = machine.labs()
+    found = labs.labs()
     if json:
-        rows = [asdict(lab) | {"directory": lab.directory} for lab in labs]
+        rows = [asdict(lab) | {"directory": lab.directory} for lab in found]
         output.emit_json({"labs": rows})
         return
     output.emit_table(
         "Labs",
         ("name", "kernel", "accel", "pid", "directory"),
-        [(lab.name, lab.release, lab.accel, str(lab.pid), str(lab.directory)) for lab in labs],
+        [(lab.name, lab.release, lab.accel, str(lab.pid), str(lab.directory)) for lab in found],
     )
-    if not labs:
+    if not found:
         output.say("no lab is up")
 
 
@@ -137,12 +140,12 @@ def down(
     every: Annotated[bool, Option("--all", help="Every lab.")] = False,
 ) -> None:
     """End a lab; a second time does nothing."""
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import labs
 
-    chosen = machine.labs() if every else [machine.look(name)]
+    chosen = labs.labs() if every else [labs.lookup(name)]
     for lab in chosen:
         if lab is not None:
-            machine.down(lab)
+            labs.down(lab)
 
 
 def demo(
@@ -150,9 +153,9 @@ def demo(
     json: Json = False,
     svg: Annotated[Path | None, Option(help="Also write the closing table as a picture.")] = None,
 ) -> int:
-    """Run the main job from end to end in a lab of its own, and say what came of it."""
+    """Run the main job from end to end in a lab of its own, and show the result of each step."""
+    from mdev_lab.demo import demo as run_demo
     from mdev_orchestrator.cli import output
-    from mdev_orchestrator.lab.demo import demo as run_demo
 
     def ended(row: Row) -> None:
         mark = "ok" if row.ok else "FAILED"
@@ -193,6 +196,7 @@ def _draw(rows: list[Row], target: Path) -> None:
     console.save_svg(str(target), title="make demo")
 
 
+TEXT = "A nested machine to try everything in"
 COMMANDS = {
     "up": up,
     "exec": execute,

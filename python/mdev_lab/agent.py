@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The first process of L1: runs the commands that the host sends.
 
-Started by the initramfs with the host's Python and nothing but the standard library, because every
-import costs a tenth of a second under emulation. Process 1 reaps and restarts; one worker process
-serves each virtio serial port, so that a client that does not read blocks nobody else.
+The initramfs starts it with the host's Python. It imports only the standard library, because every
+import takes a tenth of a second under emulation. One worker process serves each virtio serial port,
+so that a client that does not read blocks no other. Process 1 reaps, and restarts workers.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import termios
 
-from mdev_orchestrator.lab import wire
+from mdev_lab import wire
 
 PORTS = "/sys/class/virtio-ports"
 PORT_PREFIX = "mdo.exec."
@@ -26,7 +26,7 @@ GRACE_SECONDS = 2.0
 
 
 def ports() -> list[str]:
-    """Device nodes of the exec ports."""
+    """Return the device nodes of the ports for commands."""
     found = []
     for entry in sorted(os.listdir(PORTS)):  # noqa: PTH208 - pathlib costs an import here
         with open(f"{PORTS}/{entry}/name") as file:  # noqa: PTH123
@@ -76,7 +76,7 @@ class Command:
         self.input_ended = False
 
     def flush_input(self) -> bool:
-        """Write what the command takes of its input now; True when some must wait."""
+        """Write as much input as the command takes now; return whether some is left."""
         try:
             while self.pending:
                 self.pending = self.pending[os.write(self.stdin, self.pending) :]
@@ -90,23 +90,23 @@ class Command:
         return False
 
     def resize(self, rows: int, columns: int) -> None:
-        """Tell the terminal its size."""
+        """Set the terminal's size."""
         fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def kill(self, number: int) -> None:
-        """Signal the command and everything that it left in its process group."""
+        """Send a signal to the command's process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def wait(self) -> int:
-        """Exit status as a shell would say it."""
+        """Wait for the command; return its exit status as a shell would: 128 + N after signal N."""
         if self.status is None:
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             self.status = 128 - code if code < 0 else code
         return self.status
 
     def close(self) -> None:
-        """End the command if it still runs, and give back what it took."""
+        """End the command if it still runs, and close all descriptors."""
         if self.status is None:
             self.kill(signal.SIGHUP)
             self.kill(signal.SIGTERM)
@@ -118,7 +118,7 @@ class Command:
 
 
 def find_executable(name: str, cwd: str, env: dict[str, str]) -> str:
-    """Absolute path of a program, looked up as a shell would."""
+    """Return the path of a program, found as a shell would find it."""
     if "/" in name:
         return os.path.join(cwd, name)  # noqa: PTH118
     for directory in env.get("PATH", os.defpath).split(":"):
@@ -150,7 +150,7 @@ class Worker:
                     self.read_command(descriptor)
 
     def send(self, verb: str, payload: bytes = b"") -> None:
-        """Write one line; blocks this worker alone while the client does not read."""
+        """Write one line; blocks this worker while the client does not read."""
         data = wire.encode(self.session, verb, payload)
         while data:
             try:
@@ -159,7 +159,7 @@ class Worker:
                 select.select([], [self.port], [])
 
     def read_port(self) -> None:
-        """Take what the client sent; no data means that it went away."""
+        """Handle what the client sent; no data means that it has disconnected."""
         while True:
             try:
                 data = os.read(self.port, 65536)
@@ -172,7 +172,7 @@ class Worker:
                 self.handle(session, verb, payload)
 
     def handle(self, session: str, verb: str, payload: bytes) -> None:
-        """Do what one line asks for."""
+        """Handle one line."""
         if verb == "hello":
             self.end()
             self.session = session
@@ -192,7 +192,7 @@ class Worker:
             self.command.resize(int(rows), int(columns))
 
     def start(self, payload: bytes) -> None:
-        """Run a command; a failure to do so is an answer, not an end."""
+        """Start a command, or answer why it cannot be started."""
         try:
             request = json.loads(payload)
             self.command = Command(
@@ -205,7 +205,7 @@ class Worker:
             self.epoll.register(descriptor, select.EPOLLIN)
 
     def feed(self, command: Command, payload: bytes) -> None:
-        """Pass standard input on, now or when the command takes it."""
+        """Pass standard input on, now or when the command reads."""
         if command.stdin == -1:
             return
         descriptor, waited = command.stdin, bool(command.pending)
@@ -218,7 +218,7 @@ class Worker:
             self.epoll.unregister(descriptor)
 
     def read_command(self, descriptor: int) -> None:
-        """Pass output on, or the exit status once the command has ended."""
+        """Handle an event of the command: output, room for input, or its end."""
         command = self.command
         if command is None:
             return
@@ -234,17 +234,17 @@ class Worker:
             self.epoll.unregister(descriptor)
 
     def forward(self, command: Command, descriptor: int) -> bool:
-        """Pass on one piece of output; False at its end."""
+        """Pass one piece of output on; return False at its end."""
         try:
             data = os.read(descriptor, wire.CHUNK)
-        except OSError:  # a terminal without a user left
+        except OSError:  # a terminal that no process has open
             data = b""
         if data:
             self.send("out" if descriptor == command.stdout else "err", data)
         return bool(data)
 
     def drain(self, command: Command) -> None:
-        """Pass on what the command left in its pipes, without waiting for its children."""
+        """Pass on what is left in the pipes, without waiting for the command's children."""
         for descriptor in (command.stdout, command.stderr):
             while (
                 descriptor != -1
@@ -277,7 +277,7 @@ def spawn(path: str) -> int:
 
 
 def main() -> None:
-    """Start what L1 needs, then serve until the machine is switched off."""
+    """Run the commands that set L1 up, then serve until the machine ends."""
     for argv in json.loads(sys.argv[1]):
         result = subprocess.run(argv, check=False, capture_output=True, text=True)
         if result.returncode:

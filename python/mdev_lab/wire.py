@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-r"""What the lab's client and its agent say to each other.
+r"""The protocol between the lab's client and its agent.
 
-One virtio serial port carries one command at a time. Either side writes lines of three words::
+One virtio serial port carries one command at a time. Both sides write lines of three words::
 
     SESSION VERB PAYLOAD\n
 
-SESSION is the client's random word: a line of another session is an echo of a client that went
-away, and is dropped, as is a line that cannot be read. PAYLOAD is base64, ``-`` when empty.
+SESSION is a random word of the client. A line with another word was meant for an earlier client and
+is dropped, as is a line that is malformed. PAYLOAD is base64, ``-`` if empty.
 
 =========  ========  ==================================================================
 verb       from      payload
 =========  ========  ==================================================================
-``hello``  client    nothing; answered by ``ready`` as soon as the agent is there
+``hello``  client    nothing; the agent answers ``ready``
 ``exec``   client    JSON: ``argv``, ``cwd``, ``env``, ``tty`` (null or [rows, columns])
 ``in``     client    bytes for standard input; empty ends it
 ``signal`` client    number of a signal for the command's process group
@@ -23,26 +23,26 @@ verb       from      payload
 ``fail``   agent     why the command could not be run, as text
 =========  ========  ==================================================================
 
-This module is imported inside L1 before anything else, so it stays small.
+The agent imports this module, so it must be quick to import.
 """
 
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
 
-#: A longer line is not ours: payloads are cut at CHUNK bytes.
+#: Longer lines are dropped: no side writes one, as payloads are cut at CHUNK bytes.
 MAX_LINE = 256 * 1024
 CHUNK = 32 * 1024
 
 
 def encode(session: str, verb: str, payload: bytes = b"") -> bytes:
-    """One line, ready to be written."""
+    """Return one line, ready to be written."""
     body = b2a_base64(payload, newline=False) if payload else b"-"
     return b"%s %s %s\n" % (session.encode(), verb.encode(), body)
 
 
 def decode(line: bytes) -> tuple[str, str, bytes] | None:
-    """Session, verb and payload of one line, or None for noise."""
+    """Return session, verb and payload of one line; ``None`` if it is malformed."""
     words = line.split()
     if len(words) != 3:  # noqa: PLR2004 - the three words of the format above
         return None
@@ -60,7 +60,7 @@ class Lines:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[tuple[str, str, bytes]]:
-        """Lines that ``data`` completes; noise and overlong lines are dropped."""
+        """Return the lines that ``data`` completes, without malformed and overlong ones."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE:
             self._rest = b""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kernel's own sample drivers (``samples/vfio-mdev``), for tests against drivers not ours.
+"""The kernel's own sample drivers (``samples/vfio-mdev``), for tests with drivers not ours.
 
-``python -m mdev_orchestrator.lab.samples [SERIES…]`` fetches and builds them on the host; a lab
-that is brought up afterwards finds them by ``MDO_LAB_SAMPLES``. Debian builds none of them, but
+``python -m mdev_lab.sample_drivers [SERIES…]`` fetches and builds them on the host. A lab that is
+brought up afterwards has their directory in ``MDO_LAB_SAMPLES``. Debian builds none of them, but
 ships their source in ``linux-source-SERIES``: 140 MB, of which 100 KB are kept.
 """
 
@@ -12,24 +12,27 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mdev_lab import debug_kernel, kernel_modules
+from mdev_lab.kernels import DEFAULT_SERIES, Kernel
 from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.lab import debian, driver, kernelbuild
-from mdev_orchestrator.lab.debian import Kernel, Progress, locked, run
 from mdev_orchestrator.state import cache_dir
+from mdev_orchestrator.system.children import run
+from mdev_orchestrator.system.files import locked
+from mdev_orchestrator.system.progress import Progress
 
 #: A pool of serial ports, one counter for the whole parent, and a pool of memory.
 NAMES = ("mtty", "mdpy", "mbochs")
 
-#: Where they stand in the kernel's source.
+#: Their directory in the kernel's source.
 PLACE = Path("samples/vfio-mdev")
 
 
 def build(kernel: Kernel, progress: Progress = lambda _: None) -> Path:
-    """Directory with the drivers' modules for a kernel, fetched and built once.
+    """Fetch and build the drivers once for a kernel; return the directory of the modules.
 
-    :raise MdoError: They cannot be had, or do not compile.
+    :raise MdoError: The source cannot be fetched, or does not compile.
     """
-    modules = driver.build_modules(_source(kernel, progress), kernel, progress)
+    modules = kernel_modules.build_modules(_source(kernel, progress), kernel, progress)
     link = _link(kernel)
     with locked(link):
         link.unlink(missing_ok=True)
@@ -38,7 +41,7 @@ def build(kernel: Kernel, progress: Progress = lambda _: None) -> Path:
 
 
 def built(kernel: Kernel) -> Path | None:
-    """The same if it was done before; neither fetches nor builds."""
+    """Return the directory of the modules if they were built before."""
     return _link(kernel).resolve() if _link(kernel).exists() else None
 
 
@@ -56,7 +59,7 @@ def _source(kernel: Kernel, progress: Progress) -> Path:
 
 
 def _unpack(package: str, work: Path, progress: Progress) -> Path:
-    """Download a package of kernel source; a kbuild directory with the three drivers."""
+    """Download a package of kernel source; return a kbuild directory with the three drivers."""
     progress(f"downloading {package}")
     run(["apt-get", "download", "-o", "APT::Sandbox::User=", package], cwd=work)
     (archive,) = work.glob("*.deb")
@@ -71,10 +74,10 @@ def _unpack(package: str, work: Path, progress: Progress) -> Path:
 
 
 def main() -> int:
-    """Build for each series that is named, or for the default one."""
+    """Build for each series on the command line, or for the default one."""
     try:
-        for series in sys.argv[1:] or [debian.DEFAULT_SERIES]:
-            kernel = kernelbuild.fetch(series, _say)
+        for series in sys.argv[1:] or [DEFAULT_SERIES]:
+            kernel = debug_kernel.fetch(series, _say)
             sys.stdout.write(f"{build(kernel, _say)}\n")
     except MdoError as error:
         _say(str(error))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs a command inside L1: its input, output, signals and exit status pass through."""
+"""Runs a command in L1 and passes its input, output, signals and exit status through."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import tty
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mdev_lab import wire
 from mdev_orchestrator.errors import BusyError, DeadlineError, MdoError
-from mdev_orchestrator.lab import wire
 
 Output = Callable[[bytes], None]
 
@@ -30,10 +30,11 @@ class Session:
     """One exec port, held by this process alone until it is closed."""
 
     def __init__(self, directory: Path) -> None:
-        """Take the first port of a lab's directory that nobody uses.
+        """Take the first free port of a lab.
 
-        :raise BusyError: All are in use.
-        :raise MdoError: The lab is going away.
+        :param directory: The lab's.
+        :raise BusyError: All ports are in use.
+        :raise MdoError: The lab does not answer.
         """
         self.word = secrets.token_hex(8)
         self.lines = wire.Lines()
@@ -56,7 +57,7 @@ class Session:
         )
 
     def close(self) -> None:
-        """Let the port go; the agent ends what still runs on it."""
+        """Free the port; the agent ends a command that still runs on it."""
         self.socket.close()
         self._lock.close()
 
@@ -65,9 +66,9 @@ class Session:
         self.socket.sendall(wire.encode(self.word, verb, payload))
 
     def receive(self) -> Iterator[tuple[str, bytes]]:
-        """Lines of this session that one read brings.
+        """Read once, and return verb and payload of each line of this session.
 
-        :raise MdoError: The machine has ended.
+        :raise MdoError: The lab has ended.
         """
         try:
             data = self.socket.recv(65536)
@@ -82,8 +83,8 @@ class Session:
     def wait_ready(self, seconds: float, alive: Callable[[], None] = lambda: None) -> None:
         """Wait until the agent answers.
 
-        :param alive: Called about once a second; raises when waiting is in vain.
-        :raise DeadlineError: It did not within ``seconds``.
+        :param alive: Called about once a second; raises if the lab has ended.
+        :raise DeadlineError: No answer within ``seconds``.
         """
         self.send("hello")
         end = time.monotonic() + seconds
@@ -97,7 +98,7 @@ class Session:
 
 
 def connect(sock: socket.socket, path: Path) -> None:
-    """Connect by way of the directory, since a socket's address holds 108 bytes at most."""
+    """Connect to a socket by a short path: its address holds 108 bytes at most."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
         sock.connect(f"/proc/self/fd/{directory}/{path.name}")
@@ -107,7 +108,7 @@ def connect(sock: socket.socket, path: Path) -> None:
 
 @contextlib.contextmanager
 def raw_terminal(active: bool) -> Iterator[None]:
-    """Pass every key on while inside."""
+    """Put the terminal into raw mode for the block, so that every key is passed on."""
     if not active:
         yield
         return
@@ -121,7 +122,7 @@ def raw_terminal(active: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_as_bytes() -> Iterator[int]:
-    """A descriptor that reads one byte for each signal that should be passed on."""
+    """Give a descriptor from which each signal that is to be passed on reads as one byte."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     numbers = (*FORWARDED, signal.SIGWINCH)
@@ -150,8 +151,8 @@ def run(
     """Run a command in a lab with this process's standard streams.
 
     :param directory: The lab's directory.
-    :param terminal: Give the command a terminal; for interactive use.
-    :param output: Takes what the command prints instead of this process's standard output.
+    :param terminal: Whether the command gets a terminal; for interactive use.
+    :param output: Called with what the command prints, instead of this process's standard output.
     :return: Its exit status, 128 + N after signal N, 127 when it could not be run.
     :raise MdoError: The lab ended, does not answer or has no free port.
     """
@@ -190,7 +191,7 @@ def _relay(session: Session, signals: int, terminal: bool, output: Output) -> in
 
 
 def _read_input() -> bytes:
-    """Next piece of standard input, none at its end or when there is no such thing."""
+    """Read a piece of standard input; empty at its end, or if it is closed."""
     try:
         return os.read(0, wire.CHUNK)
     except OSError:
@@ -202,7 +203,7 @@ def _to_stdout(data: bytes) -> None:
 
 
 def _answer(session: Session, output: Output) -> int | None:
-    """Pass output on; the exit status once it is there."""
+    """Read once and pass output on; return the exit status if the command has ended."""
     for verb, payload in session.receive():
         if verb == "out":
             output(payload)

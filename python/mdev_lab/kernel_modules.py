@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kernel modules built for a kernel, and where the sources of the project are."""
+"""Kernel modules, built for a kernel and cached."""
 
 from __future__ import annotations
 
@@ -9,28 +9,19 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from mdev_orchestrator.errors import HostError
-from mdev_orchestrator.lab.debian import Kernel, Progress, locked, run
+from mdev_lab.kernels import Kernel
 from mdev_orchestrator.state import cache_dir
-
-
-def checkout() -> Path:
-    """Root of the project's source tree, which the lab needs.
-
-    :raise HostError: This is an installed package without one.
-    """
-    root = Path(__file__).resolve().parents[3]
-    if not (root / "kernel" / "Kbuild").exists():
-        raise HostError("the lab needs the project's source tree", "run it from a checkout")
-    return root
+from mdev_orchestrator.system.children import run
+from mdev_orchestrator.system.files import locked
+from mdev_orchestrator.system.progress import Progress
 
 
 def build_modules(source: Path, kernel: Kernel, progress: Progress = lambda _: None) -> Path:
-    """Directory with the modules of a kbuild directory, built once for each kernel and source.
+    """Build a kbuild directory once for each kernel and source; return the modules' directory.
 
-    The build happens on a copy, so that the source tree stays as it is.
+    The build runs on a copy, so that the source tree stays as it is.
 
-    :raise MdoError: It does not compile; with the compiler's last line.
+    :raise MdoError: It does not compile; quotes the compiler.
     """
     files = sorted(path for path in source.iterdir() if path.suffix in {".c", ".h", ""})
     place = cache_dir() / "modules" / f"{source.name}-{kernel.release}-{digest(files)}"
@@ -52,13 +43,16 @@ def build_modules(source: Path, kernel: Kernel, progress: Progress = lambda _: N
 
 
 def kbuild(kernel: Kernel, directory: Path, *variables: str) -> list[str]:
-    """The command that builds a directory's modules; without BTF, which would need pahole."""
+    """Return the command that builds a directory's modules, without BTF, which needs pahole."""
     command = ["make", "-s", "-C", str(kernel.headers), f"M={directory}"]
     return [*command, "CONFIG_DEBUG_INFO_BTF_MODULES=", *variables, "modules"]
 
 
 def digest(files: Iterable[Path], *more: str) -> str:
-    """Sixteen hexadecimal digits that change with the names and contents of some files."""
+    """Return 16 hexadecimal digits that change with the files' names and contents.
+
+    :param more: Texts that they change with, too.
+    """
     total = hashlib.sha256("\0".join(more).encode())
     for path in files:
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

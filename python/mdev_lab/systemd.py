@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An L1 whose first process is the host's systemd, on a disk that survives a reboot.
 
-The usual L1 forgets everything when it ends, and its first process is the agent. What a host does
-when it shuts down and *boots* is tried here: all that is written anywhere in L1 is there again when
-it is brought up with the same disk, which is the upper layer of its root. ``systemctl reboot`` ends
-the lab; whoever asked for it brings it up again. QEMU could reset the machine itself, but under
-its translator the boot after a reset was seen to stand still for minutes.
+The usual L1 forgets everything when it ends, and its first process is the agent. This one is for
+tests of what a host does when it shuts down and boots: the disk is the upper layer of L1's root, so
+that all that is written in L1 is there again when it is brought up with the same disk.
+``systemctl reboot`` ends the lab, and ``up`` boots it again. QEMU could reset the machine itself,
+but under TCG the boot after a reset was seen to stand still for minutes.
 
-Of the host's services none runs: only systemd, its journal and udev, the driver and the agent. So
-the machine is the same on every host, and it is up in seconds. ``mvgpu.service`` loads the driver
-and ``lab.service`` is the agent; a test that wants them otherwise writes a drop-in.
+Only systemd, its journal and udev, the driver and the agent run, and none of the host's services.
+So the machine is the same on every host, and it is up in seconds. ``mvgpu.service`` loads the
+driver and ``lab.service`` is the agent; a test that needs other ones writes a drop-in.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mdev_orchestrator.host.service import words
-from mdev_orchestrator.lab.debian import run
+from mdev_orchestrator.system.children import run
 
 DISK_SIZE = "2G"
-"""Sparse: what is not written takes no room."""
+"""Of a sparse file: blocks that are never written take no room."""
 MODULES = ("virtio_blk", "ext4")
 INIT = "/usr/lib/systemd/systemd"
 STATE = "/var/lib/mdev-orchestrator"
-"""The state directory of commands: it survives too."""
+"""The state directory of commands in L1, on the disk."""
 
-#: What systemd shall know of the machine without asking: there are no other disks, no terminals.
+#: What systemd is told so that it does not look for disks and terminals.
 COMMAND_LINE = "systemd.unit=multi-user.target systemd.show_status=0 systemd.firstboot=0"
 
 _SYSINIT = ("systemd-journald.service", "systemd-udevd.service")
@@ -59,9 +59,10 @@ ExecStart={}
 
 
 def make_disk(path: Path) -> Path:
-    """Write an empty file system for the upper layer of L1's root, unless there is one.
+    """Make a file with an empty file system for the upper layer of L1's root, unless it exists.
 
-    :return: Where it is, from everywhere.
+    :return: The absolute path.
+    :raise MdoError: It cannot be made.
     """
     if not path.exists():
         run(["/sbin/mke2fs", "-q", "-t", "ext4", path, DISK_SIZE])
@@ -69,17 +70,17 @@ def make_disk(path: Path) -> Path:
 
 
 def arguments(disk: Path) -> list[str]:
-    """QEMU's arguments for the disk."""
+    """Return QEMU's arguments for the disk."""
     name = str(disk).replace(",", ",,")
     drive = f"if=none,id=disk,format=raw,file={name},cache=unsafe"
     return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
 
 
 def prepare(agent: Sequence[str], insmod: Sequence[str]) -> str:
-    """The part of ``/init`` that makes the root in ``/new`` one that systemd boots.
+    """Return the part of ``/init`` that prepares the root in ``/new`` for systemd.
 
-    :param agent: The command that is the agent.
-    :param insmod: The command that loads the driver.
+    :param agent: Command line of the agent.
+    :param insmod: Command line that loads the driver.
     """
     units, wants = "/new/run/systemd/system", "multi-user.target.wants"
     lib = "/new/usr/lib/systemd"

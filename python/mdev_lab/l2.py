@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The L2 guest: the files that it boots from, and talking to the program in it.
+"""The L2 guest: the files that it boots from, and a client of the program in it.
 
-It boots the kernel that L1 runs and an initramfs with busybox, ``mvgpu-uio.ko`` and
-``guest/mvgpu-guest.c``, which is a line server on the serial console (``guest/README.rst``).
+It boots a kernel and an initramfs with busybox, ``mvgpu-uio.ko`` and ``guest/mvgpu-guest.c``, a
+program that answers commands on the serial console, one a line (``guest/README.rst``).
 """
 
 from __future__ import annotations
@@ -19,29 +19,35 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from mdev_lab import initramfs
+from mdev_lab.checkout import ROOT
+from mdev_lab.client import connect
+from mdev_lab.kernel_modules import digest
+from mdev_lab.kernels import Kernel
 from mdev_orchestrator.errors import DeadlineError, MdoError, QemuError
-from mdev_orchestrator.lab import initramfs
-from mdev_orchestrator.lab.client import connect
-from mdev_orchestrator.lab.debian import Kernel, Progress, locked, run
-from mdev_orchestrator.lab.driver import checkout, digest
 from mdev_orchestrator.state import cache_dir
+from mdev_orchestrator.system.children import run
+from mdev_orchestrator.system.files import locked
+from mdev_orchestrator.system.progress import Progress
 
-#: What makes an emulated guest's kernel quick: nothing on the serial port, no probing of legacy.
+#: Kernel command line. Under emulation it makes the boot quick: little output on the serial port,
+#: no mitigations, no calibration.
 APPEND = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on"
 
-#: What every answer of the guest's program begins with; the rest of the line is JSON.
+#: Prefix of each answer of the guest's program; the rest of the line is JSON.
 MARK = b"@mvgpu "
 MAX_LINE = 64 * 1024
 PING_SECONDS = 2.0
 
 
 def image(kernel: Kernel, modules: Path, progress: Progress = lambda _: None) -> Path:
-    """The guest's initramfs, built once for each kernel, driver and program.
+    """Build the guest's initramfs once for each kernel, driver and program; return its path.
 
     :param modules: Directory with ``mvgpu-uio.ko``.
+    :raise MdoError: It cannot be built.
     """
     source = Path(__file__).parent / "guest"
-    header = checkout() / "kernel" / "mvgpu.h"
+    header = ROOT / "kernel" / "mvgpu.h"
     driver = modules / "mvgpu-uio.ko"
     files = [source / name for name in ("init", "modules.txt", "mvgpu-guest.c")]
     target = cache_dir() / "guests" / f"{kernel.release}-{digest([*files, header, driver])}.img"
@@ -63,14 +69,14 @@ def image(kernel: Kernel, modules: Path, progress: Progress = lambda _: None) ->
 
 
 def constants() -> dict[str, int]:
-    """The numbers of the driver's interface, from ``kernel/mvgpu.h``."""
-    text = (checkout() / "kernel" / "mvgpu.h").read_text()
+    """Return the numbers of the driver's interface, from ``kernel/mvgpu.h``."""
+    text = (ROOT / "kernel" / "mvgpu.h").read_text()
     found = re.findall(r"^#define (MVGPU_\w+)\s+(0x[0-9a-f]+|\d+)\b", text, re.MULTILINE)
     return {name: int(value, 0) for name, value in found}
 
 
 def pattern(seed: int, length: int) -> bytes:
-    """What the engine's FILL leaves in the first ``length`` bytes of a framebuffer."""
+    """Return the ``length`` bytes that mvgpu's command FILL writes to a framebuffer."""
     step = constants()["MVGPU_FILL_STEP"]
     words = array("I", ((seed + index * step) & 0xFFFFFFFF for index in range(length // 4)))
     if sys.byteorder == "big":
@@ -79,7 +85,7 @@ def pattern(seed: int, length: int) -> bytes:
 
 
 class Program:
-    """The program in a guest, reached by the guest's console."""
+    """A connection to the program in a guest, over the guest's console."""
 
     def __init__(
         self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -94,7 +100,7 @@ class Program:
         :param command: As ``guest/README.rst`` describes, without the newline.
         :raise DeadlineError: No answer within ``seconds``.
         :raise QemuError: The guest ended.
-        :raise MdoError: The program said that it failed, and why.
+        :raise MdoError: The command failed; quotes the program.
         """
         verb = command.partition(" ")[0]
         try:
@@ -113,9 +119,9 @@ class Program:
     async def ready(self, seconds: float) -> None:
         """Wait until the program answers, whether the guest is booting or has been up for long.
 
-        A guest whose serial driver has not started loses what it is sent, so it is asked again.
+        A guest loses its input until its serial driver has started, so the question is repeated.
 
-        :raise DeadlineError: It does not within ``seconds``.
+        :raise DeadlineError: No answer within ``seconds``.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -151,10 +157,10 @@ class Program:
 
 @contextlib.asynccontextmanager
 async def program(name: str, console: Path, seconds: float = 120.0) -> AsyncIterator[Program]:
-    """The program in a guest, once it answers.
+    """Connect to the program in a guest, and wait until it answers.
 
     :param console: The guest's console socket.
-    :raise DeadlineError: It does not within ``seconds``.
+    :raise DeadlineError: No answer within ``seconds``.
     """
     sock = socket.socket(socket.AF_UNIX)
     connect(sock, console)

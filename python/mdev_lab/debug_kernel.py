@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A kernel with checkers, built from Debian's source of a series and cached.
 
-Its series is named like Debian's own kernels with ``-debug`` behind: ``6.12-debug``. It has KASAN,
-UBSAN, lockdep, kmemleak and fault injection, and of everything else only what L1 needs
-(``kernel-debug.config``), so that two processors build it in a quarter of an hour. What is kept is
-as of an unpacked Debian kernel: the image, the modules, and the headers that ``mvgpu`` is built
-against. The source and the objects, 3 GB, are kept only until it is built, so that a build that
-was interrupted goes on.
+Its series is that of Debian's own kernel with the suffix ``-debug``: ``6.12-debug``. It has KASAN,
+UBSAN, lockdep, kmemleak and fault injection, and otherwise only what L1 needs
+(``kernel-debug.config``), so that two processors build it in a quarter of an hour. The cache keeps
+the same of it as of a Debian kernel: the image, the modules, and the headers for ``mvgpu``. It
+keeps the source and the objects, 3 GB, only until the build is complete, so that an interrupted
+build goes on.
 """
 
 from __future__ import annotations
@@ -15,41 +15,45 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
+from mdev_lab import kernels
+from mdev_lab.kernel_modules import digest
+from mdev_lab.kernels import DEBUG, Kernel
 from mdev_orchestrator.errors import HostError, MdoError, UnknownError
-from mdev_orchestrator.lab import debian
-from mdev_orchestrator.lab.building import run_build
-from mdev_orchestrator.lab.debian import DEBUG, Kernel, Progress, locked, run
-from mdev_orchestrator.lab.driver import digest
 from mdev_orchestrator.state import cache_dir
+from mdev_orchestrator.system.children import run, run_logged
+from mdev_orchestrator.system.files import locked
+from mdev_orchestrator.system.packages import missing_packages
+from mdev_orchestrator.system.progress import Progress, throttled
 
-#: All that is on in it, and what that selects.
+#: All options that are on in it; Kconfig adds what they select.
 CONFIG = Path(__file__).with_name("kernel-debug.config")
 
-#: A module with one fault for each checker, which shows that it is awake.
+#: A module with one fault for each checker: it shows that the checkers work.
 FAULTS = Path(__file__).with_name("faults")
 
-#: Series that there is a configuration for.
+#: Series that the configuration is for.
 SERIES = (f"6.12{DEBUG}",)
 
-#: Program or pkg-config module: Debian's package that has it.
-NEEDED_PROGRAMS = {name: name for name in ("bc", "bison", "flex", "gcc", "make")}
+#: For a program or a module of pkg-config: the Debian package that has it.
+NEEDED_PROGRAMS = {name: name for name in ("bc", "bison", "flex", "gcc", "make")} | {
+    "pkg-config": "pkgconf"
+}
 NEEDED_LIBRARIES = {"libelf": "libelf-dev"}
 
 RECORD = "build.json"
-"""What was built, beside it: the version of the source, and a digest of the configuration."""
+"""File with the version of the source that was built, and a digest of the configuration."""
 _OPTION = re.compile(r"^(CONFIG_\w+)=(.+)$", re.MULTILINE)
 
 
-def fetch(series: str = debian.DEFAULT_SERIES, progress: Progress = lambda _: None) -> Kernel:
-    """The kernel of a series, whichever kind it is: Debian's own, or one with checkers.
+def fetch(series: str = kernels.DEFAULT_SERIES, progress: Progress = lambda _: None) -> Kernel:
+    """Return the kernel of a series, Debian's or one with checkers; fetch or build it if needed.
 
-    :raise MdoError: It cannot be had.
+    :raise MdoError: There is none, or it cannot be fetched or built.
     """
     if not series.endswith(DEBUG):
-        return debian.fetch_kernel(series, progress)
+        return kernels.fetch_kernel(series, progress)
     if series not in SERIES:
         raise UnknownError(f"there is no kernel {series}", f"with checkers: {', '.join(SERIES)}")
     return build(series, progress)
@@ -59,7 +63,7 @@ def build(series: str, progress: Progress = lambda _: None) -> Kernel:
     """Build a kernel with checkers, unless this source and configuration were built before.
 
     :param series: One of :data:`SERIES`.
-    :raise MdoError: The source cannot be had, or does not compile.
+    :raise MdoError: The source cannot be fetched, or does not compile.
     """
     place = cache_dir() / "kernels" / series
     package = Kernel(series, "", place).source
@@ -77,7 +81,7 @@ def build(series: str, progress: Progress = lambda _: None) -> Kernel:
 
 
 def _is_current(place: Path, version: str, config: str) -> bool:
-    """Whether there is a build of this; where apt knows of no version, of what it was."""
+    """Whether this version and configuration are built; any version if apt knows none."""
     try:
         built = json.loads((place / RECORD).read_text())
     except FileNotFoundError:
@@ -86,30 +90,25 @@ def _is_current(place: Path, version: str, config: str) -> bool:
 
 
 def version_of(package: str) -> str:
-    """Version of a package that apt would take; empty when it knows none."""
+    """Return the version of a package that apt would download; empty if it knows none."""
     text = run(["apt-cache", "policy", package])
     found = re.search(r"^  Candidate: (\S+)$", text, re.MULTILINE)
     return "" if found is None or found[1] == "(none)" else found[1]
 
 
 def check_host() -> None:
-    """Check that all that a kernel's build wants is there.
+    """Check that the host has what a kernel's build needs.
 
-    :raise HostError: Names what is not, and the packages that have it.
+    :raise HostError: Names the packages that are missing.
     """
-    missing = [package for name, package in NEEDED_PROGRAMS.items() if not shutil.which(name)]
-    missing += [
-        package
-        for name, package in NEEDED_LIBRARIES.items()
-        if subprocess.run(["pkg-config", "--exists", name], check=False).returncode
-    ]
+    missing = missing_packages(NEEDED_PROGRAMS, NEEDED_LIBRARIES)
     if missing:
         names = " ".join(missing)
         raise HostError(f"building a kernel needs {names}", f"apt-get install {names}")
 
 
 def _make(package: str, version: str, work: Path, progress: Progress) -> Path:
-    """Build in ``work``; a directory there with what there is to keep."""
+    """Build in ``work``; return a directory below it with what the cache keeps."""
     check_host()
     if not version:
         raise UnknownError(f"the Debian mirror offers no {package}", "run 'apt-get update'")
@@ -123,7 +122,7 @@ def _make(package: str, version: str, work: Path, progress: Progress) -> Path:
         mark.write_text(version)
     if root.exists():
         shutil.rmtree(root)
-    # Everything below is slow and in nobody's way.
+    # The rest is slow: at the lowest priority.
     make = ["nice", "-n", "19", "make", "-s", "-C", str(source), f"O={objects}"]
     objects.mkdir(exist_ok=True)
     progress("configuring the kernel")
@@ -156,13 +155,13 @@ def _unpack(package: str, version: str, source: Path, progress: Progress) -> Non
 
 
 def check_taken(wanted: str, taken: str) -> None:
-    """Check that a configuration has all that was asked for.
+    """Check that Kconfig has dropped no option.
 
-    Kconfig drops in silence what it does not know and what depends on something that is off; a
-    checker that is not there would never report anything.
+    It drops silently an option that it does not know or whose dependency is off. A checker that is
+    off would never report anything.
 
-    :param wanted: Text of the configuration that was asked for.
-    :param taken: Text of the one that Kconfig made of it.
+    :param wanted: Text of the configuration that Kconfig was given.
+    :param taken: Text of the configuration that it wrote.
     :raise MdoError: Names the options that are missing.
     """
     have = dict(_OPTION.findall(taken))
@@ -174,13 +173,15 @@ def check_taken(wanted: str, taken: str) -> None:
 def _compile(make: list[str], log: Path, progress: Progress) -> None:
     jobs = os.cpu_count() or 1
     files = 0
+    report = throttled(progress)
 
-    def how_far(line: bytes) -> str:
+    def on_line(line: bytes) -> None:
         nonlocal files
         files += line.startswith(b"  CC")
-        return f"compiling the kernel, {files} files so far"
+        report(f"compiling the kernel, {files} files so far")
 
     progress(f"compiling the kernel with {jobs} jobs, a quarter of an hour or more")
-    verbose = [word for word in make if word != "-s"]  # a line a file shows how far it is
+    verbose = [word for word in make if word != "-s"]  # one line for each file shows how far it is
     log.unlink(missing_ok=True)
-    run_build("the kernel", [*verbose, f"-j{jobs}", "bzImage", "modules"], log, progress, how_far)
+    command = [*verbose, f"-j{jobs}", "bzImage", "modules"]
+    run_logged("building the kernel", command, log, speaker="the compiler", on_line=on_line)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``make demo`` from the host's side: a lab, the story told in it, and a closing table."""
+"""``make demo`` on the host: a lab, the acts in it, and the rows of the closing table."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mdev_lab import l1
 from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.lab import machine
 
 MODULE_OPTIONS = "links=3"
-"""So few links that a second group does not fit beside the first."""
+"""Parameters of mvgpu: a second group does not fit beside the first with three links."""
 
-STORY = ["python", "-m", "mdev_orchestrator.lab.story"]
+ACTS = ["python", "-m", "mdev_lab.demo_acts"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One step as the closing table shows it."""
+    """One step of the demo: a row of the closing table."""
 
     step: str
     result: str
@@ -33,9 +33,10 @@ def demo(
 ) -> tuple[list[Row], int]:
     """Run the demo in a lab of its own.
 
-    :param row: ResultCallback of each step that has ended.
-    :param doing: ResultCallback what begins.
-    :return: All rows, and the exit status: 0 only when every step did what was promised.
+    :param row: Called with each step that has ended.
+    :param doing: Called with what begins.
+    :return: All rows, and the exit status: 0 only if every step succeeded.
+    :raise MdoError: The lab cannot be brought up, or ended early.
     """
     rows: list[Row] = []
 
@@ -57,10 +58,10 @@ def demo(
 
     started = time.monotonic()
     name = f"demo-{os.getpid()}"
-    with machine.running(name, series=series, module_options=MODULE_OPTIONS, progress=doing) as lab:
+    with l1.running(name, series=series, module_options=MODULE_OPTIONS, progress=doing) as lab:
         seconds = round(time.monotonic() - started, 2)
         ended(Row(f"bring up a lab with kernel {series}", lab.release, seconds, ok=True))
-        status = machine.execute(lab, STORY, output=listen)
+        status = l1.execute(lab, ACTS, output=listen)
     if status == 0 and not all(entry.ok for entry in rows):
-        raise MdoError("the story ended well with a step that failed: this is a bug")
+        raise MdoError("a step failed and the demo ended with 0: this is a bug")
     return rows, status

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The demo's story, told inside L1: ``python -m mdev_orchestrator.lab.story``.
+"""The acts of the demo, carried out in L1: ``python -m mdev_lab.demo_acts``.
 
 Prints one JSON object a line: ``{"doing": TEXT}`` when a step begins, and ``{"step": TEXT,
-"result": TEXT, "seconds": NUMBER, "ok": BOOLEAN}`` when it has ended. The first step that fails is
-the last but for the clean-up.
+"result": TEXT, "seconds": NUMBER, "ok": BOOLEAN}`` when it has ended. After a step that fails only
+the clean-up follows.
 """
 
 from __future__ import annotations
@@ -20,41 +20,46 @@ from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from mdev_lab import l2
+from mdev_lab.mvgpu import (
+    GRID_OTHERS,
+    GRID_TYPE,
+    IGD_TYPE,
+    PEER_PARENT,
+    PEER_TYPE,
+    as_guest_mdev,
+    counts,
+    settled,
+)
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.lab import l2
-from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import Host, Mdev
+from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
-from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+from mdev_orchestrator.qemu.command import GuestSpec
 
-GRID_TYPE = "mvgpu-12"
-IGD_TYPE = "mvgpu-512M"
-PEER_TYPE = "mvgpu-128M"
-PEER_PARENT = "igd0"
 SEED = 2016
 FILL_BYTES = 256 * 1024
 UUID_TEXT = re.compile(r"([0-9a-f]{8})(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def say(**words: object) -> None:
-    """One line for the host."""
+def emit(**words: object) -> None:
+    """Print one line for the host."""
     sys.stdout.write(json.dumps(words) + "\n")
     sys.stdout.flush()
 
 
 class Step:
-    """What one step came to; set by the block that carries it out."""
+    """The result of a step, set by the block that carries it out."""
 
     result = ""
 
 
 @contextlib.asynccontextmanager
 async def step(name: str) -> AsyncIterator[Step]:
-    """Tell of a step when it begins and when it has ended."""
-    say(doing=name)
+    """Report a step when it begins and when it has ended."""
+    emit(doing=name)
     started = time.monotonic()
     outcome = Step()
     try:
@@ -65,53 +70,44 @@ async def step(name: str) -> AsyncIterator[Step]:
     finally:
         ok = sys.exception() is None
         seconds = round(time.monotonic() - started, 2)
-        say(step=name, result=outcome.result, seconds=seconds, ok=ok)
+        emit(step=name, result=outcome.result, seconds=seconds, ok=ok)
 
 
 def expect(what: str, wanted: object, got: object) -> None:
-    """Fail when the machine does not do what was promised."""
+    """Raise an error unless ``got`` is ``wanted``.
+
+    :raise MdoError: It is not.
+    """
     if wanted != got:
         raise MdoError(f"{what}: expected {wanted}, got {got}")
 
 
-def counts(host: Host) -> dict[str, int | None]:
-    """Available instances by type."""
-    return {type_.id: type_.available_instances for p in host.parents for type_ in p.types}
-
-
 def igd_counts() -> str:
-    """Counts of the igd types, as the thread of 2016 writes them: 8/4/2."""
-    left = counts(sysfs.read_host(Machine()))
+    """Return the counts of the igd types, in the notation of the discussion of 2016: 8/4/2."""
+    left = counts(sysfs.scan())
     return "/".join(str(left[f"mvgpu-{size}M"]) for size in (128, 256, 512))
 
 
-def as_guest_mdev(mdev: Mdev) -> GuestMdev:
-    """What QEMU needs to know of an mdev."""
-    return GuestMdev(mdev.uuid, mdev.path, mdev.device_api or "vfio-pci")
-
-
 async def use(program: l2.Program, uuid: UUID) -> str:
-    """Let the guest fill and checksum a framebuffer, and check the sum here."""
+    """Have the guest fill a framebuffer and compute its checksum, and verify that here."""
     answer = await program.ask(f"use {uuid} {SEED} {FILL_BYTES} msi")
     expect("the checksum", zlib.crc32(l2.pattern(SEED, FILL_BYTES)), answer["crc32"])
     return f"{answer['bdf']}, crc32 {answer['crc32']:08x} is right, {answer['irqs']} interrupts"
 
 
-async def tell() -> None:
-    """Tell the story; what it made is gone when it ends, however it ends."""
+async def play() -> None:
+    """Carry out all acts; in the end, also after a failure, remove what they made."""
     async with step("look at the host") as this:
-        before = counts(sysfs.read_host(Machine()))
+        before = counts(sysfs.scan())
         expect("parents that offer types", True, bool(before))
         this.result = f"{len(before)} types, igd reads {igd_counts()}"
     async with contextlib.AsyncExitStack() as devices, contextlib.AsyncExitStack() as undo:
         async with step(f"create one {GRID_TYPE} and one {IGD_TYPE}") as this:
             (grid,) = await create_devices(GRID_TYPE)
-            devices.push_async_callback(gone, grid)
+            devices.push_async_callback(remove_if_there, grid)
             (igd,) = await create_devices(IGD_TYPE)
-            devices.push_async_callback(gone, igd)
-            others = {
-                n for id_, n in counts(sysfs.read_host(Machine())).items() if id_ in GRID_OTHERS
-            }
+            devices.push_async_callback(remove_if_there, igd)
+            others = {n for id_, n in counts(sysfs.scan()).items() if id_ in GRID_OTHERS}
             expect("instances left of the other grid types", {0}, others)
             expect("instances left of the igd types", "4/2/1", igd_counts())
             this.result = "other grid types read 0, igd reads 4/2/1"
@@ -160,14 +156,16 @@ async def tell() -> None:
 async def group_act(
     devices: contextlib.AsyncExitStack, guest: process.RunningGuest, program: l2.Program
 ) -> tuple[Mdev, Mdev]:
-    """Two devices of one start group in one guest, and who else would like to have something.
+    """Plug two devices of one start group into a guest; other guests that want more are refused.
 
-    :param devices: Removes what is left of them when the guest has ended.
+    :param devices: Removes the devices when the guest has ended.
+    :param program: The program in the guest.
+    :return: The two devices.
     """
     async with step(f"create two {PEER_TYPE} in one start group") as this:
         first, second = await create_devices(PEER_TYPE, 2, group="demo-peers")
-        devices.push_async_callback(gone, first)
-        devices.push_async_callback(gone, second)
+        devices.push_async_callback(remove_if_there, first)
+        devices.push_async_callback(remove_if_there, second)
         all_links, free = links()
         expect("the group's state", {False}, {online(first), online(second)})
         this.result = f"offline; {free} of {all_links} links free"
@@ -177,7 +175,7 @@ async def group_act(
         expect("free links", free - 1, links()[1])
         this.result = f"both are online; {links()[1]} of {all_links} links free"
     async with step("another guest asks for the other one") as this:
-        this.result = await refused(BusyError, lifecycle.launch(idle(second)))
+        this.result = await refused(BusyError, lifecycle.launch(halted_guest(second)))
     async with step("hot-plug that into the same guest") as this:
         await lifecycle.attach(guest, as_guest_mdev(second), wait_guest=True)
         for mdev in (first, second):
@@ -190,15 +188,15 @@ async def group_act(
     async with step("a group of three for another guest") as this:
         three = await create_devices(PEER_TYPE, 3, group="demo-three")
         for mdev in three:
-            devices.push_async_callback(gone, mdev)
-        this.result = await refused(CapacityError, lifecycle.launch(idle(*three)))
+            devices.push_async_callback(remove_if_there, mdev)
+        this.result = await refused(CapacityError, lifecycle.launch(halted_guest(*three)))
         expect("the group's state", {False}, {online(mdev) for mdev in three})
         await remove_devices([str(mdev.uuid) for mdev in three])
     return first, second
 
 
-def idle(*mdevs: Mdev) -> GuestSpec:
-    """A guest that never boots: QEMU opens its devices and waits."""
+def halted_guest(*mdevs: Mdev) -> GuestSpec:
+    """Return a guest that never boots: QEMU opens its devices and waits."""
     return GuestSpec(
         name=f"demo-other-{os.getpid()}",
         uuid=uuid4(),
@@ -209,7 +207,10 @@ def idle(*mdevs: Mdev) -> GuestSpec:
 
 
 async def refused(kind: type[MdoError], launching: Awaitable[process.RunningGuest]) -> str:
-    """Fail unless a guest is refused; gives the reason."""
+    """Wait for the start of a guest to fail; return the reason.
+
+    :raise MdoError: The guest started.
+    """
     try:
         guest = await launching
     except kind as error:
@@ -219,39 +220,27 @@ async def refused(kind: type[MdoError], launching: Awaitable[process.RunningGues
 
 
 def online(mdev: Mdev) -> bool | None:
-    """Whether an mdev is online now."""
-    found = sysfs.read_mdev(Machine(), mdev.uuid)
+    """Return whether an mdev is online now."""
+    found = sysfs.read_mdev(mdev.uuid)
     return None if found is None else found.online
 
 
 def links() -> tuple[int, int]:
-    """All links of the parent, and how many are free."""
-    parent = next(p for p in sysfs.read_host(Machine()).parents if p.name == PEER_PARENT)
+    """Return how many links the parent has, and how many of them are free."""
+    parent = next(p for p in sysfs.scan().parents if p.name == PEER_PARENT)
     return parent.links or 0, parent.links_free or 0
 
 
-GRID_OTHERS = {f"mvgpu-{number}" for number in range(11, 19)} - {GRID_TYPE}
-
-
-async def gone(mdev: Mdev) -> None:
+async def remove_if_there(mdev: Mdev) -> None:
     """Remove an mdev if it is still there."""
-    if sysfs.read_mdev(Machine(), mdev.uuid) is not None:
+    if sysfs.read_mdev(mdev.uuid) is not None:
         await remove_devices([str(mdev.uuid)])
 
 
-async def settled(wanted: dict[str, int | None]) -> dict[str, int | None]:
-    """Counts, read again for a moment: the kernel gives an instance back just after ``remove``."""
-    for _ in range(20):
-        if counts(sysfs.read_host(Machine())) == wanted:
-            break
-        await asyncio.sleep(0.05)  # no event tells of it
-    return counts(sysfs.read_host(Machine()))
-
-
 def main() -> int:
-    """Exit status 0 when all went as promised."""
+    """Carry out all acts; return the exit status."""
     try:
-        asyncio.run(tell())
+        asyncio.run(play())
     except MdoError as error:
         sys.stderr.write(f"demo: {error}\n")
         return error.exit_code

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mdev_lab import qemus
+from mdev_lab.checkout import ROOT
 from mdev_orchestrator.errors import MdoError, UnknownError
-from mdev_orchestrator.lab import qemubuild
-from mdev_orchestrator.lab.driver import checkout
+from mdev_orchestrator.qemu_build import builds, patches, source
+from mdev_orchestrator.system.files import remove
 
 HUNK = re.compile(r"^@@ -[\d,]+ \+[\d,]+ @@", re.MULTILINE)
 
@@ -68,10 +70,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.mkdir(parents=True)
     (place / "0001-call-it.patch").write_text(PATCH)
     (place / "series").write_text("0001-call-it.patch\n")
-    for name in qemubuild.NEW_FILES:
+    for name in patches.NEW_FILES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{name}\n")
-    monkeypatch.setattr(qemubuild, "checkout", lambda: root)
+    for module in (builds, patches):
+        monkeypatch.setattr(module, "project_files", lambda: root)
     monkeypatch.setenv("MDO_CACHE_DIR", str(tmp_path / "cache"))
     return root
 
@@ -91,16 +94,16 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def place(project: Path, tree: Path) -> Path:
     """The cache's directory with a source tree in it."""
-    root = qemubuild.place_of("9.9")
-    qemubuild.remove(root)
+    root = source.place_of("9.9")
+    remove(root)
     root.mkdir(parents=True)
     tree.rename(root / "source")
     return root
 
 
-@pytest.mark.parametrize("series", qemubuild.series_known())
+@pytest.mark.parametrize("series", patches.series_known())
 def test_patches_are_hooks_with_three_lines_of_context(series: str) -> None:
-    for patch in qemubuild.patches(series):
+    for patch in patches.patches(series):
         text = patch.read_text()
         assert re.search(r"^Subject: \[PATCH\] \S.+$", text, re.MULTILINE)
         assert "new file mode" not in text
@@ -115,24 +118,24 @@ def test_patches_are_hooks_with_three_lines_of_context(series: str) -> None:
 
 
 def test_both_series_hook_the_same_way() -> None:
-    names = [[path.name for path in qemubuild.patches(s)] for s in qemubuild.series_known()]
+    names = [[path.name for path in patches.patches(s)] for s in patches.series_known()]
     assert all(each == names[0] for each in names)
 
 
 def test_meson_knows_every_suite() -> None:
-    runner = (checkout() / "tools/run-tests").read_text()
+    runner = (ROOT / "tools/run-tests").read_text()
     suites = re.findall(r'^    "([\w.-]+)": \[', runner, re.MULTILINE)
-    text = (checkout() / "meson.build").read_text()
+    text = (ROOT / "meson.build").read_text()
     assert suites
     assert [suite for suite in suites if f"'{suite}'" not in text] == []
 
 
 def test_versions_of_a_series_newest_first() -> None:
-    assert qemubuild.versions(SHOWSRC, "10.0") == ["10.0.13+ds-0+deb13u1", "10.0.9+ds-1"]
-    assert qemubuild.versions(SHOWSRC, "11.1") == ["11.1.2+ds-3"]
-    assert qemubuild.versions(SHOWSRC, "9.2") == []
-    assert qemubuild.full_version(SHOWSRC, "10.2.2+ds-1") == "1:10.2.2+ds-1"
-    assert qemubuild.full_version(SHOWSRC, "11.1.2+ds-3") == "11.1.2+ds-3"
+    assert source.versions(SHOWSRC, "10.0") == ["10.0.13+ds-0+deb13u1", "10.0.9+ds-1"]
+    assert source.versions(SHOWSRC, "11.1") == ["11.1.2+ds-3"]
+    assert source.versions(SHOWSRC, "9.2") == []
+    assert source.full_version(SHOWSRC, "10.2.2+ds-1") == "1:10.2.2+ds-1"
+    assert source.full_version(SHOWSRC, "11.1.2+ds-3") == "11.1.2+ds-3"
 
 
 @pytest.mark.parametrize(
@@ -149,8 +152,8 @@ def test_mirror_is_the_machines_own(
     apt.write_text(f"#!/bin/sh\ncat <<'END'\n{targets}\nEND\n")
     apt.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert qemubuild.mirror() == "uri"
-    options = qemubuild.private_apt(tmp_path / "private")
+    assert source.mirror() == "uri"
+    options = source.private_apt(tmp_path / "private")
     sources = (tmp_path / "private/sources.list").read_text()
     assert re.search(r"^deb-src (\[signed-by=\S+\] )?uri trixie main$", sources, re.MULTILINE)
     assert f"Dir::State::lists={tmp_path}/private/lists" in options
@@ -158,34 +161,34 @@ def test_mirror_is_the_machines_own(
 
 def test_unknown_series() -> None:
     with pytest.raises(UnknownError, match=r"no patches for QEMU 1\.0 .*10\.0"):
-        qemubuild.patches("1.0")
+        patches.patches("1.0")
 
 
 def test_tree_of_another_series(tree: Path, tmp_path: Path) -> None:
-    assert qemubuild.tree_version(tree, "9.9") == "9.9.1"
+    assert source.tree_version(tree, "9.9") == "9.9.1"
     with pytest.raises(UnknownError, match=r"is QEMU 9\.9\.1, not 9\.1"):
-        qemubuild.tree_version(tree, "9.1")
+        source.tree_version(tree, "9.1")
     with pytest.raises(UnknownError, match="no source tree"):
-        qemubuild.tree_version(tmp_path, "9.9")
+        source.tree_version(tmp_path, "9.9")
 
 
 def test_only_what_changed_is_written(place: Path, project: Path) -> None:
-    assert qemubuild.sync("9.9", place) == len(qemubuild.NEW_FILES) + 2
+    assert patches.sync("9.9", place) == len(patches.NEW_FILES) + 2
     common = place / "source/hw/vfio/common.c"
     assert common.read_text() == "one\ntwo\nthree\nfour\n"
-    assert qemubuild.sync("9.9", place) == 0
+    assert patches.sync("9.9", place) == 0
     (project / "hw/vfio/mdev.c").write_text("new\n")
-    assert qemubuild.sync("9.9", place) == 1
+    assert patches.sync("9.9", place) == 1
 
 
 def test_a_changed_patch_touches_only_what_it_changes(place: Path, project: Path) -> None:
-    qemubuild.sync("9.9", place)
+    patches.sync("9.9", place)
     patch = project / "qemu_patches/9.9/0001-call-it.patch"
     patch.write_text(PATCH.replace("+two", "+zwei"))
-    assert qemubuild.sync("9.9", place) == 1
+    assert patches.sync("9.9", place) == 1
     assert "zwei" in (place / "source/hw/vfio/common.c").read_text()
     patch.write_text(PATCH.partition("diff --git a/VERSION")[0])
-    assert qemubuild.sync("9.9", place) == 2
+    assert patches.sync("9.9", place) == 2
     assert (place / "source/VERSION").read_text() == "9.9.1\n"
 
 
@@ -205,72 +208,72 @@ def test_a_tree_that_does_not_fit(place: Path, name: str, content: str | None) -
         (place / "source" / name).write_text(content)
     before = {path: path.read_bytes() for path in (place / "source").rglob("*") if path.is_file()}
     with pytest.raises(MdoError, match=rf"0001-call-it\.patch does not fit .*{re.escape(name)}"):
-        qemubuild.sync("9.9", place)
+        patches.sync("9.9", place)
     after = {path: path.read_bytes() for path in (place / "source").rglob("*") if path.is_file()}
     assert after == before
 
 
 def test_build_from_a_tree(project: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemubuild, "check_host", lambda: None)
-    monkeypatch.setattr(qemubuild, "FIRMWARE", {str(tree): "package"})
-    monkeypatch.setattr(qemubuild, "NEEDED_FIRMWARE", ("VERSION",))
+    monkeypatch.setattr(builds, "check_host", lambda: None)
+    monkeypatch.setattr(builds, "FIRMWARE", {str(tree): "package"})
+    monkeypatch.setattr(builds, "NEEDED_FIRMWARE", ("VERSION",))
     said: list[str] = []
-    done = qemubuild.build("9.9", source=tree, progress=said.append)
+    done = builds.build("9.9", source=tree, progress=said.append)
     assert done.binary.read_text() == "one\ntwo\nthree\nfour\nhw/vfio/mdev.c\n"
     assert (done.firmware / "VERSION").read_text() == "9.9.1\n"
     assert (tree / "hw/vfio/common.c").read_text() == "one\nthree\nfour\n"
-    assert qemubuild.find("9.9") == done
+    assert builds.find("9.9") == done
     assert "configuring" in said
 
     said.clear()
-    assert qemubuild.build("9.9", progress=said.append) == done
+    assert builds.build("9.9", progress=said.append) == done
     assert said == []
 
     (project / "hw/vfio/mdev.c").write_text("mine\n")
-    again = qemubuild.build("9.9", progress=said.append)
+    again = builds.build("9.9", progress=said.append)
     assert again.digest != done.digest
     assert done.binary.read_text().endswith("mine\n")
-    assert (qemubuild.place_of("9.9") / "configured").read_text() == "configured\n"
+    assert (source.place_of("9.9") / "configured").read_text() == "configured\n"
 
-    ninja = qemubuild.place_of("9.9") / "build/build.ninja"
+    ninja = source.place_of("9.9") / "build/build.ninja"
     ninja.write_text(ninja.read_text().replace("echo making", "echo mdev.c:1: error: no; exit 1"))
     (project / "hw/vfio/mdev.c").write_text("worse\n")
     with pytest.raises(MdoError, match=r"mdev\.c:1: error: no"):
-        qemubuild.build("9.9")
+        builds.build("9.9")
     assert done.binary.read_text().endswith("mine\n")
 
     # nor does a tree that our patches do not fit
     with pytest.raises(MdoError, match=r"common\.c is not what it changes"):
-        qemubuild.build("9.9", source=copy_of(tree, "five"))
-    assert qemubuild.find("9.9") == again
-    assert (qemubuild.place_of("9.9") / "source/hw/vfio/common.c").exists()
+        builds.build("9.9", source=copy_of(tree, "five"))
+    assert builds.find("9.9") == again
+    assert (source.place_of("9.9") / "source/hw/vfio/common.c").exists()
 
 
 def test_a_stock_build_has_nothing_of_ours(
     project: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qemubuild, "check_host", lambda: None)
-    monkeypatch.setattr(qemubuild, "FIRMWARE", {str(tree): "package"})
-    monkeypatch.setattr(qemubuild, "NEEDED_FIRMWARE", ("VERSION",))
-    patched = qemubuild.build("9.9", source=tree)
-    stock = qemubuild.build_stock("9.9")
+    monkeypatch.setattr(builds, "check_host", lambda: None)
+    monkeypatch.setattr(builds, "FIRMWARE", {str(tree): "package"})
+    monkeypatch.setattr(builds, "NEEDED_FIRMWARE", ("VERSION",))
+    patched = builds.build("9.9", source=tree)
+    stock = qemus.build_stock("9.9")
     assert stock.binary.read_text() == "one\nthree\nfour\n"
     assert stock.version == patched.version
-    assert qemubuild.find("9.9") == patched
-    source = qemubuild.place_of("9.9-stock") / "source"
-    assert set(qemubuild.files_below(source)) == set(qemubuild.files_below(tree))
+    assert builds.find("9.9") == patched
+    copied = source.place_of("9.9-stock") / "source"
+    assert set(patches.files_below(copied)) == set(patches.files_below(tree))
 
     said: list[str] = []
     (project / "hw/vfio/mdev.c").write_text("mine\n")
-    assert qemubuild.build_stock("9.9", progress=said.append) == stock
+    assert qemus.build_stock("9.9", progress=said.append) == stock
     assert "copying the source without our patches" not in said
 
     other = tree.with_name("other")
     shutil.copytree(tree, other)
     (other / "README").touch()
-    qemubuild.build("9.9", source=other)
-    qemubuild.build_stock("9.9")
-    assert (source / "README").exists()
+    builds.build("9.9", source=other)
+    qemus.build_stock("9.9")
+    assert (copied / "README").exists()
 
 
 def copy_of(tree: Path, words: str) -> Path:
@@ -282,14 +285,14 @@ def copy_of(tree: Path, words: str) -> Path:
 
 
 def test_configure_that_fails(project: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemubuild, "check_host", lambda: None)
+    monkeypatch.setattr(builds, "check_host", lambda: None)
     (tree / "configure").write_text("#!/bin/sh\necho 'ERROR: glib-2.0 not found'\nexit 1\n")
     with pytest.raises(MdoError, match=r"configure said: ERROR: glib-2\.0 not found"):
-        qemubuild.build("9.9", source=tree)
+        builds.build("9.9", source=tree)
 
 
 def test_exported_series_says_what_it_is(project: Path, tmp_path: Path) -> None:
-    written = qemubuild.export("9.9", tmp_path / "out")
+    written = patches.export("9.9", tmp_path / "out")
     assert [path.name for path in written] == [
         "0001-hw-vfio-add-the-mdev-lifecycle.patch",
         "0002-call-it.patch",
@@ -299,10 +302,10 @@ def test_exported_series_says_what_it_is(project: Path, tmp_path: Path) -> None:
 
 
 def test_exported_files_are_ours(tmp_path: Path) -> None:
-    first, *_ = qemubuild.export("10.0", tmp_path / "out")
+    first, *_ = patches.export("10.0", tmp_path / "out")
     target = tmp_path / "tree"
     target.mkdir()
     subprocess.run(["git", "init", "-q"], cwd=target, check=True)
     subprocess.run(["git", "apply", "--whitespace=error-all", first], cwd=target, check=True)
-    for name, inside in qemubuild.NEW_FILES.items():
-        assert (target / inside).read_bytes() == (checkout() / name).read_bytes()
+    for name, inside in patches.NEW_FILES.items():
+        assert (target / inside).read_bytes() == (ROOT / name).read_bytes()

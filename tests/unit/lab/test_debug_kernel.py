@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mdev_lab import debug_kernel, kernels
 from mdev_orchestrator.errors import HostError, MdoError, UnknownError
-from mdev_orchestrator.lab import debian, kernelbuild
 
 SERIES = "6.12-debug"
 
@@ -56,24 +56,24 @@ def lines(path: Path) -> int:
 
 def test_it_is_built_once(programs: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    kernel = kernelbuild.fetch(SERIES, said.append)
+    kernel = debug_kernel.fetch(SERIES, said.append)
     assert (kernel.series, kernel.release, kernel.checked) == (SERIES, "6.12.9-debug", True)
     assert kernel.image.read_text() == "image\n"
     assert kernel.modules.is_dir()
     assert said[0] == "downloading linux-source-6.12 6.12.9-1"
     left = {path.name for path in (tmp_path / "cache/kernels").iterdir()}
     assert left == {SERIES, f"{SERIES}.lock"}
-    assert kernelbuild.fetch(SERIES) == kernel
+    assert debug_kernel.fetch(SERIES) == kernel
     assert lines(programs / "make.log") == 1
 
 
 def test_a_new_source_is_built_and_a_mirror_without_lists_offers_none(programs: Path) -> None:
-    kernelbuild.fetch(SERIES)
+    debug_kernel.fetch(SERIES)
     (programs / "apt-cache.version").write_text("(none)")
-    kernelbuild.fetch(SERIES)
+    debug_kernel.fetch(SERIES)
     assert lines(programs / "make.log") == 1
     (programs / "apt-cache.version").write_text("6.12.10-1")
-    kernelbuild.fetch(SERIES)
+    debug_kernel.fetch(SERIES)
     assert lines(programs / "make.log") == 2
     assert lines(programs / "apt-get.log") == 2
 
@@ -81,45 +81,45 @@ def test_a_new_source_is_built_and_a_mirror_without_lists_offers_none(programs: 
 def test_another_configuration_is_built(
     programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernelbuild.fetch(SERIES)
+    debug_kernel.fetch(SERIES)
     config = tmp_path / "other.config"
-    config.write_text(kernelbuild.CONFIG.read_text() + "CONFIG_MORE=y\n")
-    monkeypatch.setattr(kernelbuild, "CONFIG", config)
-    kernelbuild.fetch(SERIES)
+    config.write_text(debug_kernel.CONFIG.read_text() + "CONFIG_MORE=y\n")
+    monkeypatch.setattr(debug_kernel, "CONFIG", config)
+    debug_kernel.fetch(SERIES)
     assert lines(programs / "make.log") == 2
 
 
 def test_a_build_that_fails_says_why_and_goes_on_from_the_source(programs: Path) -> None:
     (programs / "make.broken").touch()
     with pytest.raises(MdoError, match=r"failed: the compiler said: x\.c:1: error: no"):
-        kernelbuild.fetch(SERIES)
+        debug_kernel.fetch(SERIES)
     (programs / "make.broken").unlink()
-    kernelbuild.fetch(SERIES)
+    debug_kernel.fetch(SERIES)
     assert lines(programs / "apt-get.log") == 1
 
 
 def test_a_mirror_without_the_source(programs: Path) -> None:
     (programs / "apt-cache.version").write_text("(none)")
     with pytest.raises(UnknownError, match=r"no linux-source-6\.12"):
-        kernelbuild.fetch(SERIES)
+        debug_kernel.fetch(SERIES)
 
 
 def test_what_the_host_lacks_is_named(programs: Path) -> None:
     (programs / "pkg-config").write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(HostError, match="needs libelf-dev"):
-        kernelbuild.fetch(SERIES)
+        debug_kernel.fetch(SERIES)
 
 
 def test_a_series_without_checkers(programs: Path) -> None:
     with pytest.raises(UnknownError, match=r"no kernel 6\.1-debug"):
-        kernelbuild.fetch("6.1-debug")
+        debug_kernel.fetch("6.1-debug")
 
 
 def test_an_option_that_kconfig_drops_is_named() -> None:
     wanted = 'CONFIG_A=y\nCONFIG_B=m\nCONFIG_C="-x"\n# CONFIG_D is not set\n'
-    kernelbuild.check_taken(wanted, wanted + "CONFIG_E=y\n")
+    debug_kernel.check_taken(wanted, wanted + "CONFIG_E=y\n")
     with pytest.raises(MdoError, match="does not take CONFIG_B, CONFIG_C "):
-        kernelbuild.check_taken(wanted, "CONFIG_A=y\n# CONFIG_B is not set\n")
+        debug_kernel.check_taken(wanted, "CONFIG_A=y\n# CONFIG_B is not set\n")
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,4 @@ def test_an_option_that_kconfig_drops_is_named() -> None:
     ],
 )
 def test_the_series_of_a_release(release: str, series: str) -> None:
-    assert debian.series_of(release) == series
+    assert kernels.series_of(release) == series

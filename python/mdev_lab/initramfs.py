@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a kernel finds first: busybox, the modules it needs, and an init script.
-
-The same few lines serve L1 and the L2 guests.
-"""
+"""The initramfs of L1 and of the L2 guests: busybox, modules, and an init script."""
 
 from __future__ import annotations
 
 import lzma
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mdev_orchestrator.errors import HostError, MdoError
-from mdev_orchestrator.lab.debian import Kernel, run
+from mdev_lab.kernels import Kernel
+from mdev_orchestrator.errors import HostError
+from mdev_orchestrator.system.children import run
 
 
 def module_files(kernel: Kernel, names: Sequence[str]) -> list[Path]:
-    """Files of the named modules and of all they depend on, in the order to load them.
+    """Return the files of modules and of all that they depend on, in the order to load them.
 
-    What the kernel has built in needs no file.
+    A module that is built into the kernel has no file.
     """
     files: dict[Path, None] = {}
     for name in names:
@@ -43,9 +40,10 @@ def build(
     """Write an initramfs.
 
     :param init: Text of ``/init``, a script for busybox.
-    :param modules: Names of modules; their files stand in ``/modules``, uncompressed, and
+    :param modules: Names of modules. Their files are put into ``/modules``, uncompressed, and
         ``/modules/order`` lists them in the order to load them.
-    :param files: More files, by their path inside.
+    :param files: More files, by their path in the initramfs.
+    :raise MdoError: A program that is needed is missing or failed.
     """
     busybox = shutil.which("busybox")
     if busybox is None:
@@ -70,20 +68,7 @@ def build(
         (root / "init").write_text(init)
         (root / "init").chmod(0o755)
         archive = Path(name) / "archive"
-        with archive.open("wb") as out:
-            _pack(root, out.fileno())
+        names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
+        options = ["--create", "--format=newc", "--owner=+0:+0", "--quiet"]
+        run(["cpio", *options, "-O", archive], cwd=root, data=names)
         archive.rename(target)
-
-
-def _pack(root: Path, out: int) -> None:
-    names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
-    done = subprocess.run(
-        ["cpio", "--create", "--format=newc", "--owner=+0:+0", "--quiet"],
-        cwd=root,
-        input=names.encode(),
-        stdout=out,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    if done.returncode:
-        raise MdoError(f"cpio failed: {done.stderr.decode(errors='replace').strip()}")
