@@ -342,7 +342,8 @@ async def test_a_run_that_was_given_up_is_abandoned_though_its_process_lives(
 async def test_a_write_that_fails_locks_nothing(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
+    full = sqlite3.OperationalError("database or disk is full")
+    monkeypatch.setattr(journal, "_insert", Mock(side_effect=full))
         journal, "_insert", Mock(side_effect=sqlite3.OperationalError("database or disk is full"))
     )
     with pytest.raises(HostError, match="the disk is full"):
