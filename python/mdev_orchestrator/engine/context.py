@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from uuid import UUID
 
@@ -21,7 +21,7 @@ _HELD_SECONDS = 0.5
 """How old an answer about who has what open may be."""
 
 
-@cache
+@lru_cache(maxsize=1)
 def machine_of(root: Path) -> Machine:
     """The handle of a host by its root."""
     return Machine(root)

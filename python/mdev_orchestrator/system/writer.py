@@ -35,6 +35,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 import warnings
 from collections import deque
@@ -511,9 +512,10 @@ class _Child:
             self.close()
             raise
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Let it end if its lane has gone with a closed event loop."""
-        self.close()
+        if not is_finalizing():  # else this process ends, which hangs up
+            self.close()
 
     @property
     def batch(self) -> WriteBatch | None:

@@ -12,9 +12,10 @@ from mdev_orchestrator.engine.diff import Changes, ObservedState, diff
 from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove
 from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.spec import Document, parse
 from unit.fakesys import FakeSystem
 
@@ -47,7 +48,7 @@ def run(machine: FakeSystem, group: UUID | None = GROUP, parent: str = "igd0") -
 
 def changes(machine: FakeSystem, document: Document, *ours: DeviceRecord) -> Changes:
     owned = Managed(devices={device.uuid: device for device in ours})
-    seen = ObservedState(scan(machine.root), owned, {}, mdevctl.defined(machine.root))
+    seen = ObservedState(read_host(Machine(machine.root)), owned, {}, mdevctl.defined(machine.root))
     return diff(document, seen)
 
 
