@@ -18,7 +18,6 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +95,7 @@ def machine(
     system.writes.clear()
     monkeypatch.setenv("MDO_ROOT", str(system.root))
     for where in (module, recovery):
-        context = partial(Context, write=system.write, start=system.write)
+        context = Context
         monkeypatch.setattr(where, "Context", context)
     return Machine(system, capsys)
 
@@ -309,16 +308,13 @@ def test_the_first_error_and_that_all_was_undone_are_one_line(machine: Machine) 
 def test_what_could_not_be_undone_stands_beside_it_and_recover_tries_again(
     machine: Machine,
 ) -> None:
-    async def late(path: str, data: bytes) -> int:
-        if data.decode() == U2:  # when the other one is there
-            while U1 not in machine.system.uuids():
-                await asyncio.sleep(0.01)
-        return await machine.system.write(path, data)
+    def late(_name: str, uuid: str) -> None:
+        if uuid == U2:  # when the other one is there
+            until(lambda: U1 in machine.system.uuids())
 
+    machine.system.before = late
     machine.system.refuse |= {U2: errno.EIO, f"{U1}/remove": errno.EPERM}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "Context", partial(Context, write=late))
-        _, err = machine.mdo("apply", machine.spec(), code=1)
+    _, err = machine.mdo("apply", machine.spec(), code=1)
     last = err.splitlines()[-1]
     assert "Input/output error" in last
     assert f"could not undo: create t-1 on card0: mdev {U1}: " in last
@@ -377,11 +373,13 @@ def until(check: Callable[[], bool]) -> None:
 def test_a_signal_in_the_middle_rolls_back_and_says_so(
     machine: Machine, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    machine.system.block[U2] = asyncio.Event()  # until it is cancelled, and answered then
+    gate = machine.system.block[U2] = asyncio.Event()
     err = tmp_path / "err"
     pid = in_child(machine, ["apply", machine.spec(), "--deadline", "1.5"], err)
     until(lambda: U1 in machine.system.uuids() and "[1/2]" in err.read_text())
     os.kill(pid, number)
+    time.sleep(0.3)  # nothing tells that it has taken the signal
+    gate.set()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     assert err.read_text().splitlines()[-1] == "mdo: interrupted; all was undone"
     assert machine.system.uuids() == {FOREIGN}
@@ -407,7 +405,7 @@ def test_a_second_signal_stops_at_once_and_recover_still_works(
     assert machine.system.uuids() == {U1, FOREIGN}
     machine.system.block.clear()
     with Journal.open() as journal:
-        context = Context(host=machine.system.root, write=machine.system.write)
+        context = Context(host=machine.system.root)
         (done,) = asyncio.run(recovery.recover(journal, context=context))
     assert done.errors == ()
     assert machine.system.uuids() == {FOREIGN}

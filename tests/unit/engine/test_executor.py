@@ -761,12 +761,10 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 ) -> None:
     """The disk gets full in the middle: its own error first, and nothing is left."""
     plan = [create(0), create(1, 0), create(2, 1)]
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(HostError, match="the disk is full") as caught,
-    ):
+    with monkeypatch.context() as patch:
         full = breaks(patch, StepEventKind.DONE, 1)
-        await execute(machine.context, plan, observe=full)
+        with pytest.raises(HostError, match="the disk is full") as caught:
+            await execute(machine.context, plan, observe=full)
     assert caught.value.__notes__ == [
         "all was undone",
         "the journal does not say so yet: mdo recover closes it",
@@ -779,9 +777,10 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 async def test_a_journal_that_fails_in_the_end_undoes_all(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(HostError) as caught:
+    with monkeypatch.context() as patch:
         full = breaks(patch, StepEventKind.ACTED, 0)
-        await execute(machine.context, [create(0)], observe=full)
+        with pytest.raises(HostError) as caught:
+            await execute(machine.context, [create(0)], observe=full)
     assert caught.value.__notes__ == [
         "all was undone",
         "the journal does not say so yet: mdo recover closes it",
