@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
+import typer
+
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.context import machine, run
 from mdev_orchestrator.cli.host import mdev_shape
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.params import Json, complete_parent, complete_type, seconds
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
@@ -17,28 +20,45 @@ from mdev_orchestrator.host.sysfs import scan
 
 
 def create(
-    type_id: Annotated[str, Argument(metavar="TYPE", help="Id of a type; mdo host lists them.")],
+    type_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="TYPE",
+            help="Id of a type; mdo host lists them.",
+            autocompletion=complete_type,
+        ),
+    ],
     *,
-    count: Annotated[int | None, Option("-n", "--count", help="How many devices.")] = None,
-    parent: Annotated[str | None, Option(help="Parent, when several offer the type.")] = None,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", metavar="COUNT", help="How many devices.")
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT",
+            help="Parent, when several offer the type.",
+            autocompletion=complete_parent,
+        ),
+    ] = None,
     uuid: Annotated[
-        list[str] | None, Option(help="UUID to use; may be given again. Others are random.")
+        list[str] | None,
+        typer.Option(metavar="UUID", help="UUID to use; may be repeated. Others are random."),
     ] = None,
     group: Annotated[
         str | None,
-        Option(metavar="UUID|NAME", help="Start group that they are put into."),
+        typer.Option(metavar="UUID|NAME", help="Start group that they are put into."),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
+        typer.Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
     ] = None,
-    deadline: Annotated[float, Option(min=0.1, help="Seconds for each device.")] = DEADLINE,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    deadline: Annotated[float, seconds("Seconds for each device.", least=0.1)] = DEADLINE,
+    json: Json = False,
 ) -> None:
     """Create devices of one type, all or none; prints their UUIDs, one a line."""
-    root = output.host_root()
+    root = machine().root
     before = scan(root)
-    made = output.run(
+    devices = run(
         create_devices(
             type_id,
             count,
@@ -50,10 +70,11 @@ def create(
             root=root,
         )
     )
+    made = f"created mdev {', '.join(str(mdev.uuid) for mdev in devices)}"
     if json:
-        output.emit_json({"created": [mdev_shape(mdev) for mdev in made]})
+        output.emit_json({"created": [mdev_shape(mdev) for mdev in devices]}, made=made)
     else:
-        output.emit("\n".join(str(mdev.uuid) for mdev in made))
+        output.emit("\n".join(str(mdev.uuid) for mdev in devices), made=made)
     model_cache.learn_from(before, root)
 
 

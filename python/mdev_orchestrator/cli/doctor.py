@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Option
+from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import doctor as host_doctor
 from mdev_orchestrator.host.doctor import Finding
@@ -16,11 +19,13 @@ from mdev_orchestrator.qemu import doctor as qemu_doctor
 
 def doctor(
     *,
-    qemu: Annotated[str, Option(help="QEMU binary to look at.")] = qemu_doctor.QEMU,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    qemu: Annotated[
+        str, typer.Option(metavar="PROGRAM", help="QEMU binary to examine.")
+    ] = qemu_doctor.QEMU,
+    json: Json = False,
 ) -> int:
     """Look at modules, nodes, permissions and QEMU; every fault is shown with its remedy."""
-    findings = output.run(_examine(qemu))
+    findings = run(_examine(qemu))
     if json:
         output.emit_json({"findings": findings})
     else:
@@ -28,12 +33,13 @@ def doctor(
             "Findings",
             ("level", "subject", "finding", "remedy"),
             [(f.level, f.subject, f.message, f.remedy) for f in findings],
+            whole={"level", "subject"},
         )
     faulty = any(finding.level == "fault" for finding in findings)
     return HostError.exit_code if faulty else 0
 
 
 async def _examine(qemu: str) -> list[Finding]:
-    root = output.host_root()
+    root = machine().root
     host = scan(root)
     return [*host_doctor.examine(host, root), *await qemu_doctor.examine(qemu, host.mdevs)]

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import machine
+from mdev_orchestrator.cli.params import Json, complete_parent
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
 from mdev_orchestrator.host.sysfs import scan
@@ -17,36 +20,41 @@ from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.spec import load, to_plain, to_toml
 
-Json = Annotated[bool, Option("--json", help="One JSON document.")]
-
 
 def import_(
     uuids: Annotated[
-        list[str] | None, Argument(metavar="UUID…", help="Devices; all without any.")
+        list[str] | None, typer.Argument(metavar="UUID...", help="Devices; all if none is named.")
     ] = None,
     *,
-    parent: Annotated[str | None, Option(help="Only those on this parent.")] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT", help="Only those on this parent.", autocompletion=complete_parent
+        ),
+    ] = None,
     from_: Annotated[
         Path | None,
-        Option("--from", metavar="DIR", help="Definitions; /etc/mdevctl.d without it."),
+        typer.Option(
+            "--from", metavar="DIR", help="Directory of definitions; /etc/mdevctl.d if not given."
+        ),
     ] = None,
     to: Annotated[
         Path | None,
-        Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
+        typer.Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
     ] = None,
-    force: Annotated[bool, Option("--force", help="Replace FILE.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     json: Json = False,
 ) -> None:
-    """Make a spec of mdevctl's definitions: a pool for each device. Changes nothing of theirs."""
+    """Make a spec of mdevctl's definitions: a pool for each device. Changes no definition."""
     if from_ is not None and not from_.is_dir():
         raise RequestError(f"{from_} is not a directory", "--from names one like /etc/mdevctl.d")
-    where = from_ or mdevctl.directory(output.host_root())
+    where = from_ or mdevctl.directory(machine().root)
     asked = mdevctl.select(mdevctl.read(where), [parse_uuid(text) for text in uuids or ()], parent)
     spec, faults = mdevctl.to_spec(asked.found)
     for damage in asked.damage:
-        output.say(str(damage))
+        output.remark(str(damage))
     for fault in faults:
-        output.say_error(fault)
+        output.report(fault)
     if spec.pools:
         as_json = json or (to is not None and to.suffix == ".json")
         if to is not None:
@@ -66,15 +74,17 @@ def import_(
 def export(
     what: Annotated[
         list[str] | None,
-        Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; ours without any."),
+        typer.Argument(
+            metavar="SPEC|UUID...", help="Devices of a spec, or devices; ours if none is named."
+        ),
     ] = None,
     *,
     to: Annotated[
         Path | None,
-        Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
+        typer.Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
     ] = None,
     force: Annotated[
-        bool, Option("--force", help="Replace definitions that are different.")
+        bool, typer.Option("--force", help="Replace definitions that are different.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -96,7 +106,7 @@ def export(
 
 
 def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
-    root = output.host_root()
+    root = machine().root
     host = scan(root)
     if len(what) == 1 and not is_uuid(what[0]):
         return mdevctl.of_spec(load(what[0]), host)
