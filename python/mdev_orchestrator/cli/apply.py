@@ -20,7 +20,8 @@ SpecArgument = Annotated[
     str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")
 ]
 PolicyOption = Annotated[
-    Policy, typer.Option(help="Fill parents one after the other, or all alike.")
+    Policy,
+    typer.Option(metavar="pack|spread", help="Fill parents one after the other, or all alike."),
 ]
 
 

@@ -36,7 +36,8 @@ def plan(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
     *,
     policy: Annotated[
-        Policy, typer.Option(help="Fill parents one after the other, or all alike.")
+        Policy,
+        typer.Option(metavar="pack|spread", help="Fill parents one after the other, or all alike."),
     ] = Policy.PACK,
     json: Json = False,
 ) -> None:

@@ -72,8 +72,24 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What the parser raises; typer has no public name for it either."""
 
 
+@contextmanager
+def _of(context: _Context) -> Iterator[None]:
+    """Say which command an error is of: the parser leaves that out of some."""
+    try:
+        yield
+    except _UsageError as error:
+        if getattr(error, "ctx", context) is None:
+            error.ctx = context  # type: ignore[attr-defined]
+        raise
+
+
 class Command(TyperCommand):
     """A command that takes options and arguments."""
+
+    def parse_args(self, ctx: _Context, args: list[str]) -> list[str]:
+        """Read the words."""
+        with _of(ctx):
+            return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: _Context) -> list[str]:
         """Write arguments that must be given as ``NAME``, as manuals do, not as ``{NAME}``."""
@@ -93,7 +109,8 @@ class Group(TyperGroup):
         if not args and not ctx.resilient_parsing:
             output.write_error(ctx.get_help() + "\n")
             ctx.exit(output.USAGE_ERROR)
-        return super().parse_args(ctx, args)
+        with _of(ctx):
+            return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: _Context, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Find the command that the words begin with.

@@ -12,7 +12,7 @@ import pytest
 from unit.cli.test_main import U1, command
 from unit.fakesys import FakeSystem
 
-#: Nothing may need it: rich draws tables on a terminal only, and pydantic is what newer typers need.
+#: Nothing needs it: rich draws tables on a terminal only, and pydantic is what newer typers load.
 NEEDLESS = {"pydantic", "argparse", "optparse", "rich", "typer.rich_utils"}
 #: Only to talk to a guest.
 GUESTS = {"qemu.qmp", "json", "mdev_orchestrator.qemu.monitor"}
