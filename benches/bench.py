@@ -2,8 +2,9 @@
 """What the benches share: a lab to run in, turns in random order, and what was measured.
 
 A bench is a script of two halves. On the host it prepares, and starts a lab with itself inside; in
-L1 it measures, prints a table, and leaves ``build/bench/NAME.json``: every figure in seconds, and
-how it was taken. ``publish.py`` puts the tables into the docs and draws the chart.
+L1 it measures and writes ``build/bench/NAME.json``: every figure in seconds, and how it was taken.
+The file is written anew with each row that is finished, so that a bench that is interrupted keeps
+those. ``publish.py`` puts the tables into the docs and draws the chart.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -71,27 +73,28 @@ def in_lab(script: str, words: Sequence[str], *, mvgpu: str) -> int:
     :param mvgpu: Parameters of the driver.
     """
     sys.path.insert(0, str(ROOT / "python"))
+    from mdev_lab import l1
     from mdev_orchestrator.errors import MdoError
-    from mdev_orchestrator.lab import machine
 
     result = RESULTS / f"{Path(script).stem}.json"
     result.parent.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)
     load = os.getloadavg()[0]
     command = [sys.executable, str(Path(script).resolve()), "--inside", *words]
+    accel = ""
     try:
-        with machine.running(f"bench-{os.getpid()}", module_options=mvgpu, progress=say) as lab:
-            status = machine.execute(lab, command)
+        with l1.running(f"bench-{os.getpid()}", module_options=mvgpu, progress=say) as lab:
+            accel = {"tcg": "emulated by QEMU (TCG)", "kvm": "under KVM"}[lab.accel]
+            return l1.execute(lab, command)
     except MdoError as error:
         say(f"{Path(script).name}: {error}")
         return error.exit_code
-    if result.exists():
-        found = json.loads(result.read_text())
-        accel = {"tcg": "emulated by QEMU (TCG)", "kvm": "under KVM"}[lab.accel]
-        found["taken"] |= {"machine": f"L1 {accel}", "load": [load, os.getloadavg()[0]]}
-        write(result, found)
-        print(table(found), flush=True)
-    return status
+    finally:
+        if result.exists():
+            found = json.loads(result.read_text())
+            found["taken"] |= {"machine": f"L1 {accel}", "load": [load, os.getloadavg()[0]]}
+            write(result, found)
+            print(table(found), flush=True)
 
 
 # ---- in L1 --------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class Figures:
     counting: bool = True
 
     def turns(self, what: str, ways: Iterable[str], *, warm: bool = True) -> Iterator[str]:
-        """Each way once a round, in random order.
+        """Each way once a round, in random order; afterwards the rows are finished and saved.
 
         :param warm: One more round comes first, which fills the caches and is not noted.
         """
@@ -182,6 +185,7 @@ class Figures:
             self.counting = number > 0
             yield from random.sample(ways, len(ways))
             say(f"{what}: round {number} of {self.rounds}")
+        self.save()
 
     def note(self, work: str, way: str, seconds: float) -> None:
         """One figure."""
@@ -198,33 +202,49 @@ class Figures:
         yield
         self.note(work, way, time.perf_counter() - begun)
 
+    def save(self, *, complete: bool = False) -> Result:
+        """Write the result file with all rows so far. Not while something is timed.
+
+        :param complete: Whether there are no more rows to come.
+        """
+        result = asdict(self) | {"taken": taken(self.load), "complete": complete}
+        write(RESULTS / f"{self.name}.json", result)
+        return result
+
     def report(self) -> None:
         """Write the result file and print the table; that of a lab is printed by its host."""
-        result = asdict(self) | {"taken": taken(self.load)}
+        result = self.save(complete=True)
         if "MDO_LAB" not in os.environ:
             print(table(result), flush=True)
-        write(RESULTS / f"{self.name}.json", result)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what is installed."""
+    found = {"Linux": platform.release(), "Python": platform.python_version()}
+    for name, words in VERSIONS.items():
+        if shutil.which(words[0]):
+            found[name] = next(word for word in run(words).split() if word[0].isdigit())
+    return found
 
 
 def taken(load: float) -> dict[str, object]:
-    """How and on what: versions are those of what is installed."""
-    versions = {"Linux": platform.release(), "Python": platform.python_version()}
-    for name, words in VERSIONS.items():
-        if shutil.which(words[0]):
-            versions[name] = next(word for word in run(words).split() if word[0].isdigit())
+    """How and on what."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": "host",
+        "machine": "L1" if "MDO_LAB" in os.environ else "host",
         "processors": os.cpu_count(),
         "load": [load, os.getloadavg()[0]],
-        "versions": versions,
+        "versions": versions(),
     }
 
 
 def write(file: Path, result: dict[str, object]) -> None:
-    """Leave a result for programs."""
+    """Leave a result for programs, as a whole."""
+    from mdev_orchestrator.system.files import write_atomic  # after installed() has set the path
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{json.dumps(result, indent=1)}\n")
+    write_atomic(file, f"{json.dumps(result, indent=1)}\n".encode(), mode=0o644, sync=False)
 
 
 def middles(result: Result) -> dict[str, dict[str, float]]:
@@ -251,13 +271,15 @@ def table(result: Result) -> str:
         one = ways[base(result, ways)]
         cells = [f"{span(ways[n])} ({ways[n] / one:.3g})" if n in ways else "" for n in names]
         lines.append(f"| {work} | {' | '.join(cells)} |")
-    versions = ", ".join(f"{name} {version}" for name, version in how["versions"].items())
+    installed = ", ".join(f"{name} {version}" for name, version in how["versions"].items())
     begin, end = how["load"]
     lines += [
         "",
         f"{how['date']}, {result['rounds']} rounds; in brackets: times {bases}.",
-        f"{how['machine']}, {how['processors']} CPU; load {begin:.1f} to {end:.1f}; {versions}.",
+        f"{how['machine']}, {how['processors']} CPU; load {begin:.1f} to {end:.1f}; {installed}.",
     ]
+    if not result.get("complete", True):
+        lines.append("It was interrupted: the rows that it had finished.")
     return "\n".join(lines)
 
 
@@ -270,5 +292,5 @@ def span(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    """How far it is, for who waits."""
+    """Print how far the bench is."""
     print(line, file=sys.stderr, flush=True)

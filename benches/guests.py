@@ -3,7 +3,7 @@
 
 Runs in the lab on mvgpu. All guests have the same kernel, memory, machine, ports and QEMU, and KVM
 as far as L1 has it. What counts as the end is the same for all ways, and what the guest has is
-seen by one observer, on a monitor that nobody else uses:
+seen by one observer, on a monitor that no other client uses:
 
 =========  =======================================================================================
 attach     QEMU has realised the device: the command or call has returned
@@ -191,7 +191,7 @@ class Guests:
 
     def __init__(self, place: Path, name: str, count: int, *, device: bool) -> None:
         """:param device: Whether each has one, which is made now unless the way makes it."""
-        from mdev_orchestrator.lab import l2
+        from mdev_lab import l2
 
         self.place, self.name, self.device = place, name, device
         self.names = [f"{name}{number}" for number in range(count)]

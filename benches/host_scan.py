@@ -36,10 +36,10 @@ WALK = bench.ROOT / "build/host_walk"
 def outside(words: list[str]) -> int:
     """Build what is needed, and run the rest in a lab."""
     sys.path.insert(0, str(bench.ROOT / "python"))
-    from mdev_orchestrator.lab import debian, samples
+    from mdev_lab import kernels, sample_drivers
 
     bench.compiled(WALK.name)
-    samples.build(debian.fetch_kernel(debian.DEFAULT_SERIES))
+    sample_drivers.build(kernels.fetch_kernel(kernels.DEFAULT_SERIES))
     return bench.in_lab(__file__, words, mvgpu="grid_parents=0 igd_parents=0")
 
 
@@ -117,10 +117,10 @@ def listing(words: list[str], uuids: frozenset[str]) -> float:
     return taken
 
 
-def check(right: bool, who: str) -> None:
+def check(right: bool, way: str) -> None:
     """A listing that is not the whole is no measurement."""
     if not right:
-        raise RuntimeError(f"{who} did not list all devices")
+        raise RuntimeError(f"{way} did not list all devices")
 
 
 def main() -> int:

@@ -79,6 +79,7 @@ def best(figures: bench.Figures, work: str, name: str, action: Callable[[], obje
     for _ in range(figures.rounds):
         with figures.timed(work, name):
             action()
+    figures.save()
     return min(figures.seconds[work][name])
 
 

@@ -36,7 +36,8 @@ sys.path.insert(0, str(HERE / "python"))
 
 import bench  # noqa: E402
 
-from mdev_orchestrator.lab import qemubuild  # noqa: E402 - from the checkout
+from mdev_lab import qemus  # noqa: E402 - from the checkout
+from mdev_orchestrator.qemu_build import builds, patches  # noqa: E402 - from the checkout
 
 ROUNDS = 400
 COUNTS = 3  # runs under valgrind
@@ -111,8 +112,8 @@ def ratio(values: list[float], base: list[float]) -> tuple[float, float]:
 
 def compare(figures: bench.Figures, series: str, work: Path) -> bool:
     """Measure one series and print its table; returns whether it keeps the limit."""
-    patched = qemubuild.build(series, progress=tell)
-    stock = qemubuild.build_stock(series, progress=tell)
+    patched = builds.build(series, progress=tell)
+    stock = qemus.build_stock(series, progress=tell)
     options = ("-L", str(stock.firmware))
     programs = [
         Program("stock", work / f"{series}-stock", options),
@@ -136,6 +137,7 @@ def compare(figures: bench.Figures, series: str, work: Path) -> bool:
         for clock, taken in (("processor", program.cpu_ms), ("wall", program.wall_ms)):
             for milliseconds in taken:
                 figures.note(f"{series} {clock} time", program.name, milliseconds / 1000)
+    figures.save()
     print(f"\nQEMU {stock.version}, start-up without mediated devices; {figures.rounds} rounds")
     return table(programs)
 
@@ -175,7 +177,7 @@ def tell(line: str) -> None:
 def main() -> int:
     """Measure, print, judge."""
     parser = bench.arguments(__doc__, ROUNDS)
-    parser.add_argument("series", nargs="*", default=qemubuild.series_known())
+    parser.add_argument("series", nargs="*", default=patches.series_known())
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         figures = bench.Figures("qemu_startup", given.rounds, ("stock",))

@@ -39,10 +39,10 @@ exec > /dev/ttyS0 2>&1
 def outside(words: list[str]) -> int:
     """Build what is needed, and run the rest in a lab."""
     sys.path.insert(0, str(bench.ROOT / "python"))
-    from mdev_orchestrator.lab import debian, initramfs, samples
+    from mdev_lab import initramfs, kernels, sample_drivers
 
-    kernel = debian.fetch_kernel(debian.DEFAULT_SERIES)
-    samples.build(kernel)
+    kernel = kernels.fetch_kernel(kernels.DEFAULT_SERIES)
+    sample_drivers.build(kernel)
     program = bench.compiled("registers", "-static")
     initramfs.build(IMAGE, init=INIT, kernel=kernel, files={"bin/registers": program})
     return bench.in_lab(__file__, words, mvgpu="grid_parents=1 igd_parents=0")
@@ -51,7 +51,7 @@ def outside(words: list[str]) -> int:
 def inside(rounds: int) -> None:
     """Measure, in L1."""
     log = bench.installed() / "qemu.log"
-    from mdev_orchestrator.lab import l2
+    from mdev_lab import l2
     from mdev_orchestrator.qemu import command
 
     bench.run(["insmod", Path(os.environ["MDO_LAB_SAMPLES"]) / "mtty.ko"])

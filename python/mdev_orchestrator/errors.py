@@ -40,10 +40,10 @@ class Outcome(StrEnum):
 
 
 def one_line(text: str) -> str:
-    """A text for a terminal: one line, and nothing in it that a terminal would obey.
+    """Make one line of a text, without characters that would control a terminal.
 
-    Messages quote what others wrote: files, drivers, QEMU. A line's end becomes a space, any other
-    character that cannot be shown is written as in Python's literals.
+    Messages quote files, drivers and QEMU. A line's end becomes a space, any other character that
+    cannot be shown is written as in Python's literals.
     """
     text = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -57,6 +57,8 @@ class MdoError(Exception):
     :ivar outcome: What is known of the act that failed; ``None`` if no act had to do with it.
     :ivar subject: The object, such as ``mdev UUID`` or ``guest NAME``; may be empty.
     :ivar errno: The kernel's error number; ``None`` if the kernel gave none.
+    :ivar details: What helps to find the cause and is too long for a message, such as QEMU's whole
+        command line; may be empty.
     """
 
     exit_code = 1
@@ -69,12 +71,14 @@ class MdoError(Exception):
         outcome: Outcome | None = None,
         subject: str = "",
         errno: int | None = None,
+        details: str = "",
     ) -> None:
         self.message = one_line(message)
         self.hint = one_line(hint)
         self.outcome = outcome
         self.subject = subject
         self.errno = errno
+        self.details = details
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -110,7 +114,7 @@ class CapacityError(RequestError):
 
 
 class BusyError(RequestError):
-    """The object is held by somebody else, for instance by a running guest."""
+    """Another process holds the object, for instance a running guest."""
 
 
 class QemuError(MdoError):
@@ -120,19 +124,19 @@ class QemuError(MdoError):
 
 
 class CommandError(QemuError):
-    """QEMU refused a command, which so had no effect.
+    """QEMU refused a command, so the command had no effect.
 
     :ivar command: The command's name.
-    :ivar error_class: QMP's class of the error, for instance ``DeviceNotFound``.
+    :ivar qmp_class: QMP's class of the error, for instance ``DeviceNotFound``.
     :ivar description: QEMU's own words.
     """
 
     def __init__(
-        self, message: str, hint: str = "", *, command: str, error_class: str, description: str
+        self, message: str, hint: str = "", *, command: str, qmp_class: str, description: str
     ) -> None:
         super().__init__(message, hint, outcome=Outcome.NO_EFFECT)
         self.command = command
-        self.error_class = error_class
+        self.qmp_class = qmp_class
         self.description = description
 
 

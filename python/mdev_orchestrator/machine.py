@@ -10,8 +10,12 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mdev_orchestrator.state import state_dir
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.system.writer import SysfsWriter
 
 
 class Machine:
@@ -49,6 +53,19 @@ class Machine:
     def journal_path(self) -> Path:
         """File of the journal; need not exist."""
         return self.state_dir / "journal.db"
+
+    @cached_property
+    def writer(self) -> SysfsWriter:
+        """What writes to sysfs; it has no processes before the first write."""
+        # A command that only reads the host does not load asyncio.
+        from mdev_orchestrator.system.writer import SysfsWriter
+
+        return SysfsWriter()
+
+    async def close(self) -> None:
+        """End the processes of the writer; it starts others if it is used again."""
+        if "writer" in self.__dict__:
+            await self.writer.close()
 
     def path(self, *parts: str) -> str:
         """A path below the root, as text: a host has thousands of them."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the host consists of: parents, types, mdevs. Frozen values, no I/O.
+"""What the host consists of: parents, types, mdevs, start groups. Frozen values, no I/O.
 
-The names are the kernel's (Documentation/driver-api/vfio-mediated-device.rst). A value that could
-not be read as what it should be is ``None``, and the reason stands in ``damage``: one bad file
-never hides the objects beside it.
+The names are the kernel's (Documentation/driver-api/vfio-mediated-device.rst). A value that cannot
+be read is ``None``, and the reason stands in ``damage``: one bad file never hides the objects
+beside it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _NOT_SET = {
 
 
 def as_uuid(text: str) -> UUID | None:
-    """The UUID that a text is, in the form that :func:`parse_uuid` takes; else ``None``."""
+    """Read a UUID in the form that :func:`parse_uuid` takes; ``None`` if it is something else."""
     return as_uuids((text,)).get(text)
 
 
 def as_uuids(texts: Iterable[str]) -> dict[str, UUID]:
-    """Those texts that :func:`parse_uuid` takes, and their UUIDs."""
+    """Read those texts that :func:`parse_uuid` takes."""
     right = [text for text in texts if len(text) == _UUID_LENGTH]
     try:
         # many times as fast as UUID(text), and at this length as strict as the kernel
@@ -69,7 +69,7 @@ def parse_uuid(text: str) -> UUID:
 
 
 def group_uuid(text: str) -> UUID:
-    """The UUID of the start group that is called ``text``, by its UUID or by a name.
+    """Read a start group, given by its UUID or by a name, and return its UUID.
 
     The same name gives the same UUID on every host, see :data:`GROUP_NAMESPACE`.
 
@@ -87,6 +87,21 @@ def group_uuid(text: str) -> UUID:
             "a name has up to 64 letters, digits, '_', '.' and '-', a letter or digit first",
         )
     return uuid5(GROUP_NAMESPACE, text)
+
+
+def group_names(groups: Iterable[tuple[UUID | None, str | None]]) -> dict[UUID, str]:
+    """Map start groups to the names that they were given, for listings.
+
+    A group that was given by its UUID has no name.
+
+    :param groups: The group and its name of each managed device, as the journal has them
+        (``DeviceRecord.group`` and ``.label``).
+    """
+    named: dict[UUID, str] = {}
+    for group, name in groups:
+        if group is not None and name and not is_uuid(name):
+            named[group] = min(name, named.get(group, name))
+    return named
 
 
 def check_attribute(name: str, value: str) -> None:
@@ -176,7 +191,7 @@ class Mdev(Struct, frozen=True):
     :ivar device_api: As its type says.
     :ivar iommu_group: Number of its VFIO group, ``None`` without one.
     :ivar group_uuid: The start group that it was put into, ``None`` for none.
-    :ivar online: Whether its resources are committed; ``None`` when its driver does not tell.
+    :ivar online: Whether its resources are committed; ``None`` when its driver does not say.
     :ivar params: The vendor's parameters as they are, ``None`` when its driver has none.
     """
 
@@ -204,7 +219,7 @@ class StartGroup(Struct, frozen=True):
     :ivar uuid: What their ``group_uuid`` says; ``None`` for a single mdev that was put into none,
         which is a group of its own.
     :ivar members: In order of their UUIDs.
-    :ivar online: Whether all are; ``None`` when the driver does not tell.
+    :ivar online: Whether all are online; ``None`` when the driver does not say.
     """
 
     parent: str
@@ -221,12 +236,12 @@ class StartGroup(Struct, frozen=True):
 
 
 class Host(Struct, frozen=True):
-    """One scan of the machine; nothing in it is younger than the others by more than the scan.
+    """One scan of the machine.
 
     :ivar parents: In natural order of their names.
     :ivar mdevs: In order of parent and UUID.
     :ivar mdev_bus: Whether the kernel has an mdev bus at all; without one both are empty.
-    :ivar damage: What belongs to none of them, for instance a device whose name is no UUID.
+    :ivar damage: What belongs to none of them, for instance a device with a name that is no UUID.
     """
 
     parents: tuple[Parent, ...] = ()

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where the program keeps its files.
 
-Two places, each with an environment variable that names another: the state directory
+There are two places, and an environment variable names another one for each: the state directory
 (``MDO_STATE_DIR``: guests, labs) and the cache (``MDO_CACHE_DIR``: kernels, builds; may be
-deleted at any time). Both follow the XDG base directory specification otherwise.
+deleted at any time). Without it both follow the XDG base directory specification.
 
-What stands in the state directory is believed: which process a guest is, which mdevs are ours. So
-the directory has to be ours alone, and nobody else may be able to put another one in its place.
+The program trusts what stands in the state directory: which process a guest is, which mdevs are
+managed. So the directory must belong to the calling user, and no other user may be able to write
+to it or to put another one in its place.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _base(own: str, xdg: str, fallback: str) -> Path:
 
 
 def state_dir(path: Path | None = None) -> Path:
-    """Directory for what must outlive a command; not created here.
+    """Return the directory for what must outlive a command; does not create it.
 
     :param path: The directory, if it is not the one that the environment names.
     :raise HostError: Another user could change what is in it.
@@ -43,41 +44,43 @@ def state_dir(path: Path | None = None) -> Path:
 
 
 def cache_dir() -> Path:
-    """Directory for what can be made again; not created here."""
+    """Return the directory for what can be made again; does not create it."""
     return _base("MDO_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
 def journal_path() -> Path:
-    """What is ours and what was intended, see ``engine.journal``; need not be there."""
+    """Return the file of the journal, see ``engine.journal``; it need not exist."""
     return state_dir() / "journal.db"
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` with mode 0700, or check that it is a directory of ours alone.
+    """Create ``path`` with mode 0700, or check that it is a directory of this user alone.
 
-    :raise HostError: Somebody else could change what stands there, it is no directory, or cannot be
-        made.
+    :raise HostError: Another user could change what stands there, it is no directory, or it cannot
+        be created.
     """
     try:
         for place in (*reversed(path.parents), path):  # pathlib makes parents for all to read
             if not os.path.lexists(place):
                 place.mkdir(mode=0o700)
     except FileExistsError:
-        pass  # somebody was quicker; what it is, is said below
+        pass  # another process was quicker; the check below says what it is
     except OSError as error:
-        raise HostError(f"cannot create directory {path}: {error.strerror}") from error
+        raise HostError(
+            f"cannot create directory {path}: {error.strerror}", errno=error.errno
+        ) from error
     _check_ours(path)
     return path
 
 
 def _check_ours(path: Path) -> None:
-    """See that a directory, as far as it is there, is ours alone and stays where it is.
+    """Check that a directory, if it exists, belongs to this user alone and cannot be replaced.
 
-    It is no link, is ours, and others cannot write to it. All that it stands in, as it is called
-    and as links lead there, is ours or root's; others cannot write to that either, unless it is
-    sticky, as ``/tmp`` is.
+    It must not be a link, must belong to this user, and others must not be able to write to it. All
+    directories above it, by its name and where links lead, must belong to this user or root; others
+    must not be able to write to them either, unless they are sticky, as ``/tmp`` is.
 
-    :raise HostError: It is otherwise.
+    :raise HostError: It is not so.
     """
     linked = _check_place(path, path)
     for place in path.parents:
@@ -88,14 +91,14 @@ def _check_ours(path: Path) -> None:
 
 
 def _check_place(path: Path, place: Path) -> bool:
-    """Look at a directory, or at one thing that it stands in; whether that is a link."""
+    """Check a directory, or one of those above it; returns whether that is a link."""
     above = place != path
     try:
         status = place.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise HostError(f"cannot look at {place}: {error.strerror}") from error
+        raise HostError(f"cannot look at {place}: {error.strerror}", errno=error.errno) from error
     if not above and not stat.S_ISDIR(status.st_mode):
         raise HostError(f"{path} is not a directory", "remove it or set MDO_STATE_DIR")
     if status.st_uid not in {os.geteuid(), 0 if above else os.geteuid()}:
@@ -114,11 +117,11 @@ def _check_place(path: Path, place: Path) -> bool:
 
 
 def decode(data: bytes, type_: type[T]) -> T:
-    """Read a JSON file that an earlier command wrote, or somebody else since.
+    """Read a JSON file of the state directory, which another program may have changed.
 
-    :raise ValueError: It is none of that type; the message is for a user.
+    :raise ValueError: It is not of that type; the message is for a user.
     """
-    import msgspec  # here, because who only asks for a directory does without it
+    import msgspec  # a command that only needs a directory does without it
 
     try:
         return msgspec.json.decode(data, type=type_)

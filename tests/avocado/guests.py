@@ -23,12 +23,12 @@ from uuid import UUID, uuid4
 from avocado import Test
 from lab.hang import where_it_hangs
 from lab.kernel_log import KernelLog
+from mdev_lab import l2
+from mdev_lab.mvgpu import as_guest_mdev, counts, settled
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.lab import l2
-from mdev_orchestrator.lab.story import as_guest_mdev, counts, settled
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from guests import GuestTest, functions, guest, mdevs, unchanged, use
 
+from mdev_lab.mvgpu import GRID_OTHERS, GRID_TYPE, IGD_TYPE, counts
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.lab.story import GRID_OTHERS, GRID_TYPE, IGD_TYPE, counts
 from mdev_orchestrator.qemu import hotplug, process
 
 

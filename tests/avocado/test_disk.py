@@ -17,8 +17,8 @@ from cells import cells
 from guests import GuestTest, functions, mdevs, mdo, one_line, unchanged
 
 from matrix import machines
-from mdev_orchestrator.lab import l2
-from mdev_orchestrator.lab.story import IGD_TYPE
+from mdev_lab import l2
+from mdev_lab.mvgpu import IGD_TYPE
 from mdev_orchestrator.qemu import process
 
 SIZE = 3 << 20

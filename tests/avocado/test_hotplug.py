@@ -21,13 +21,13 @@ from guests import (
     use,
 )
 
+from mdev_lab.mvgpu import counts
 from mdev_orchestrator.engine import attach as engine_attach
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.lab.story import counts
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
 

@@ -18,10 +18,10 @@ from guests import (
     use,
 )
 
+from mdev_lab.mvgpu import GRID_TYPE
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
-from mdev_orchestrator.lab.story import GRID_TYPE
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect

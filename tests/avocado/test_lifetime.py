@@ -23,11 +23,11 @@ from guests import (
 )
 
 from lab import vfio
+from mdev_lab import l2
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.lab import l2
 from mdev_orchestrator.qemu import process
 
 SMALL = "mvgpu-128M"

@@ -21,10 +21,10 @@ from guests import (
     use,
 )
 
+from mdev_lab.mvgpu import GRID_TYPE, as_guest_mdev
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host.holders import holders
-from mdev_orchestrator.lab.story import GRID_TYPE, as_guest_mdev
 from mdev_orchestrator.qemu import hotplug, process
 
 SMALL = "mvgpu-128M"

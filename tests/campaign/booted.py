@@ -10,8 +10,8 @@ from uuid import UUID
 
 from campaign import specs
 from lab.hang import where_it_hangs
+from mdev_lab import l2
 from mdev_orchestrator.errors import DeadlineError
-from mdev_orchestrator.lab import l2
 from mdev_orchestrator.qemu import hotplug, process
 
 NAME = "alive"

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import vfio
-from mdev_orchestrator.engine.journal_db import Managed, read_managed
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holders, holders
 from mdev_orchestrator.model import Host, Mdev

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.lab import debian, driver
+from mdev_lab import checkout, kernel_modules, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -41,10 +41,10 @@ def test_linter_is_content(name: str) -> None:
 
 def kbuild(series: str, work: Path, *variables: str) -> str:
     """Build the driver in a copy with more warnings; what the compiler said."""
-    kernel = debian.fetch_kernel(series)
+    kernel = kernels.fetch_kernel(series)
     shutil.copytree(ROOT / "kernel", work, dirs_exist_ok=True)
     done = subprocess.run(
-        driver.kbuild(kernel, work, *variables),
+        kernel_modules.kbuild(kernel, work, *variables),
         capture_output=True,
         text=True,
         check=False,
@@ -105,4 +105,4 @@ def test_every_source_file_says_its_licence() -> None:
 
 
 def test_driver_sources_are_found() -> None:
-    assert (driver.checkout() / "kernel/Kbuild").exists()
+    assert (checkout.ROOT / "kernel/Kbuild").exists()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Lines of strangers: a uevent, the command line of a process, what L1's agent says."""
 
+from mdev_lab import wire
 from mdev_orchestrator.host import events, holders
-from mdev_orchestrator.lab import wire
 
 
 def one(data: bytes) -> None:

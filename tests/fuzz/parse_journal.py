@@ -7,7 +7,7 @@ import sqlite3
 from fuzz import harness
 from mdev_orchestrator.engine import journal_db, recovery, steps
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Managed
+from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.system.processes import boot_id
 

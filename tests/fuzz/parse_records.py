@@ -8,10 +8,10 @@ import shutil
 import msgspec
 
 from fuzz import harness
+from mdev_lab import labs
 from mdev_orchestrator.cli.guest import guest_shape
 from mdev_orchestrator.engine import lifecycle, model_cache
 from mdev_orchestrator.errors import MdoError
-from mdev_orchestrator.lab import machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.status import Report
@@ -68,7 +68,7 @@ def _read() -> None:
 
 
 def _look_at_lab() -> None:
-    machine.look("b")
+    labs.lookup("b")
 
 
 def _sweep() -> None:

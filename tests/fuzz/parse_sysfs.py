@@ -9,7 +9,7 @@ from uuid import UUID
 import msgspec
 
 from fuzz import harness
-from mdev_orchestrator.capacity.models import look, survey
+from mdev_orchestrator.capacity.models import count_types, survey
 from mdev_orchestrator.cli.host import shape
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host import sysfs
@@ -72,7 +72,7 @@ def _look() -> None:
     assert msgspec.json.decode(written)["mdev_bus"] is True
     survey(found)
     for parent in found.parents:
-        look(found, parent.name)
+        count_types(found, parent.name)
     for group in found.groups:
         explain(group, ROOT)
     uuid = UUID(DEV)

@@ -22,11 +22,13 @@ from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl as interop
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
-WHERE = interop.directory()
+HERE = Machine()
+WHERE = interop.directory(HERE)
 GROUP = UUID("aaaaaaaa-1111-4222-8333-444444444444")
 
 
@@ -57,7 +59,7 @@ def mdo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 async def nothing_stays() -> AsyncIterator[None]:
     """No device and no definition before a test, and none after it."""
     assert sysfs.scan().mdevs == ()
-    assert interop.read(WHERE) == interop.Definitions()
+    assert interop.read(HERE) == interop.Definitions()
     yield
     if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
         await remove_devices(left)
@@ -165,7 +167,7 @@ def test_what_mdevctl_defined_and_ran_runs_the_same_by_us(mdo: Mdo, tmp_path: Pa
     assert mdo("diff", spec, "--exit-code") == ""
     # and back: the same definitions, by way of what runs
     mdo("export", "--to", WHERE)
-    assert interop.defined()[first][0].attributes == attributes
+    assert interop.defined(HERE)[first][0].attributes == attributes
     mdo("destroy", spec)
     assert shown_by_mdevctl() == set()
 
@@ -207,7 +209,7 @@ def test_a_uuid_on_two_parents(mdo: Mdo) -> None:
     assert len(shown_by_mdevctl("--defined")) == 2
     assert mdo("import", code=1) == ""
     assert 'type = "mvgpu-12"' in mdo("import", uuid, "--parent", "grid0")
-    assert [it.parent for it in interop.defined()[uuid]] == ["grid0", "igd0"]
+    assert [it.parent for it in interop.defined(HERE)[uuid]] == ["grid0", "igd0"]
 
 
 def test_a_link_is_passed_over_by_both() -> None:
@@ -215,7 +217,7 @@ def test_a_link_is_passed_over_by_both() -> None:
     file.rename(target := file.with_name("target"))
     file.symlink_to(target)
     assert shown_by_mdevctl("--defined") == set()
-    read = interop.read(WHERE)
+    read = interop.read(HERE)
     assert read.found == ()
     assert f"{uuid} is a link, which mdevctl passes over" in " ".join(map(str, read.damage))
 
@@ -224,9 +226,9 @@ def test_one_bad_file_hides_all_from_mdevctl_and_none_from_us() -> None:
     good = define(uuid4())
     good.with_name(str(uuid4())).write_text("{")
     mdevctl("list", "--defined", code=1)
-    assert [it.uuid for it in interop.read(WHERE).found] == [UUID(good.name)]
+    assert [it.uuid for it in interop.read(HERE).found] == [UUID(good.name)]
     good.with_name(str(uuid4())).write_text('{"mdev_type":"t","start":"auto","attrs":[{"a":1}]}')
-    assert len(interop.read(WHERE).damage) == 2
+    assert len(interop.read(HERE).damage) == 2
 
 
 # ---- from us to mdevctl ----
@@ -292,7 +294,7 @@ async def test_another_definition_of_the_same_device_is_not_replaced(mdo: Mdo) -
     mdo("export", uuid, "--to", WHERE, code=2)
     assert file.read_bytes() == theirs
     mdo("export", uuid, "--to", WHERE, "--force")
-    (it,) = interop.read(WHERE).found
+    (it,) = interop.read(HERE).found
     assert it == Definition(
         uuid=uuid, parent="igd0", type="mvgpu-128M", attributes=(("vgpu_params", "a=2"),)
     )

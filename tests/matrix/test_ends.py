@@ -20,10 +20,10 @@ from lab.vfio import get, links
 from matrix import checks
 from matrix.cell import DRIVERS, QEMUS, Cell
 from matrix.machines import Machine, Orchestrated
+from mdev_lab import l2
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import MdoError, QemuError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.lab import l2
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.monitor import connect
 

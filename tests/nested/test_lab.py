@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What somebody does with a lab, from the host: a real L1, brought up once for this file."""
+"""What a user does with a lab, from the host: a real L1, brought up once for this file."""
 
 import json
 import os
@@ -49,9 +49,9 @@ def processes_of(name: str) -> list[str]:
 
 
 def directory_of(name: str) -> Path:
-    from mdev_orchestrator.lab import machine
+    from mdev_lab import labs
 
-    return machine.labs_dir() / name
+    return labs.labs_dir() / name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -192,7 +192,7 @@ def test_the_seed_s_machine_is_there() -> None:
     assert words[-1].startswith("6.12.")
 
 
-def test_a_lab_that_is_killed_is_swept_away() -> None:
+def test_a_lab_that_is_killed_is_removed() -> None:
     name = f"{NAME}-k"
     try:
         assert mdo("lab", "up", "--name", name).returncode == 0
@@ -204,7 +204,7 @@ def test_a_lab_that_is_killed_is_swept_away() -> None:
         mdo("lab", "down", "--name", name)
 
 
-def test_an_up_that_is_killed_leaves_nothing_once_somebody_looks() -> None:
+def test_an_up_that_is_killed_leaves_nothing_after_the_next_command() -> None:
     name = f"{NAME}-u"
     assert interrupted(["lab", "up", "--name", name], "booting", signal.SIGKILL)[0] < 0
     assert name not in labs()
@@ -220,7 +220,7 @@ def test_a_kernel_that_cannot_boot_says_so_and_leaves_nothing() -> None:
 
 
 def leaves_nothing(name: str) -> None:
-    """After SIGKILL the kernel ends the machine; the next command that looks sweeps its files."""
+    """After SIGKILL the kernel ends the machine, and the next command removes its files."""
     deadline = time.monotonic() + 30
     while processes_of(name):
         assert time.monotonic() < deadline

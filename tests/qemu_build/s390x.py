@@ -7,20 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_orchestrator.qemu_build import builds, source
+from mdev_orchestrator.system.files import remove
 
 PROGRAM = "qemu-system-s390x"
 
 
 def configured(series: str) -> Path:
     """A build directory; it stays beside that of x86, so that the next build is short."""
-    qemubuild.build(series, progress=print)
-    place = qemubuild.place_of(series)
+    builds.build(series, progress=print)
+    place = source.place_of(series)
     work, mark = place / "build-s390x", place / "build-s390x/.configured"
-    options = (*qemubuild.CONFIGURE, "--target-list=s390x-softmmu")  # the last one counts
+    options = (*builds.CONFIGURE, "--target-list=s390x-softmmu")  # the last one counts
     command = (str(place / "source/configure"), f"--python={sys.executable}", *options)
     if not mark.exists() or mark.read_text() != "\n".join(command):
-        qemubuild.remove(work)
+        remove(work)
         work.mkdir()
         run(work, *command)
         mark.write_text("\n".join(command))

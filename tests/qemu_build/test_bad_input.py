@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_orchestrator.qemu_build import builds, patches
 from qemu_build.fakemdev import FakeMdev
 
 Machine = tuple[str | Path, ...]
 
 
-@pytest.fixture(params=qemubuild.series_known())
+@pytest.fixture(params=patches.series_known())
 def machine(request: pytest.FixtureRequest) -> Machine:
     """Program and options of a patched QEMU."""
-    built = qemubuild.build(request.param, progress=print)
+    built = builds.build(request.param, progress=print)
     return built.binary, "-L", built.firmware, "-machine", "q35,accel=tcg"
 
 
@@ -37,7 +37,7 @@ def test_an_mdev_of_another_api(machine: Machine, tmp_path: Path, api: str) -> N
 def test_a_slow_start_says_what_it_waits_for(machine: Machine, tmp_path: Path) -> None:
     mdev = FakeMdev(tmp_path, "vfio-pci")
     online = mdev.directory / "online"
-    os.mkfifo(online)  # whoever writes to it waits until somebody reads
+    os.mkfifo(online)  # a write blocks until there is a reader
     with mdev.start(*machine) as qemu:
         try:
             answer(online, "0\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The exported series, as somebody applies it by hand: 'git am' on Debian's source."""
+"""The exported series, as a user applies it by hand: 'git am' on Debian's source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_lab import qemus
+from mdev_orchestrator.qemu_build import builds, patches, source
 
 IDENTITY = ("-c", "user.name=test", "-c", "user.email=test@example.invalid")
 
@@ -19,23 +20,23 @@ def git(tree: Path, *words: str | Path) -> str:
     return subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("series", qemubuild.series_known())
+@pytest.mark.parametrize("series", patches.series_known())
 def test_git_am_makes_the_tree_that_is_built(series: str, tmp_path: Path) -> None:
-    qemubuild.build(series, progress=print)
-    place, tree = qemubuild.place_of(series), tmp_path / "qemu"
-    qemubuild.copy_unpatched(place, tree)
+    builds.build(series, progress=print)
+    place, tree = source.place_of(series), tmp_path / "qemu"
+    qemus.copy_unpatched(place, tree)
     git(tree, "init", "--quiet")
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--quiet", "--message=Debian's")
 
-    exported = qemubuild.export(series, tmp_path / "series")
+    exported = patches.export(series, tmp_path / "series")
     git(tree, "am", "--quiet", "--no-3way", "--whitespace=error-all", *exported)
 
     assert git(tree, "rev-list", "--count", "HEAD").strip() == str(len(exported) + 1)
     changed = git(tree, "diff", "--name-only", "HEAD~" + str(len(exported))).split()
     assert set(changed) == {
-        *qemubuild.NEW_FILES.values(),
-        *(name for patch in qemubuild.patches(series) for name in qemubuild.touched(patch)),
+        *patches.NEW_FILES.values(),
+        *(name for patch in patches.patches(series) for name in patches.touched(patch)),
     }
     for name in changed:
         assert (tree / name).read_bytes() == (place / "source" / name).read_bytes(), name

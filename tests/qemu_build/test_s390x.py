@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_orchestrator.qemu_build import patches
 from qemu_build import s390x
 
 OBJECT = re.compile(
@@ -15,7 +15,7 @@ OBJECT = re.compile(
 )
 
 
-@pytest.mark.parametrize("series", qemubuild.series_known())
+@pytest.mark.parametrize("series", patches.series_known())
 def test_ap_and_ccw_compile_without_a_warning(series: str) -> None:
     work = s390x.configured(series)
     objects = dict(OBJECT.findall(s390x.run(work, "ninja", "-t", "targets", "all")))

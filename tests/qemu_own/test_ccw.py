@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_orchestrator.qemu_build import patches, source
 from qemu_build import s390x
 from qemu_build.fakemdev import FakeMdev
 
@@ -18,12 +18,12 @@ SUBCHANNEL = "0.0.0313"
 DEVICE = "vfio-ccw,devno=fe.0.0001"
 
 
-@pytest.fixture(scope="module", params=qemubuild.series_known())
+@pytest.fixture(scope="module", params=patches.series_known())
 def machine(request: pytest.FixtureRequest) -> tuple[str | Path, ...]:
     """Program and options of a patched QEMU for s390x."""
     work = s390x.configured(request.param)
     s390x.run(work, "ninja", s390x.PROGRAM)
-    firmware = qemubuild.place_of(request.param) / "firmware"
+    firmware = source.place_of(request.param) / "firmware"
     return work / s390x.PROGRAM, "-L", firmware, "-machine", "s390-ccw-virtio,accel=tcg"
 
 

@@ -20,7 +20,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from mdev_orchestrator.lab import qemubuild
+from mdev_lab import qemus
+from mdev_orchestrator.qemu_build import builds, patches, source
 
 Results = dict[str, str]  # of "TEST", and of each "TEST: SUBTEST"
 
@@ -119,13 +120,13 @@ def different(stock: Results, patched: Results) -> dict[str, tuple[str | None, s
     }
 
 
-@pytest.mark.parametrize("series", qemubuild.series_known())
+@pytest.mark.parametrize("series", patches.series_known())
 def test_both_pass_the_same(
     series: str, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
-    qemubuild.build(series, progress=print)
-    qemubuild.build_stock(series, progress=print)
-    places = [qemubuild.place_of(f"{series}-stock"), qemubuild.place_of(series)]
+    builds.build(series, progress=print)
+    qemus.build_stock(series, progress=print)
+    places = [source.place_of(f"{series}-stock"), source.place_of(series)]
     stock, patched = map(run_all, places)
     for _ in range(2):
         if again := sorted(set(map(whole_test, different(stock, patched)))):

@@ -22,8 +22,10 @@ from mdev_orchestrator.spec import (
     CountCondition,
     Pool,
     ResolutionCondition,
+    Size,
     SizeCondition,
     Spec,
+    format_size,
     load,
     parse,
     parse_size,
@@ -31,6 +33,7 @@ from mdev_orchestrator.spec import (
     to_plain,
     to_toml,
 )
+from unit.other_words import reword
 
 KINDS: tuple[Literal["toml"], Literal["json"]] = ("toml", "json")
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -116,12 +119,21 @@ uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 type = "vfio_ap-passthrough"
 parent = "matrix"
 attributes = [
-    ["assign_adapter", "5"],
-    ["assign_adapter", '0x"6"'],
-    ["assign_domain", "a\\nb"],
+    [
+        "assign_adapter",
+        "5",
+    ],
+    [
+        "assign_adapter",
+        "0x\\"6\\"",
+    ],
+    [
+        "assign_domain",
+        "a\\nb",
+    ],
 ]
 start = "manual"
-mdevctl = '{"note":[null]}'
+mdevctl = "{\\"note\\":[null]}"
 """
     spec = parse(text).spec
     (pool,) = spec.pools
@@ -141,7 +153,8 @@ def test_what_is_written_reads_the_same(kind: Literal["toml", "json"]) -> None:
     text = to_toml(spec) if kind == "toml" else json.dumps(to_plain(spec))
     assert parse(text, kind=kind).spec == spec
     assert "512M" not in text.replace(">=512M", "")  # the default
-    assert 'name = "all"\n\n[[guest]]\nname = "render-1"\n' in to_toml(spec)
+    assert to_toml(spec).startswith('name = "all"\n')
+    assert '\n\n[[guest]]\nname = "render-1"\n' in to_toml(spec)
 
 
 @given(st.lists(st.tuples(st.just("f"), st.text(max_size=50))), st.text(max_size=20))
@@ -172,11 +185,53 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("512M", 512 << 20), ("2g", 2 << 30), ("128MB", 128 << 20), ("4 MB", 4 << 20), ("7", 7)],
+    ("text", "value", "again"),
+    [
+        ("512M", 512 << 20, "512M"),
+        ("2g", 2 << 30, "2G"),
+        ("128MB", 128 << 20, "128M"),
+        ("4 MiB", 4 << 20, "4M"),
+        ("1024 K", 1 << 20, "1M"),
+        ("1T", 1 << 40, "1T"),
+        ("1536M", 1536 << 20, "1536M"),
+        ("7", 7, "7"),
+        ("0", 0, "0"),
+    ],
 )
-def test_sizes(text: str, value: int) -> None:
+def test_sizes(text: str, value: int, again: str) -> None:
     assert parse_size(text) == value
+    assert format_size(value) == again
+    assert f"{Size(value)}" == again
+    assert parse_size(again) == value
+
+
+@given(st.text())
+def test_any_text_is_a_size_or_one_line(text: str) -> None:
+    try:
+        size = parse_size(text)
+    except RequestError:
+        return
+    assert 0 <= size < 1 << 63
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "5X", "1 0M", "5\u212a", "8388608T"])
+def test_what_is_no_size(text: str) -> None:
+    """Among them the Kelvin sign, which is a K in small letters, and eight exbibytes."""
+    with pytest.raises(RequestError) as caught:
+        parse_size(text)
+    assert caught.value.message == f"{text!r} is no amount of memory"
+    assert caught.value.hint == "write it like 512M or 2G"
+    assert refused(GUEST + f"memory = '{text}'\n").startswith("s:3: guest[0].memory: ")
+
+
+def test_the_window_of_a_port_is_given_as_the_memory_is() -> None:
+    text = GUEST + "hotplug_window = '{}'\n"
+    assert parse(GUEST).spec.guests[0].hotplug_window == 256 << 20
+    assert parse(text.format("1 GiB")).spec.guests[0].hotplug_window == 1 << 30
+    for wrong, size in (("3M", 3 << 20), ("512K", 1 << 19), ("0", 0)):
+        assert refused(text.format(wrong)) == (
+            f"s:3: guest[0].hotplug_window: {size} bytes are not a power of two of at least 1 MiB"
+        )
 
 
 def test_conditions() -> None:
@@ -203,11 +258,46 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "cut off JSON": ('{"guest": [\n', "s:2: not valid JSON"),
     "two JSON documents": ('{"guest": [{"name": "a"}]} {}', "s:1: not valid JSON"),
     "a list": ("[1]", "s:1: 1: there is no such key (known are name, guest, pool)"),
+    "no key": (GUEST + "= 1\n", "s:3: not valid TOML: expected a key"),
+    "no equals sign": (GUEST + "cpus 1\n", "s:3: not valid TOML: expected '='"),
+    "two on a line": (GUEST + "cpus = 1 memory = 2\n", "s:3: not valid TOML: invalid value"),
+    "something after a text": (
+        GUEST + "qemu = 'a' 'b'\n",
+        "s:3: not valid TOML: expected the end of the line",
+    ),
+    "open text": (GUEST + 'qemu = "a\n\ncpus = 1\n', "s:3: not valid TOML: a text is not closed"),
+    "open list": (GUEST + "extra = [\n'a'\n", "s:5: not valid TOML: it ends too early"),
+    "no such escape": (GUEST + 'cpus = 1\nqemu = "\\q"\n', "s:4: not valid TOML: invalid value"),
+    "a table twice": (
+        "[a]\nb = 1\n# c\n[[guest]]\n[a]\n",
+        "s:5: not valid TOML: this key or table cannot stand here",
+    ),
+    "a control character": (GUEST + "# \0\n", "s:4: not valid TOML: it cannot be read"),
+    "a key without quotes in JSON": (
+        "{\nguest: 1}",
+        "s:2: not valid JSON: expected a key in double quotes",
+    ),
+    "no number of JSON": ('{"guest":\n01}', "s:2: not valid JSON: expected ',' or '}'"),
+    "a huge number in JSON": ('{"guest":\n1e999}', "s:2: not valid JSON: invalid value"),
+    "half a character in JSON": ('{"guest":\n"\\ud800"}', "s:2: not valid JSON: invalid text"),
+    "a comment in JSON": ('{"guest": 1} # x', "s:1: not valid JSON: expected the end of the file"),
     "not UTF-8": (b"[[guest]]\nname = '\xff'\n", "s:2: this is not UTF-8 text"),
     "wrong type": (
         GUEST + 'cpus = "2"\n',
         "s:3: guest[0].cpus: must be a whole number, not text",
     ),
+    "half a device": (
+        GUEST + "mdev = [{type='x', count=1.5}]\n",
+        "s:3: guest[0].mdev[0].count: must be a whole number, not 1.5",
+    ),
+    "no number": (GUEST + "cpus = nan\n", "s:3: guest[0].cpus: must be a whole number, not nan"),
+    "yes": (GUEST + "cpus = true\n", "s:3: guest[0].cpus: must be a whole number, not true"),
+    "a date": (GUEST + "uuid = 2016-09-01\n", "s:3: guest[0].uuid: must be text, not a date"),
+    "nothing": (
+        '{"guest": [{"name": "a",\n"extra": null}]}',
+        "s:2: guest[0].extra: must be a list, not nothing",
+    ),
+    "a number for a choice": (GUEST + "accel = 1\n", "s:3: guest[0].accel: must be text, not a"),
     "a table for a list": ("[guest]\nname='a'\n", "s:1: guest: must be a list, not a table"),
     "unknown key": (
         GUEST + "cpu = 1\n",
@@ -229,7 +319,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     ),
     "size": (
         GUEST + "memory = '5X'\n",
-        "s:3: guest[0].memory: '5X' is no amount of memory; write it like 512M or 2G",
+        "s:3: guest[0].memory: '5X' is no amount of memory (write it like 512M or 2G)",
     ),
     "negative size": (GUEST + "memory = -1\n", "s:3: guest[0].memory: -1 is no amount of memory"),
     "odd size": (GUEST + "memory = 1000\n", "s:3: guest[0].memory: 1000 bytes are no multiple"),
@@ -257,7 +347,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "zero byte": (GUEST + 'disk = "a\\u0000"\n', "s:3: guest[0].disk: must be the name of a file"),
     "no condition": (
         GUEST + "mdev = [{framebuffer = '=>1G'}]\n",
-        "s:3: guest[0].mdev[0].framebuffer: '=>1G' is no condition; write it like >=512M",
+        "s:3: guest[0].mdev[0].framebuffer: '=>1G' is no condition (write it like >=512M)",
     ),
     "no start": (
         '[[pool]]\nname = "a"\ntype = "t"\nstart = "never"\n',
@@ -335,6 +425,15 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_is_one_line_with_file_line_and_key(name: str) -> None:
     text, message = WRONG[name]
+    assert refused(text).startswith(message)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_no_message_depends_on_the_words_of_a_library(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, message = WRONG[name]
+    reword(monkeypatch)
     assert refused(text).startswith(message)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The state directory is ours alone, or nothing of it is believed."""
+"""The state directory belongs to this user alone, or nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mdev_lab import labs
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError
-from mdev_orchestrator.lab import machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.state import private_dir, state_dir
 
@@ -32,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def any_umask(place: Path) -> Iterator[None]:
-    """Whoever calls us may have none."""
+    """The caller may have none."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -41,7 +41,7 @@ def any_umask(place: Path) -> Iterator[None]:
 USERS: dict[str, Callable[[], object]] = {
     "guest list": process.list_guests,
     "guest, by name": lambda: process.find("a"),
-    "lab list": machine.labs,
+    "lab list": labs.labs,
     "journal, to look": read_managed,
     "journal, to change": Journal.open,
     "what was learned": model_cache.load,
@@ -51,7 +51,7 @@ USERS: dict[str, Callable[[], object]] = {
 
 @pytest.fixture(params=list(USERS))
 def use(request: pytest.FixtureRequest) -> Callable[[], object]:
-    """Everything that believes what stands there."""
+    """Everything that trusts what stands there."""
     return USERS[request.param]
 
 
@@ -112,9 +112,7 @@ def test_a_sticky_directory_above_is_as_good_as_tmp(place: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("which", ["state", "above"])
-def test_one_of_somebody_else_is_refused(
-    place: Path, use: Callable[[], object], which: str
-) -> None:
+def test_one_of_another_user_is_refused(place: Path, use: Callable[[], object], which: str) -> None:
     place.mkdir(mode=0o700)
     given = place if which == "state" else place.parent
     os.chown(given, STRANGER, -1)
@@ -122,7 +120,7 @@ def test_one_of_somebody_else_is_refused(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_link_of_somebody_else_on_the_way_is_refused(
+def test_a_link_of_another_user_on_the_way_is_refused(
     place: Path, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place.parent / "link").symlink_to(".")

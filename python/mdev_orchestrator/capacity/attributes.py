@@ -10,7 +10,7 @@ Sources, the first that has a value counts:
   display, 4 MB video memory`` and mdpy's ``virtual display, 640x480 framebuffer``;
 * the name: mtty's ``Single port serial``.
 
-The text is not trusted: what cannot be read is absent, never wrong.
+The text is not trusted: a value that cannot be read is absent, never wrong.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from typing import Any
 
 from msgspec import Struct
 
+from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.model import MdevType
-from mdev_orchestrator.spec import Condition, parse_resolution, parse_size
+from mdev_orchestrator.spec import Condition, format_size, parse_resolution, parse_size
 
 _PAIR = re.compile(r"([A-Za-z_]{1,40})[ \t]*[=:][ \t]*([^,\n]{1,80})")
 _VIDEO_MEMORY = re.compile(r"([0-9]{1,9} ?[KMG]?B) video memory")
 _DISPLAY = re.compile(r"([0-9]{1,6}x[0-9]{1,6}) framebuffer")
 _PORTS = {"single port serial": 1, "dual port serial": 2}
-_LIMIT = 1 << 63
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class TypeFacts(Struct, frozen=True):
@@ -59,13 +60,17 @@ class TypeFacts(Struct, frozen=True):
     ports: int | None = None
 
 
-def _read(name: str, text: str) -> int | tuple[int, int]:
-    if name == "max_resolution":
-        return parse_resolution(text)
-    if name in _SIZES:
-        return parse_size(text)
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError(text)
+def _read(name: str, text: str) -> int | tuple[int, int] | None:
+    """One value; ``None`` if it cannot be read."""
+    try:
+        if name == "max_resolution":
+            return parse_resolution(text)
+        if name in _SIZES:
+            return parse_size(text)
+    except RequestError:
+        return None
+    if not _NUMBER.fullmatch(text):
+        return None
     return int(text)
 
 
@@ -84,8 +89,11 @@ def facts_of(type_: MdevType) -> TypeFacts:
 
 
 @lru_cache(1024)
-def _facts(name: str, description: str, attributes: tuple[tuple[str, str], ...]) -> TypeFacts:
-    """The same for the types of all parents that are alike."""
+def _facts(label: str, description: str, attributes: tuple[tuple[str, str], ...]) -> TypeFacts:
+    """The same for the types of all parents of a kind, once.
+
+    :param label: The type's human-readable name, in small letters.
+    """
     texts: dict[str, str] = dict(reversed(_PAIR.findall(description)))
     if memory := _VIDEO_MEMORY.search(description):
         texts.setdefault("framebuffer", memory[1])
@@ -94,16 +102,13 @@ def _facts(name: str, description: str, attributes: tuple[tuple[str, str], ...])
     texts |= attributes
     found: dict[str, Any] = {}
     for word, text in texts.items():
-        ours = _ALIASES.get(word, word)
-        # a vendor's own word comes before an alias
-        if ours in _NAMES and (ours == word or ours not in texts):
-            try:
-                value = _read(ours, text.strip())
-            except ValueError:
-                continue
-            if isinstance(value, tuple) or value < _LIMIT:
-                found[ours] = value
-    if (ports := _PORTS.get(name)) is not None:
+        name = _ALIASES.get(word, word)
+        # the name itself comes before an alias of it
+        if name in _NAMES and (name == word or name not in texts):
+            value = _read(name, text.strip())
+            if value is not None:
+                found[name] = value
+    if (ports := _PORTS.get(label)) is not None:
         found.setdefault("ports", ports)
     return TypeFacts(**found)
 
@@ -120,8 +125,4 @@ def shown(name: str, value: int | tuple[int, int]) -> str:
     """An attribute's value as the vendors write it: ``512M``, ``1920x1200``, ``2``."""
     if isinstance(value, tuple):
         return "{}x{}".format(*value)
-    if name in _SIZES:
-        for letter, shift in (("G", 30), ("M", 20), ("K", 10)):
-            if value and value % (1 << shift) == 0:
-                return f"{value >> shift}{letter}"
-    return str(value)
+    return format_size(value) if name in _SIZES else str(value)

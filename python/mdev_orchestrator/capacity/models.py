@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How creating one device changes what else can be created on the same parent. Pure: no I/O.
 
-sysfs tells how many of each type can be created *now*. What remains after one was created is the
-driver's secret; a model is our knowledge of it. There are four:
+sysfs says how many of each type can be created *now*. It does not say what remains after one more
+was created; a model does. There are four:
 
 :class:`Independent`
     each type has a count of its own;
@@ -44,7 +44,7 @@ Counts: TypeAlias = tuple[int, ...]
 
 _LIMIT = 1 << 63
 _STATES = 500  # in which two models are compared
-_SETTLED = 64  # types of which the costs are looked for
+_SETTLED = 64  # types of which the costs are searched
 _ANSWERS = 16  # to the question what types take, which may differ
 _TRIES = 5000  # to find what types take, which is about a tenth of a second
 
@@ -120,7 +120,7 @@ class Homogeneous(Struct, frozen=True):
     """As long as there is a device, only its kind can be created.
 
     :ivar capacity: How many devices of the type's kind an empty parent holds; 0 where another kind
-        was in use when this was learned and nothing told.
+        was in use when this was learned and no attribute says it.
     :ivar kinds: For each type its kind. Mostly a type is a kind of its own.
     """
 
@@ -186,11 +186,14 @@ class Confidence(StrEnum):
 class ParentCapacity(Struct, frozen=True):
     """One parent: its types, what exists on it, and how it fills.
 
-    :ivar name: Kernel name of the parent.
+    :ivar name: Kernel name of the parent. The planner only compares it: a plan over several hosts
+        needs names that are unique over all of them, such as ``HOST/PARENT``.
     :ivar facts: The attributes of each type, by id.
     :ivar used: How many devices of each type count as existing.
-    :ivar unseen: Devices whose type cannot be told, for instance one that is being removed. The
-        kernel's counts know of them already.
+    :ivar unseen: Devices whose type is not known, for instance one that is being removed. The
+        kernel's counts include them already.
+    :ivar unreadable: Types whose count cannot be read. The model promises none of them; only the
+        driver knows.
     :ivar why: One sentence for users: where the model comes from.
     """
 
@@ -224,16 +227,6 @@ class ParentCapacity(Struct, frozen=True):
             for type_, n in zip(self.types, self.counts(), strict=True)
         )
         return dict(zip(self.types, self.model.left(after), strict=True))
-
-    def fits(self, created: Mapping[str, int]) -> bool:
-        """Whether all of ``created`` can be created together."""
-        used = list(self.counts())
-        for index, type_ in enumerate(self.types):
-            for _ in range(created.get(type_, 0)):
-                if not self.model.left(tuple(used))[index]:
-                    return False
-                used[index] += 1
-        return set(created) <= set(self.types)
 
 
 # ---- inference ------------------------------------------------------------------------------
@@ -311,39 +304,41 @@ def infer(
     return _capacity(parent.name, evidence, model, confidence, why)
 
 
-class Look(Struct, frozen=True):
-    """A parent at one moment: how many devices of each type exist, and how many more can.
+class TypeCounts(Struct, frozen=True):
+    """The types of a parent in one scan.
 
-    Both by type id; ``None`` where the kernel's count could not be read.
+    :ivar used: How many devices exist, by type id.
+    :ivar left: How many more can be created, as the kernel says, by type id; ``None`` where the
+        count could not be read.
     """
 
     used: Mapping[str, int]
     left: Mapping[str, int | None]
 
 
-def look(host: Host, parent: str) -> Look | None:
-    """What a scan saw of one parent.
+def count_types(host: Host, parent: str) -> TypeCounts | None:
+    """Count the devices of one parent in a scan, by type.
 
-    ``None`` when that tells nothing: it is gone, or a device is on its way, so that the counts
-    are of one moment and the devices of another.
+    :return: ``None`` if the parent is gone, or if a device is being created or removed: then the
+        counts are of one moment and the devices of another.
     """
     found = next((p for p in host.parents if p.name == parent), None)
     existing = Counter(mdev.type_id for mdev in host.mdevs if mdev.parent == parent)
     if found is None or not existing.keys() <= {type_.id for type_ in found.types}:
         return None
-    return Look(
+    return TypeCounts(
         used={type_.id: existing[type_.id] for type_ in found.types},
         left={type_.id: type_.available_instances for type_ in found.types},
     )
 
 
-def observe(capacity: ParentCapacity, looks: Sequence[Look]) -> ParentCapacity:
-    """Correct a parent's model by looks at it between which devices were created or removed.
+def observe(capacity: ParentCapacity, samples: Sequence[TypeCounts]) -> ParentCapacity:
+    """Correct a parent's model by counts between which devices were created or removed.
 
     :param capacity: What was believed.
-    :param looks: In any order but for the last, which is how the parent is now.
-    :return: The parent as it is now. Its model explains all looks; where none of ours does, it is
-        independent, ``guessed``, and says so.
+    :param samples: In any order but for the last, which is how the parent is now.
+    :return: The parent as it is now. Its model explains all samples; where none of the four does,
+        it is independent, ``guessed``, and says so.
     """
     types = capacity.types
     facts = tuple(capacity.facts[type_] for type_ in types)
@@ -351,11 +346,11 @@ def observe(capacity: ParentCapacity, looks: Sequence[Look]) -> ParentCapacity:
         _Evidence(
             types,
             facts,
-            tuple(look.left.get(type_) for type_ in types),
-            tuple(look.used.get(type_, 0) for type_ in types),
+            tuple(sample.left.get(type_) for type_ in types),
+            tuple(sample.used.get(type_, 0) for type_ in types),
             capacity.unseen,
         )
-        for look in looks
+        for sample in samples
     ]
     model, confidence, why = capacity.model, capacity.confidence, capacity.why
     models = tuple(dict.fromkeys(_explanations(model, seen)))
@@ -375,15 +370,16 @@ def observe(capacity: ParentCapacity, looks: Sequence[Look]) -> ParentCapacity:
 def learn(
     before: Host, after: Host, learned: Mapping[str, Model] = MappingProxyType({})
 ) -> dict[str, Model]:
-    """What the devices that came or went between two scans tell, by kind of parent.
+    """Infer models from the devices that came or went between two scans.
 
     :param learned: What is known already.
-    :return: Models to be known from now on; mostly none, since nothing contradicts what was known.
+    :return: Models to be known from now on, by kind of parent; empty where nothing contradicts
+        what was known.
     """
     found = {}
     kinds = {parent.name: kind_of(parent) for parent in before.parents}
     for capacity in survey(before, learned=learned):
-        then, now = look(before, capacity.name), look(after, capacity.name)
+        then, now = count_types(before, capacity.name), count_types(after, capacity.name)
         if then is None or now is None or then.used == now.used:
             continue
         change = {type_: now.used.get(type_, 0) - n for type_, n in then.used.items()}
@@ -395,7 +391,7 @@ def learn(
 
 
 def is_sound(model: Model) -> bool:
-    """Whether a model that somebody wrote down can be one: it is complete and its numbers are."""
+    """Whether a model that was read from a file is complete and has sensible numbers."""
     count = len(model.types)
     match model:
         case SharedPool():
@@ -419,7 +415,7 @@ def is_sound(model: Model) -> bool:
 
 
 class _Evidence(Struct, frozen=True):
-    """What one look at a parent tells; all tuples in the order of ``types``."""
+    """What one scan says of a parent; all tuples in the order of ``types``."""
 
     types: tuple[str, ...]
     facts: tuple[TypeFacts, ...]
@@ -432,9 +428,9 @@ class _Evidence(Struct, frozen=True):
         return all(have in {None, n} for have, n in zip(self.left, said, strict=True))
 
     def confirms(self, model: Model) -> bool:
-        """Whether the model is one of these types, and every count can be read and is as it says.
+        """Whether the model is one of these types, and every count can be read and agrees.
 
-        With a count that cannot be read it would promise what nobody knows.
+        A model says nothing reliable of a type whose count cannot be read.
         """
         return model.types == self.types and None not in self.left and self.agrees(model)
 
@@ -529,7 +525,7 @@ def _choose(
     return (
         _independent(evidence),
         Confidence.GUESSED,
-        "nothing tells how the types depend on each other" + suffix,
+        "nothing says how the types depend on each other" + suffix,
     )
 
 
@@ -565,7 +561,7 @@ def _independent(evidence: _Evidence) -> Independent:
 
 def _counter(evidence: _Evidence) -> Iterator[ParentCounter]:
     known = evidence.known()
-    # a type whose count cannot be read would be promised what the others have
+    # with a count that cannot be read the type would be promised what the others have
     if known and len(known) == len(evidence.types):
         yield ParentCounter(evidence.types, (evidence.left[known[0]] or 0) + sum(evidence.used))
 
@@ -593,7 +589,7 @@ def _of_kinds(evidence: _Evidence, kinds: Counts) -> Homogeneous:
         else:  # reads 0 while another kind is in use
             capacity.append(most or 0)
     if not active and evidence.unseen:
-        # a device that is going holds a kind: what reads 0 now is not promised
+        # a device that is being removed holds a kind: what reads 0 now is not promised
         capacity = [left or 0 for left in evidence.left]
     return Homogeneous(evidence.types, tuple(capacity), kinds)
 
@@ -642,7 +638,7 @@ def _with_free(
 
 
 def _alike(one: Model, other: Model) -> bool:
-    """Whether two models give the same answers, as far as one looks: states with few devices."""
+    """Whether two models give the same answers in the states that few devices lead to."""
     start = (0,) * len(one.types)
     seen, waiting = {start}, deque([start])
     while waiting:
@@ -658,26 +654,26 @@ def _alike(one: Model, other: Model) -> bool:
     return True
 
 
-def _explanations(current: Model, looks: Sequence[_Evidence]) -> Iterator[Model]:
-    """Models that agree with all looks, the current one's kind first."""
+def _explanations(current: Model, samples: Sequence[_Evidence]) -> Iterator[Model]:
+    """Models that agree with all samples, the current one's kind first."""
     candidates: list[Model] = [current]
-    for evidence in reversed(looks):
+    for evidence in reversed(samples):
         candidates += _homogeneous(evidence)
         candidates += _counter(evidence)
         for resources in (("framebuffer",), ("ports",), _GVTG):
             candidates += _pool(evidence, resources)
         candidates.append(_independent(evidence))
-    candidates += _seen_kinds(looks)
+    candidates += _seen_kinds(samples)
     candidates = [_grown(candidate, candidates) for candidate in candidates]
     candidates.sort(key=lambda model: model.name != current.name)
-    found = [model for model in candidates if all(seen.agrees(model) for seen in looks)]
+    found = [model for model in candidates if all(seen.agrees(model) for seen in samples)]
     yield from found
     if not any(isinstance(model, SharedPool) for model in found):
-        yield from _seen_costs(looks)
+        yield from _seen_costs(samples)
 
 
 def _grown(model: Model, others: Iterable[Model]) -> Model:
-    """A pool with the largest size that any look at the same pool has shown."""
+    """A pool with the largest size that any sample of the same pool has shown."""
     if not isinstance(model, SharedPool):
         return model
     sizes = [
@@ -689,39 +685,39 @@ def _grown(model: Model, others: Iterable[Model]) -> Model:
     return replace(model, size=tuple(map(max, zip(*sizes, strict=True))))
 
 
-def _seen_kinds(looks: Sequence[_Evidence]) -> Iterator[Homogeneous]:
+def _seen_kinds(samples: Sequence[_Evidence]) -> Iterator[Homogeneous]:
     """Types are of one kind when a device of the one left room for the other."""
-    kinds = list(range(len(looks[0].types)))
-    for evidence in looks:
+    kinds = list(range(len(samples[0].types)))
+    for evidence in samples:
         if any(evidence.used):
             both = zip(kinds, evidence.used, evidence.left, strict=True)
             joined = {kind for kind, used, left in both if used or left}
             kinds = [min(joined) if kind in joined else kind for kind in kinds]
     if len(set(kinds)) > 1:
-        for evidence in looks:
+        for evidence in samples:
             yield _of_kinds(evidence, tuple(kinds))
 
 
-def _seen_costs(looks: Sequence[_Evidence]) -> Iterator[SharedPool]:
-    """A pool of which nobody says what the types take: the coarsest units that explain all looks.
+def _seen_costs(samples: Sequence[_Evidence]) -> Iterator[SharedPool]:
+    """A pool where no attribute says what the types take: the coarsest units that explain all.
 
     The largest count is tried as the number of units first, then more: of types that take 3 and 5
     of 16, an empty parent holds 5 and 3. Where all types divide the units evenly, that is taken for
     the truth; otherwise there may be several answers, and they may differ.
     """
-    first = looks[0]
-    if any(None in evidence.left for evidence in looks) or len(first.types) > _SETTLED:
+    first = samples[0]
+    if any(None in evidence.left for evidence in samples) or len(first.types) > _SETTLED:
         return
     most = max(left or 0 for left in first.left)
     # what a type takes limits the others only when one was created: such types are settled first
     order = sorted(
         range(len(first.types)),
-        key=lambda type_: all(e.used[type_] == first.used[type_] for e in looks),
+        key=lambda type_: all(e.used[type_] == first.used[type_] for e in samples),
     )
     tries = (
         (total, costs)
         for total in range(most, 16 * most + 1)
-        for costs in _tries(total, looks, order, {})
+        for costs in _tries(total, samples, order, {})
     )
     found = 0
     for total, costs in islice(tries, _TRIES):
@@ -735,29 +731,29 @@ def _seen_costs(looks: Sequence[_Evidence]) -> Iterator[SharedPool]:
 
 
 def _tries(
-    total: int, looks: Sequence[_Evidence], order: Sequence[int], costs: Mapping[int, int]
+    total: int, samples: Sequence[_Evidence], order: Sequence[int], costs: Mapping[int, int]
 ) -> Iterator[Mapping[int, int]]:
-    """What each type may take of ``total`` units that are free at the first look.
+    """What each type may take of ``total`` units that are free in the first sample.
 
     Of several answers the largest costs come first, which promise least.
 
     :param costs: Those that are settled.
     :return: Everything that was tried, so that it can be counted: what is complete is an answer.
     """
-    if not all(_explains(costs, total, looks[0], evidence) for evidence in looks):
+    if not all(_explains(costs, total, samples[0], evidence) for evidence in samples):
         yield {}
         return
     yield costs
     if len(costs) < len(order):
         type_ = order[len(costs)]
-        left = looks[0].left[type_] or 0
+        left = samples[0].left[type_] or 0
         least = total // (left + 1) + 1
         for cost in range(total // left if left else least, least - 1, -1):
-            yield from _tries(total, looks, order, {**costs, type_: cost})
+            yield from _tries(total, samples, order, {**costs, type_: cost})
 
 
 def _explains(costs: Mapping[int, int], total: int, first: _Evidence, now: _Evidence) -> bool:
-    """Whether costs, as far as they are settled, explain what a look shows."""
+    """Whether costs, as far as they are settled, explain a sample."""
     more = {t: n - first.used[t] for t, n in enumerate(now.used) if n != first.used[t]}
     if not more.keys() <= costs.keys():
         return True

@@ -10,14 +10,14 @@ A device that belongs to no group is placed by itself; a group is placed whole, 
 not at all. The most demanding go first. Each goes where it costs least: the *loss* is the share of
 a parent's possibilities that is gone afterwards. A small device therefore goes where no large slot
 is broken for it, and a device of a homogeneous parent beside its own kind. Between equals, ``pack``
-takes the fullest parent and ``spread`` the one with the fewest devices; ``spread`` looks at the
-devices first and at the loss second, and gives way to ``pack`` where it would not fit otherwise.
+takes the fullest parent and ``spread`` the one with the fewest devices; ``spread`` compares the
+devices first and the loss second, and gives way to ``pack`` where it would not fit otherwise.
 
-When this places everything, the plan fits. When it does not, packing being as hard as it is, that
-alone proves nothing. Parents that share no request are looked at apart, and each such part is
-searched: exactly, with bounds, without looking twice at what is alike. The search ends after
-``effort`` steps; then ``Plan.proven`` is false and the plan says that nothing was *found*. Parts of
-up to some dozens of devices are decided.
+When this places everything, the plan fits. When it does not, that alone proves nothing: packing is
+hard. Parents that share no request form parts, and each part is searched by itself: exactly, with
+bounds, each of several equal cases once. The search ends after ``effort`` steps; then
+``Plan.proven`` is false and the plan says that nothing was *found*. Parts of up to some dozens of
+devices are decided.
 
 The same requests and parents give the same plan, whatever ran before.
 """
@@ -50,7 +50,7 @@ EFFORT = 100_000
 """Steps of the exact search, which take about a second."""
 
 _SEARCHED = 250  # devices and groups in one part; more would also be too deep for the stack
-_OPTIONS = 4096  # ways to put one group on one parent that are looked at
+_OPTIONS = 4096  # ways to put one group on one parent that are compared
 _SCALE = 1 << 40  # a parent's whole capacity, as an integer: no rounding, no order of summation
 
 
@@ -327,7 +327,7 @@ class _Job:
         for number, item in enumerate(self.items):
             self.signatures.setdefault((item.demand, item.allowed), []).append(number)
         self.steps = 0
-        self.cut = False  # whether a group had more ways than are looked at
+        self.cut = False  # whether a group had more ways than are compared
 
     def _items(
         self, requests: Sequence[Request], parents: Sequence[ParentCapacity]
@@ -600,7 +600,7 @@ class _Job:
 
 
 class _Search:
-    """Looks for a way to place all items of a part, until it is found, excluded, or too much."""
+    """Searches for a way to place all items of a part, until found, excluded, or too much work."""
 
     def __init__(self, job: _Job, part: list[int]) -> None:
         self.job = job
@@ -642,12 +642,12 @@ class _Search:
         return later[::-1]
 
     def run(self, depth: int) -> bool:
-        """Place the items from ``depth`` on; whether that went."""
+        """Place the items from ``depth`` on; whether that was possible."""
         if depth == len(self.items):
             return True
         job = self.job
         self.complete = self.complete and job.steps > 0
-        # what one look costs grows with the parents and with what is still to be placed
+        # the work of one step grows with the parents and with what is still to be placed
         job.steps -= 1 + len(self.indices) * len(self.later[depth]) // 8
         here = (depth, self._fingerprint())
         if not self.complete or here in self.failed:
@@ -696,7 +696,7 @@ class _Search:
 
 
 class _Explain:
-    """Finds words for what does not fit."""
+    """Finds the reason for what does not fit."""
 
     def __init__(
         self,
@@ -743,7 +743,7 @@ class _Explain:
             return None
         names = [parent.name for parent in self.parents]
         if not names:
-            return "this host has no parent", "mdo doctor says what is missing"
+            return "there is no parent", "mdo doctor says what is missing"
         if request.parent is not None and request.parent not in names:
             close = get_close_matches(request.parent, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {_few(names)}"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json, seconds
 from mdev_orchestrator.cli.plan import Policy, policy_of
-from mdev_orchestrator.spec import Document, load
+from mdev_orchestrator.spec import load
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.diff import Changes
@@ -44,12 +44,12 @@ def apply(
 
     document = load(spec)
     changes = run(
-        engine_apply(
+        lambda machine: engine_apply(
+            machine,
             document,
             policy=policy_of(policy),
             restart=restart,
             force=force,
-            host=machine().root,
             deadline=deadline,
             observe=output.progress,
         )
@@ -67,7 +67,10 @@ def diff(
     json: Json = False,
 ) -> int:
     """Show what apply would do; changes nothing."""
-    changes = run(_diff(load(spec), policy))
+    from mdev_orchestrator.engine.apply import diff as engine_diff
+
+    document = load(spec)
+    changes = run(lambda machine: engine_diff(machine, document, policy=policy_of(policy)))
     if json:
         output.emit_json(shape(changes))
     else:
@@ -78,12 +81,6 @@ def diff(
         if not changes.steps:
             output.remark(f"{changes.name}: nothing to do")
     return 1 if exit_code and changes.steps else 0
-
-
-async def _diff(document: Document, policy: Policy) -> Changes:
-    from mdev_orchestrator.engine.apply import diff as engine_diff
-
-    return await engine_diff(document, policy=policy_of(policy), host=machine().root)
 
 
 def destroy(
@@ -100,13 +97,10 @@ def destroy(
     """Remove the guests and devices of a spec."""
     from mdev_orchestrator.engine.apply import destroy as engine_destroy
 
+    name = _name(spec)
     changes = run(
-        engine_destroy(
-            _name(spec),
-            force=force,
-            host=machine().root,
-            deadline=deadline,
-            observe=output.progress,
+        lambda machine: engine_destroy(
+            machine, name, force=force, deadline=deadline, observe=output.progress
         )
     )
     _result(changes, json=json, word="destroyed")

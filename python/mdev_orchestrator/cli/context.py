@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.errors import MdoError
@@ -52,8 +52,8 @@ def machine() -> Machine:
     return Machine(Path(os.environ.get("MDO_ROOT") or "/").absolute())
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine to its end.
+def run(work: Callable[[Machine], Awaitable[T]]) -> T:
+    """Run the part of a command that takes time, on the machine, to its end.
 
     Ctrl-C, SIGTERM and SIGHUP cancel it, and what it does then (undo, say goodbye) is waited for.
     A second signal is not: the process ends at once, as if it were killed.
@@ -79,7 +79,11 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
         for number in SIGNALS:
             loop.add_signal_handler(number, stop, number)
-        return await coroutine
+        host = machine()
+        try:
+            return await work(host)
+        finally:
+            await host.close()
 
     try:
         return asyncio.run(guarded())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.host import mdev_shape
 from mdev_orchestrator.cli.params import Json, complete_parent, complete_type, seconds
 from mdev_orchestrator.engine import model_cache
@@ -17,6 +17,8 @@ from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.model import Host, Mdev, parse_uuid
 
 
 def create(
@@ -56,26 +58,28 @@ def create(
     json: Json = False,
 ) -> None:
     """Create devices of one type, all or none; prints their UUIDs, one a line."""
-    root = machine().root
-    before = scan(root)
-    devices = run(
-        create_devices(
+    uuids = [parse_uuid(text) for text in uuid or ()]
+    attributes = parse_attributes(set_ or ())
+
+    async def work(machine: Machine) -> tuple[Host, tuple[Mdev, ...]]:
+        return await scan(machine), await create_devices(
+            machine,
             type_id,
             count,
             parent=parent,
-            uuids=uuid or (),
+            uuids=uuids,
             group=group,
-            attributes=parse_attributes(set_ or ()),
+            attributes=attributes,
             deadline=deadline,
-            root=root,
         )
-    )
+
+    before, devices = run(work)
     made = f"created mdev {', '.join(str(mdev.uuid) for mdev in devices)}"
     if json:
         output.emit_json({"created": [mdev_shape(mdev) for mdev in devices]}, made=made)
     else:
         output.emit("\n".join(str(mdev.uuid) for mdev in devices), made=made)
-    model_cache.learn_from(before, root)
+    run(lambda machine: model_cache.learn_from(machine, before))
 
 
 def parse_attributes(texts: Iterable[str]) -> list[tuple[str, str]]:

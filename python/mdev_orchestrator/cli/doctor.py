@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import doctor as host_doctor
 from mdev_orchestrator.host.doctor import Finding
 from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import doctor as qemu_doctor
 
 
@@ -25,7 +26,7 @@ def doctor(
     json: Json = False,
 ) -> int:
     """Look at modules, nodes, permissions and QEMU; every fault is shown with its remedy."""
-    findings = run(_examine(qemu))
+    findings = run(lambda machine: _examine(machine, qemu))
     if json:
         output.emit_json({"findings": findings})
     else:
@@ -39,7 +40,6 @@ def doctor(
     return HostError.exit_code if faulty else 0
 
 
-async def _examine(qemu: str) -> list[Finding]:
-    root = machine().root
-    host = scan(root)
-    return [*host_doctor.examine(host, root), *await qemu_doctor.examine(qemu, host.mdevs)]
+async def _examine(machine: Machine, qemu: str) -> list[Finding]:
+    host = await scan(machine)
+    return [*host_doctor.examine(machine, host), *await qemu_doctor.examine(qemu, host.mdevs)]

@@ -16,11 +16,12 @@ from mdev_orchestrator.cli.params import Json, complete_device, complete_guest, 
 from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host
-    from mdev_orchestrator.qemu.command import GuestSpec
     from mdev_orchestrator.qemu.hotplug import Plugged
     from mdev_orchestrator.qemu.process import Ended, RunningGuest
     from mdev_orchestrator.qemu.status import Report
+    from mdev_orchestrator.spec import GuestConfig
 
 NONE = "-"
 NameArgument = Annotated[
@@ -34,11 +35,7 @@ app = noun("List, start and stop guests, and open their consoles.")
 @app.command("list")
 def list_(*, json: Json = False) -> None:
     """Show all guests, with what they hold."""
-    from mdev_orchestrator.host.sysfs import scan
-
-    reports = run(_reports())
-    host = scan(machine().root)
-    names = _group_names(reports, host)
+    reports, host, names = run(_look)
     if json:
         output.emit_json({"guests": [guest_shape(report, host, names) for report in reports]})
         return
@@ -53,19 +50,28 @@ def list_(*, json: Json = False) -> None:
             output.remark(f"{report.guest.label}: {report.damage}")
 
 
-async def _reports() -> list[Report]:
-    from mdev_orchestrator.qemu.process import list_guests
-    from mdev_orchestrator.qemu.status import look_all
+async def _look(machine: Machine) -> tuple[list[Report], Host, dict[UUID, str]]:
+    """All guests, the host's devices, and the names of the start groups that guests hold."""
+    from mdev_orchestrator.engine.guests import guest_reports
 
-    await reclaim_groups()
-    return await look_all(list_guests())
+    await reclaim_groups(machine)
+    return await _beside(machine, await guest_reports(machine))
 
 
-async def reclaim_groups() -> None:
+async def _beside(
+    machine: Machine, reports: list[Report]
+) -> tuple[list[Report], Host, dict[UUID, str]]:
+    from mdev_orchestrator.host.sysfs import scan
+
+    host = await scan(machine)
+    return reports, host, await _group_names(machine, reports, host)
+
+
+async def reclaim_groups(machine: Machine) -> None:
     """Take offline the start groups that guests left online when they ended, and say so."""
-    from mdev_orchestrator.engine import lifecycle
+    from mdev_orchestrator.engine import start_groups
 
-    for group in await lifecycle.reclaim_groups(host=machine().root):
+    for group in await start_groups.reclaim_groups(machine):
         output.remark(str(group))
 
 
@@ -132,58 +138,55 @@ def start(
     json: Json = False,
 ) -> None:
     """Start a guest; it goes on running when this command ends."""
-    from uuid import uuid4
-
     from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu.command import GuestSpec, parse_accel, parse_size
+    from mdev_orchestrator.qemu.command import parse_accel
     from mdev_orchestrator.qemu.process import qemu_words
+    from mdev_orchestrator.spec import GuestConfig, parse_size
+    from mdev_orchestrator.spec.sizes import Size
 
-    spec = GuestSpec(
+    config = GuestConfig(
         name=name,
-        uuid=parse_uuid(uuid) if uuid else uuid4(),
-        memory=parse_size(memory),
+        uuid=parse_uuid(uuid) if uuid else None,
+        memory=Size(parse_size(memory)),
         cpus=cpus,
-        kernel=kernel,
-        initrd=initrd,
+        kernel=_absolute(kernel),
+        initrd=_absolute(initrd),
         append=append if append is not None else "console=ttyS0" if kernel else "",
-        disk=disk,
+        disk=_absolute(disk),
         disk_format=disk_format,
         hotplug_ports=hotplug_ports,
-        hotplug_window=parse_size(hotplug_window),
+        hotplug_window=Size(parse_size(hotplug_window)),
         accel=parse_accel(accel),
         machine=machine_type,
         qemu=qemu,
-        firmware=firmware,
+        firmware=_absolute(firmware),
         extra=tuple(arg or ()),
     )
-    report = run(_start(spec, mdev or [], deadline))
+    mdevs = [parse_uuid(text) for text in mdev or ()]
+    (report,), host, names = run(lambda machine: _start(machine, config, mdevs, deadline))
     if words := qemu_words(report.guest.qemu_log):
         output.remark(f"{report.guest.label}: QEMU says: {words}")
     record = report.guest.record
     made = f"{name} runs as process {record.pid if record else NONE}"
     if json:
-        from mdev_orchestrator.host.sysfs import scan
-
-        host = scan(machine().root)
-        names = _group_names([report], host)
         output.emit_json(guest_shape(report, host, names), made=f"guest {made}")
     else:
         output.emit(made, made=f"guest {made}")
 
 
-async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
-    from msgspec.structs import replace
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
-    from mdev_orchestrator.engine.lifecycle import launch, usable_mdev
-    from mdev_orchestrator.model import parse_uuid
+
+async def _start(
+    machine: Machine, config: GuestConfig, mdevs: list[UUID], deadline: float
+) -> tuple[list[Report], Host, dict[UUID, str]]:
+    from mdev_orchestrator.engine.guests import start_guest
     from mdev_orchestrator.qemu.status import look
 
-    await reclaim_groups()
-    root = machine().root
-    mdevs = [await usable_mdev(parse_uuid(uuid), deadline, root) for uuid in uuids]
-    spec = replace(spec, mdevs=tuple(mdevs))
-    guest = await launch(spec, deadline=deadline, host=root)
-    return await look(guest)
+    await reclaim_groups(machine)
+    guest = await start_guest(machine, config, mdevs, deadline=deadline, observe=output.progress)
+    return await _beside(machine, [await look(guest)])
 
 
 @app.command("stop")
@@ -209,7 +212,7 @@ def stop(
         raise RequestError("name one guest, or give --all", "mdo guest list shows the guests")
     if name is None:
         return _stop_all(deadline, force=force, json=json)
-    ended = run(_stop(name, deadline, force=force))
+    ended = run(lambda machine: _stop(machine, name, deadline, force=force))
     if json:
         output.emit_json(
             {"name": ended.name, "how": ended.how}, made=f"guest {name} {HOW[ended.how]}"
@@ -222,7 +225,7 @@ def stop(
 def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
     from mdev_orchestrator.engine.restore import power_down
 
-    ended = run(power_down(deadline=deadline, force=force, host=machine().root))
+    ended = run(lambda machine: power_down(machine, deadline=deadline, force=force))
     if json:
         output.emit_json(
             {
@@ -248,12 +251,11 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
     return 1 if any(guest.error for guest in ended) else 0
 
 
-async def _stop(name: str, deadline: float, *, force: bool) -> Ended:
-    from mdev_orchestrator.engine.lifecycle import end
-    from mdev_orchestrator.qemu.process import find
+async def _stop(machine: Machine, name: str, deadline: float, *, force: bool) -> Ended:
+    from mdev_orchestrator.engine.guests import stop_guest
 
-    ended = await end(find(name), deadline=deadline, force=force, host=machine().root)
-    await reclaim_groups()
+    ended = await stop_guest(machine, name, deadline=deadline, force=force)
+    await reclaim_groups(machine)
     return ended
 
 
@@ -280,34 +282,31 @@ def console(
     from mdev_orchestrator.qemu.status import check_console_free
 
     if log:
-        print_log(find(name))
+        print_log(find(machine(), name))
         return
-    guest = find_running(name)
-    run(check_console_free(guest))
+    guest = find_running(machine(), name)
+    run(lambda _: check_console_free(guest))
     interact(guest)
 
 
 HEADERS = ("name", "state", "qemu", "pid", "memory", "cpus", "mdevs")
 
 
-def _group_names(reports: Iterable[Report], host: Host) -> dict[UUID, str]:
+async def _group_names(machine: Machine, reports: Iterable[Report], host: Host) -> dict[UUID, str]:
     """The names of the start groups that guests hold; reads the journal only if they hold any."""
     held = [host.find(plugged.uuid) for report in reports for plugged in report.mdevs or ()]
     if not any(mdev and mdev.group_uuid for mdev in held):
         return {}
+    import asyncio
+
     from mdev_orchestrator.cli.host import group_names
     from mdev_orchestrator.engine.journal_db import read_managed
     from mdev_orchestrator.errors import MdoError
 
     try:
-        return group_names(read_managed())
+        return group_names(await asyncio.to_thread(read_managed, machine))
     except MdoError:
         return {}  # mdo host says why; their UUIDs tell them apart
-
-
-def _state(report: Report) -> str:
-    """The state of a guest, a stopped process included."""
-    return str(getattr(report, "state", report.guest.state))
 
 
 def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ...]:
@@ -317,7 +316,7 @@ def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ..
         held = ", ".join(sorted(_held(plugged, host, names) for plugged in report.mdevs))
     return (
         report.guest.name,
-        _state(report),
+        str(report.state),
         report.status or NONE,
         str(record.pid) if record and report.guest.alive else NONE,
         f"{record.memory >> 20}M" if record else NONE,
@@ -344,7 +343,7 @@ def guest_shape(report: Report, host: Host, names: Mapping[UUID, str]) -> dict[s
     guest, record = report.guest, report.guest.record
     return {
         "name": guest.name,
-        "state": _state(report),
+        "state": str(report.state),
         "status": report.status,
         "uuid": record and str(record.uuid),
         "pid": _pid(guest),

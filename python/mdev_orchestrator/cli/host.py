@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from mdev_orchestrator import model
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import machine
 from mdev_orchestrator.cli.params import Json
-from mdev_orchestrator.host.holders import Holders, holders
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.holders import Holders, read_holders
+from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
+    from mdev_orchestrator.engine.records import DeviceRecord, Managed
 
 UNKNOWN = "?"
 NONE = "-"
@@ -27,23 +29,23 @@ STATES = {None: NONE, False: "offline", True: "online"}
 
 def host(*, json: Json = False) -> None:
     """Show parents, their types with free and used instances, and devices with their holders."""
-    root = machine().root
-    found = scan(root)
-    held = holders(found.mdevs, root)
-    owned = _owned()
+    here = machine()
+    found = read_host(here)
+    held = read_holders(here, found.mdevs)
+    owned = _owned(here)
     if json:
         output.emit_json(shape(found, held, owned))
     else:
         _show(found, held, owned)
 
 
-def _owned() -> Managed | None:
+def _owned(here: Machine) -> Managed | None:
     """What is ours; ``None`` when the journal cannot be read."""
     from mdev_orchestrator.engine.journal_db import read_managed
     from mdev_orchestrator.errors import MdoError
 
     try:
-        return read_managed()
+        return read_managed(here)
     except MdoError as error:
         output.report(error)
         return None
@@ -78,7 +80,9 @@ def shape(found: Host, held: Holders, owned: Managed | None) -> dict[str, Any]:
             }
             for parent in found.parents
         ],
-        "mdevs": [{**mdev_shape(mdev, held), **_ownership(mdev, owned)} for mdev in found.mdevs],
+        "mdevs": [
+            {**mdev_shape(mdev, held), **_ownership(mdev, owned, names)} for mdev in found.mdevs
+        ],
         "lost": [
             {
                 "uuid": str(device.uuid),
@@ -127,14 +131,14 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
     return result
 
 
-def _ownership(mdev: Mdev, owned: Managed | None) -> dict[str, Any]:
+def _ownership(mdev: Mdev, owned: Managed | None, names: Mapping[UUID, str]) -> dict[str, Any]:
     """The owner of an mdev, ``ours`` or ``foreign``, and what the journal knows of it."""
     device = None if owned is None else _device(mdev, owned)
     return {
         "owner": None if owned is None else FOREIGN if device is None else OURS,
         "spec": None if device is None else device.spec,
         "for": None if device is None else device.owner or None,
-        "group": None if device is None else device.label,
+        "group": None if mdev.group_uuid is None else names.get(mdev.group_uuid),
     }
 
 
@@ -160,13 +164,13 @@ def _remedy(device: DeviceRecord) -> str:
 
 
 def group_names(owned: Managed | None) -> dict[UUID, str]:
-    """The names of start groups, as far as specs gave them any."""
+    """The names of start groups, as far as they were given any."""
     devices = () if owned is None else owned.devices.values()
-    return {device.group: device.label for device in devices if device.group and device.label}
+    return model.group_names((device.group, device.label) for device in devices)
 
 
 def _owner(mdev: Mdev, owned: Managed | None) -> str:
-    ownership = _ownership(mdev, owned)
+    ownership = _ownership(mdev, owned, {})
     words = [ownership["owner"] or UNKNOWN, ownership["spec"], ownership["for"]]
     return " ".join(word for word in words if word)
 

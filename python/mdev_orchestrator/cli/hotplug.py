@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.guest import reclaim_groups
 from mdev_orchestrator.cli.params import (
     Json,
@@ -18,6 +18,7 @@ from mdev_orchestrator.cli.params import (
     complete_parent,
     seconds,
 )
+from mdev_orchestrator.machine import Machine
 
 GuestArgument = Annotated[
     str,
@@ -53,17 +54,13 @@ def attach(
     """Plug a device into a running guest."""
     from mdev_orchestrator.engine import attach
 
-    run(reclaim_groups())
-    done = run(
-        attach.attach(
-            guest,
-            what,
-            parent=parent,
-            wait_guest=wait_guest,
-            deadline=deadline,
-            host=machine().root,
+    async def work(machine: Machine) -> attach.Attached:
+        await reclaim_groups(machine)
+        return await attach.attach(
+            machine, guest, what, parent=parent, wait_guest=wait_guest, deadline=deadline
         )
-    )
+
+    done = run(work)
     made = f"mdev {done.uuid} is attached to guest {guest}"
     if not json:
         output.emit(str(done.uuid), made=made)
@@ -99,7 +96,7 @@ def detach(
     from mdev_orchestrator.model import parse_uuid
 
     device = parse_uuid(uuid)
-    run(attach.detach(guest, device, remove=remove, deadline=deadline, host=machine().root))
+    run(lambda machine: attach.detach(machine, guest, device, remove=remove, deadline=deadline))
     if json:
         made = f"mdev {device} is detached from guest {guest}"
         output.emit_json({"guest": guest, "uuid": str(device), "removed": remove}, made=made)

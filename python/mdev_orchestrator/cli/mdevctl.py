@@ -14,7 +14,7 @@ from mdev_orchestrator.cli.context import machine
 from mdev_orchestrator.cli.params import Json, complete_parent
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import is_uuid, parse_uuid
@@ -48,8 +48,8 @@ def import_(
     """Make a spec of mdevctl's definitions: a pool for each device. Changes no definition."""
     if from_ is not None and not from_.is_dir():
         raise RequestError(f"{from_} is not a directory", "--from names one like /etc/mdevctl.d")
-    where = from_ or mdevctl.directory(machine().root)
-    asked = mdevctl.select(mdevctl.read(where), [parse_uuid(text) for text in uuids or ()], parent)
+    found = mdevctl.read(machine(), from_)
+    asked = mdevctl.select(found, [parse_uuid(text) for text in uuids or ()], parent)
     spec, faults = mdevctl.to_spec(asked.found)
     for damage in asked.damage:
         output.remark(str(damage))
@@ -93,7 +93,7 @@ def export(
     Of one device it prints what mdevctl define --jsonfile takes.
     """
     definitions = _wanted(what or [], to)
-    written = [] if to is None else mdevctl.write(definitions, to, force=force)
+    written = [] if to is None else mdevctl.write(machine(), definitions, to, force=force)
     if json:
         output.emit_json({"definitions": [_shape(it, to, written) for it in definitions]})
     elif to is not None:
@@ -106,8 +106,8 @@ def export(
 
 
 def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
-    root = machine().root
-    host = scan(root)
+    here = machine()
+    host = read_host(here)
     if len(what) == 1 and not is_uuid(what[0]):
         return mdevctl.of_spec(load(what[0]), host)
     ours = [
@@ -119,7 +119,7 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
             attributes=own.attributes,
             group=own.group,
         )
-        for own in read_managed().devices.values()
+        for own in read_managed(here).devices.values()
     ]
     found = []
     for uuid in dict.fromkeys(parse_uuid(text) for text in what):
@@ -131,7 +131,7 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
         found = [it for it in host.mdevs if any(mdevctl.is_of(it, own) for own in ours)]
         if not found:
             raise UnknownError("no mdev here is ours", "name those that you want; mdo host has all")
-    known = (*mdevctl.read(to or mdevctl.directory(root)).found, *ours)
+    known = (*mdevctl.read(here, to).found, *ours)
     return [mdevctl.of_mdev(mdev, known) for mdev in found]
 
 

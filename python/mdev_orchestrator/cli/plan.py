@@ -13,10 +13,10 @@ import typer
 from mdev_orchestrator.capacity.models import Confidence
 from mdev_orchestrator.capacity.planner import ParentPlan, Plan
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.engine.apply import diff
-from mdev_orchestrator.engine.diff import Changes, Existing, MisfitError
+from mdev_orchestrator.engine.diff import Existing, MisfitError
 from mdev_orchestrator.spec import Document, GuestMdev, key, load
 
 
@@ -48,7 +48,7 @@ def plan(
     document = load(spec)
     error: MisfitError | None = None
     try:
-        changes = run(_diff(document, policy_of(policy)))
+        changes = run(lambda machine: diff(machine, document, policy=policy_of(policy)))
     except MisfitError as misfit:
         error, answer, existing = misfit, misfit.plan, misfit.existing
     else:
@@ -60,10 +60,6 @@ def plan(
     _say_doubts(answer)
     if error is not None:
         raise error
-
-
-async def _diff(document: Document, policy: Literal["pack", "spread"]) -> Changes:
-    return await diff(document, policy=policy, host=machine().root)
 
 
 def shape(document: Document, existing: Sequence[Existing], answer: Plan) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json, complete_parent
-from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.probe import TOGETHER, Candidates, Probed, candidates
 from mdev_orchestrator.engine.probe import probe as learn
 from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.machine import Machine
 
 
 def probe(
@@ -35,11 +35,10 @@ def probe(
 
     What is learned is remembered for all parents of that kind. Refuses a parent that has devices.
     """
-    context = Context(host=machine().root)
-    chosen = run(candidates(parents or (), context))
+    chosen = run(lambda machine: candidates(machine, parents or ()))
     names = [parent.name for parent in chosen.idle]
     _announce(chosen, yes=yes)
-    found = run(_all(names, context))
+    found = run(lambda machine: _all(machine, names))
     if json:
         output.emit_json(
             {"parents": [shape(probed) for probed in found], "in_use": list(chosen.busy)}
@@ -51,8 +50,8 @@ def probe(
             output.remark(f"nothing was learned of {probed.after.name}: {probed.after.why}")
 
 
-async def _all(names: Sequence[str], context: Context) -> list[Probed]:
-    return [await learn(name, context) for name in names]
+async def _all(machine: Machine, names: Sequence[str]) -> list[Probed]:
+    return [await learn(machine, name) for name in names]
 
 
 def _announce(chosen: Candidates, *, yes: bool) -> None:

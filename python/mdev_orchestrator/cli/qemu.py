@@ -34,12 +34,12 @@ def build(
     ] = 0,
 ) -> None:
     """Fetch, patch and build a series; quick when only our files have changed."""
-    from mdev_orchestrator.lab import qemubuild
+    from mdev_orchestrator.qemu_build import builds
 
     def progress(line: str) -> None:
         output.write_error(f"qemu {series}: {line}\n")
 
-    done = qemubuild.build(series, source=source, jobs=jobs, progress=progress)
+    done = builds.build(series, source=source, jobs=jobs, progress=progress)
     output.emit(str(done.binary))
 
 
@@ -48,16 +48,16 @@ def list_(
     json: Json = False,
 ) -> None:
     """List the series that there are patches for, and what is built of them."""
-    from mdev_orchestrator.lab import qemubuild
+    from mdev_orchestrator.qemu_build import builds, patches
 
     rows = []
-    for series in qemubuild.series_known():
-        done = qemubuild.find(series)
+    for series in patches.series_known():
+        done = builds.find(series)
         rows.append(
             {
                 "series": series,
                 "built": done is not None,
-                "current": done is not None and done.digest == qemubuild.digest(series),
+                "current": done is not None and done.digest == builds.digest(series),
                 "version": done.version if done else None,
                 "binary": str(done.binary) if done else None,
                 "firmware": str(done.firmware) if done else None,
@@ -91,7 +91,7 @@ def export(
     series: Series = "10.0",
 ) -> None:
     """Write the complete series, new files included, for 'git am' or quilt."""
-    from mdev_orchestrator.lab import qemubuild
+    from mdev_orchestrator.qemu_build import patches
 
-    for path in qemubuild.export(series, directory):
+    for path in patches.export(series, directory):
         output.emit(str(path))

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.recovery import Recovered
+    from mdev_orchestrator.machine import Machine
 
-DONE = {"undo": "undone", "finish": "finished", "forget": "forgotten"}
+DONE = {"undo": "undone", "finish": "finished", "close": "closed", "forget": "forgotten"}
 
 
 def recover(
@@ -28,7 +29,7 @@ def recover(
 
     Ends with 1 if something could not be undone.
     """
-    done = run(_recover(dry_run=dry_run))
+    done = run(lambda machine: _recover(machine, dry_run=dry_run))
     if json:
         output.emit_json({"dry_run": dry_run, "runs": [shape(recovered) for recovered in done]})
     else:
@@ -42,27 +43,15 @@ def recover(
     return 1 if any(recovered.errors for recovered in done) else 0
 
 
-async def _recover(*, dry_run: bool) -> list[Recovered]:
+async def _recover(machine: Machine, *, dry_run: bool) -> list[Recovered]:
+    from mdev_orchestrator.cli.guest import reclaim_groups
     from mdev_orchestrator.engine import recovery
-    from mdev_orchestrator.engine.context import Context
-    from mdev_orchestrator.engine.journal import Journal
-    from mdev_orchestrator.engine.lifecycle import reclaim_groups
-    from mdev_orchestrator.state import journal_path
 
-    if dry_run and not journal_path().exists():
-        return []
-    with Journal.open() as journal:
-        if dry_run:
-            return recovery.pending(journal)
-        done = await recovery.recover(
-            journal,
-            context=Context(host=machine().root),
-            observe=output.progress,
-            again=True,
-        )
-        for swept in await reclaim_groups(host=machine().root):
-            output.remark(str(swept))
-        return done
+    if dry_run:
+        return await recovery.pending(machine)
+    done = await recovery.recover(machine, observe=output.progress)
+    await reclaim_groups(machine)
+    return done
 
 
 def _show(recovered: Recovered, *, dry_run: bool) -> None:
@@ -105,14 +94,14 @@ def adopt(
     json: Json = False,
 ) -> None:
     """Take over guests and devices that the journal does not know (any more)."""
-    from mdev_orchestrator.engine.recovery import adopt as engine_adopt
+    from mdev_orchestrator.engine.adopt import adopt as engine_adopt
     from mdev_orchestrator.errors import RequestError
 
     if what and all_:
         raise RequestError("--all and names exclude each other", "give the names, or only --all")
     if not what and not all_:
         raise RequestError("nothing to adopt was named", "name guests and UUIDs, or --all")
-    done = run(engine_adopt(what or [], everything=all_, host=machine().root))
+    done = run(lambda machine: engine_adopt(machine, what or [], everything=all_))
     guests = [f"guest {name} is ours" for name in done.guests]
     devices = [f"mdev {uuid} is ours" for uuid in done.devices]
     made = ", ".join((*guests, *devices))

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from typing import Annotated
-from uuid import UUID
 
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json, complete_device, seconds
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import remove_devices
+from mdev_orchestrator.model import parse_uuid
 
 
 def remove(
@@ -32,20 +32,8 @@ def remove(
     json: Json = False,
 ) -> None:
     """Remove devices. One that a guest holds is refused at once, and none is removed then."""
-    removed = run(
-        remove_devices(
-            uuids,
-            detach=_detach if detach else None,
-            deadline=deadline,
-            root=machine().root,
-        )
-    )
+    wanted = [parse_uuid(text) for text in uuids]
+    removed = run(lambda machine: remove_devices(machine, wanted, detach=detach, deadline=deadline))
     if json:
         words = [str(uuid) for uuid in removed]
         output.emit_json({"removed": words}, made=f"removed mdev {', '.join(words)}")
-
-
-async def _detach(guest: str, uuid: UUID, deadline: float) -> None:
-    from mdev_orchestrator.engine import lifecycle  # needs QMP, and few removals do
-
-    await lifecycle.detach(guest, uuid, deadline, host=machine().root)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json, seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def restore(
     """
     from mdev_orchestrator.engine.restore import restore as engine_restore
 
-    done = run(engine_restore(spec or [], wait=wait, host=machine().root, observe=output.progress))
+    done = run(
+        lambda machine: engine_restore(machine, spec or [], wait=wait, observe=output.progress)
+    )
     if json:
         output.emit_json({"specs": [shape(one) for one in done]})
     else:

@@ -19,14 +19,14 @@ app = noun("Have systemd restore at boot, and power guests down before a shutdow
 @app.command("install")
 def install() -> None:
     """Write the units and the udev rule, for this mdo and this state directory; again to renew."""
-    runs = service.install(_files(), machine().root)
+    runs = service.install(machine(), _files())
     output.emit(f"{service.GUESTS} " + ("runs" if runs else "will run when systemd boots"))
 
 
 @app.command("remove")
 def remove() -> None:
     """Remove them again; guests that run go on running."""
-    done = service.remove(machine().root)
+    done = service.remove(machine())
     output.emit(f"{service.GUESTS} " + ("is removed" if done else "is not installed"))
 
 

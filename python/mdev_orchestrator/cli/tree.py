@@ -53,7 +53,6 @@ COMMANDS = {
     "watch": ("watch:watch", "Print events as they happen"),
     "doctor": ("doctor:doctor", "Say what this host lacks, and how to mend it"),
     "qemu": ("qemu:app", "Build a QEMU that starts and stops groups itself"),
-    "lab": ("lab:app", "A nested machine to try everything in"),
 }
 """For each command its module and object, and what a list of commands says of it."""
 

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.host.events import (
     Event,
@@ -21,6 +21,7 @@ from mdev_orchestrator.host.events import (
     events,
     udev_monitor,
 )
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.events import (
     GuestEvent,
     StateChange,
@@ -39,15 +40,14 @@ def watch(
 ) -> None:
     """Print events of parents, devices, VFIO nodes and guests as they happen, until ctrl-C."""
     gc.set_threshold(*GARBAGE)
-    run(_watch(json=json))
+    run(lambda machine: _watch(machine, json=json))
 
 
-async def _watch(*, json: bool) -> None:
-    root = machine().root
+async def _watch(machine: Machine, *, json: bool) -> None:
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_print(events(lambda: udev_monitor(root)), json=json))
-            group.create_task(_print(guest_events(), json=json))
+            group.create_task(_print(events(lambda: udev_monitor(machine)), json=json))
+            group.create_task(_print(guest_events(machine), json=json))
     except BaseExceptionGroup as both:
         raise both.exceptions[0] from None  # the first that failed ended the other
 

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Gives devices to guests that run, and takes them back: what ``mdo attach`` and ``detach`` do.
+"""Plugs devices into guests that run, and unplugs them: ``mdo attach`` and ``mdo detach``.
 
-Both are journalled like everything else: an attach that is cut short is undone, with the device
-that was made for it; a detach that is cut short is finished.
+An attach that is cut short is undone, with the device that was created for it; a detach that is cut
+short is finished.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import asyncio
 from uuid import UUID
 
 from msgspec import Struct
 
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.devices import find_place
-from mdev_orchestrator.engine.executor import Observer, Planned, execute, ignore
-from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import DeviceRecord, GuestRecord
-from mdev_orchestrator.engine.lifecycle import usable_mdev
-from mdev_orchestrator.engine.recovery import recover
+from mdev_orchestrator.engine.devices import place, removal_of
+from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
+from mdev_orchestrator.engine.guest_ops import usable_mdev
+from mdev_orchestrator.engine.operation import Operation, Plan, perform
+from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord, Managed
 from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
 from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import device_id
@@ -31,8 +30,8 @@ from mdev_orchestrator.qemu.command import device_id
 class Attached(Struct, frozen=True):
     """A device that a guest has got.
 
-    :ivar port: The root port that it sits in; ``None`` for one that is no PCI device.
-    :ivar created: Whether it was made for it.
+    :ivar port: The root port that it is in; ``None`` for one that is no PCI device.
+    :ivar created: Whether it was created for the guest.
     """
 
     uuid: UUID
@@ -42,89 +41,98 @@ class Attached(Struct, frozen=True):
 
 
 async def attach(
+    machine: Machine,
     guest: str,
     what: str,
     *,
     parent: str | None = None,
     wait_guest: bool = False,
     deadline: float = hotplug.ATTACH_SECONDS,
-    host: Path = ROOT,
-    guests: Path | None = None,
-    journal: Path | None = None,
     observe: Observer = ignore,
 ) -> Attached:
     """Plug a device into a running guest.
 
-    :param what: A device by its UUID, or a type to make one of.
+    :param what: A device by its UUID, or a type to create one of.
     :param parent: For a type that several parents offer.
     :param wait_guest: Return when the guest has taken it.
-    :param deadline: Seconds to make the device, to plug it in, and for the guest to take it.
-    :raise BusyError: Somebody has the device.
-    :raise DeadlineError: The guest has not taken it; it stays plugged.
+    :param deadline: Seconds for the whole: to create the device, to plug it in, and for the guest
+        to take it. An undo has its own time.
+    :raise BusyError: Another process has the device.
+    :raise DeadlineError: The guest has not taken it: then it stays plugged, and the message says
+        so; or it was not plugged in time, and all was undone.
     :raise MdoError: It cannot be; all was undone.
     """
-    found = process.find_running(guest, guests)
-    context = Context(host=host, guests=guests, deadline=deadline)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
     creating = not is_uuid(what)
     if not creating and parent is not None:
         raise RequestError("--parent goes with a type, not with a UUID")
-    with Journal.open(journal) as book:
-        await recover(book, context=context, observe=observe)
+    context = Context(machine, deadline)
+
+    async def look(_: Managed) -> Plan[tuple[process.RunningGuest, UUID]]:
+        found = process.find_running(machine, guest)
+        plan = []
         if creating:
-            placement = await find_place(what, 1, parent, (), host)
-            type_, uuid = placement.type_, placement.uuids[0]
+            host = await sysfs.scan(machine)
+            type_, (uuid,) = place(machine, host, what, 1, parent=parent)
             device = DeviceRecord(uuid=uuid, parent=type_.parent, type=type_.id)
-            plan = [Planned(Create(device=device))]
+            plan.append(PlannedStep(Create(device=device)))
         else:
-            uuid, plan = parse_uuid(what), []
-            await usable_mdev(uuid, deadline, host)
-        step = Attach(guest=_own(found), uuid=uuid, deadline=deadline)
-        plan.append(Planned(step, tuple(range(len(plan)))))
-        await execute(book, "attach", f"{guest} {what}", plan, context, observe=observe)
+            uuid = parse_uuid(what)
+            await usable_mdev(machine, uuid, deadline)
+        left = max(end - loop.time(), 0.1)
+        context.deadline = left
+        step = Attach(guest=_record(found), uuid=uuid, deadline=left)
+        plan.append(PlannedStep(step, tuple(range(len(plan)))))
+        return Plan((found, uuid), plan)
+
+    operation = Operation(kind="attach", title=f"{guest} {what}", look=look)
+    found, uuid = await perform(operation, context, observe=observe)
     if wait_guest:
-        await hotplug.wait_taken(found, uuid, deadline)
+        await hotplug.wait_taken(found, uuid, max(end - loop.time(), 0.1))
     return Attached(uuid, device_id(uuid), context.ports[uuid], creating)
 
 
 async def detach(
+    machine: Machine,
     guest: str,
     uuid: UUID,
     *,
     remove: bool = False,
     deadline: float = hotplug.DETACH_SECONDS,
-    host: Path = ROOT,
-    guests: Path | None = None,
-    journal: Path | None = None,
     observe: Observer = ignore,
 ) -> None:
     """Unplug a device from a running guest; returns when QEMU has closed it.
 
-    :param remove: Whether the device is removed from the host then.
+    :param remove: Remove the device from the host then.
     :param deadline: Seconds for the guest to let go.
     :raise UnknownError: The guest does not have it.
     :raise MdoError: It cannot be; it is as before.
     """
-    found = process.find_running(guest, guests)
-    context = Context(host=host, guests=guests)
-    with Journal.open(journal) as book:
-        await recover(book, context=context, observe=observe)
-        step = Detach(guest=_own(found), uuid=uuid, deadline=deadline, named=True)
-        plan = [Planned(step)]
+
+    async def look(managed: Managed) -> Plan[None]:
+        found = process.find_running(machine, guest)
+        step = Detach(guest=_record(found), uuid=uuid, deadline=deadline, named=True)
+        plan = [PlannedStep(step)]
         if remove:
-            plan.append(Planned(Remove(device=_known(book, uuid, host)), (0,)))
-        await execute(book, "detach", f"{guest} {uuid}", plan, context, observe=observe)
+            plan.append(PlannedStep(_removal(machine, uuid, managed), (0,)))
+        return Plan(None, plan)
+
+    operation = Operation(kind="detach", title=f"{guest} {uuid}", look=look, ends_things=True)
+    await perform(operation, Context(machine), observe=observe)
 
 
-def _own(guest: process.RunningGuest) -> GuestRecord:
+def _record(guest: process.RunningGuest) -> GuestRecord:
     if guest.record is None:
         raise AssertionError("a guest that runs has a record")
     return GuestRecord(name=guest.name, uuid=guest.record.uuid)
 
 
-def _known(book: Journal, uuid: UUID, host: Path) -> DeviceRecord:
-    """A device as the journal has it, or as it is: who names one may remove it, ours or not."""
-    mdev = sysfs.read_mdev(uuid, host)
+def _removal(machine: Machine, uuid: UUID, managed: Managed) -> Remove:
+    """The step that removes a device; a user who names one may remove it, managed here or not."""
+    mdev = sysfs.read_mdev(machine, uuid)
     if mdev is None or mdev.type_id is None:
-        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
-    as_is = DeviceRecord(uuid=uuid, parent=mdev.parent, type=mdev.type_id, group=mdev.group_uuid)
-    return book.owned().devices.get(uuid, as_is)
+        raise UnknownError(
+            f"there is no mdev {uuid}", "mdo host lists them", subject=f"mdev {uuid}"
+        )
+    return removal_of(mdev, managed)

@@ -1,76 +1,65 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What steps act on, and what one raises of which nobody knows the outcome."""
+"""What steps act with: the machine, their time limits, and what one run has learned so far."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from uuid import UUID
 
-from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holder, Holders, holders
-from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.system.writer import (
-    FINE,
-    Batch,
-    Separately,
-    Writer,
-    Writes,
-    write_apart,
-    write_or_kill,
-)
+from mdev_orchestrator.host.holders import Holder, Holders, find_holders
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.qemu.process import Ended
 
 DEADLINE = 30.0
-"""Seconds for one device to be made or removed."""
+"""Seconds for one device to be created or removed."""
+SETTLE_SECONDS = 2.0
+"""For the driver to count an instance as free after its device was removed. No event tells; the
+core gives it back with the device's last reference."""
 _HELD_SECONDS = 0.5
-"""How old an answer about who has what open may be."""
-
-
-class UnsettledError(DeadlineError):
-    """A step failed and may have an effect yet: nobody answers who could tell."""
+"""How old an answer about open devices may be."""
 
 
 @dataclass
 class Context:
-    """The machine that steps act on.
+    """One run of steps on a machine.
 
-    :ivar host: Directory in which ``sys``, ``dev`` and ``proc`` stand.
-    :ivar guests: Where guests live; the state directory's without it.
     :ivar deadline: Seconds for one device; guests have their own.
-    :ivar ports: What devices that were attached sit in; ``None`` for those that need no port.
-    :ivar repairing: What is there already counts as made by the step that shall make it.
+    :ivar ports: The root port of each device that was attached; ``None`` for one that needs none.
+    :ivar ended: How each guest ended that was stopped.
+    :ivar repairing: The run is being undone, or finished by another process: what is there already
+        counts as made by the step that makes it.
     """
 
-    host: Path = ROOT
-    guests: Path | None = None
+    machine: Machine
     deadline: float = DEADLINE
-    write: Writer = write_apart
-    start: Writer = write_or_kill
     ports: dict[UUID, str | None] = field(default_factory=dict)
+    ended: dict[str, Ended] = field(default_factory=dict)
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
+    _looking: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+    _removed: dict[str, float] = field(default_factory=dict, repr=False)
 
-    def batch(
-        self,
-        lines: Sequence[tuple[str, bytes]],
-        told: Callable[[int, int], None],
-        fine: frozenset[int] = FINE,
-    ) -> Writes:
-        """Several writes, by ``write`` or as it would make them."""
-        make = Batch if self.write is write_apart else partial(Separately, self.write)
-        return make(lines, told, fine)
+    async def held(self, uuid: UUID) -> tuple[Holder, ...]:
+        """The processes that have an mdev open.
 
-    def held(self, uuid: UUID) -> tuple[Holder, ...]:
-        """Who has an mdev open.
-
-        It is looked up for many steps at once. That nobody has it is believed for a moment; that
-        somebody has it is not: he may have let go of it since.
+        One walk of /proc serves many steps. That no process has the device open is believed for a
+        moment; that one has it is not: it may have closed it since.
         """
-        now = time.monotonic()
-        if self._held is None or now - self._held[0] > _HELD_SECONDS or self._held[1].of(uuid):
-            self._held = now, holders(sysfs.scan(self.host, types=False).mdevs, self.host)
-        return self._held[1].of(uuid)
+        async with self._looking:
+            now = time.monotonic()
+            if self._held is None or now - self._held[0] > _HELD_SECONDS or self._held[1].of(uuid):
+                found = await sysfs.scan(self.machine, types=False)
+                self._held = now, await find_holders(self.machine, found.mdevs)
+            return self._held[1].of(uuid)
+
+    def note_removal(self, parent: str) -> None:
+        """Remember that a device of a parent was removed just now."""
+        self._removed[parent] = time.monotonic()
+
+    def may_settle(self, parent: str) -> bool:
+        """Whether a parent without an instance may soon have one: this run removed a device."""
+        removed = self._removed.get(parent)
+        return removed is not None and time.monotonic() - removed < SETTLE_SECONDS

@@ -1,72 +1,77 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How mdevs are made and removed, alone and many at a time, whatever the driver does meanwhile.
+"""Creating and removing mdevs, one or many at a time, whatever the driver does meanwhile.
 
-What was begun has an outcome, and these functions wait for it: a write that was given up goes on in
-the kernel, and who undoes things must not be overtaken by it.
+A write that was given up goes on in the kernel. So these functions wait for the outcome of what
+they have begun, also when they are cancelled: an undo must not be overtaken by a late creation.
+What could not be waited for is raised with the outcome *unknown*.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
+import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 from uuid import UUID
 
-from mdev_orchestrator.engine.context import Context, UnsettledError
-from mdev_orchestrator.engine.journal_db import DeviceRecord
+from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.records import DeviceRecord
 from mdev_orchestrator.errors import (
     BusyError,
     DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     RequestError,
     UnknownError,
+    before_acting,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.host.groups import join
-from mdev_orchestrator.host.holders import creators, holders
+from mdev_orchestrator.host.holders import find_creators, find_holders
 from mdev_orchestrator.host.readiness import missing, wait_ready
 from mdev_orchestrator.model import GROUP_FILE, Mdev, parse_uuid
-from mdev_orchestrator.system.writer import Writes
+from mdev_orchestrator.system.waiting import run_to_completion
+from mdev_orchestrator.system.writer import WriteBatch, WriteResult
 
-T = TypeVar("T")
+ResultCallback = Callable[[int, Outcome], None]
+"""Takes the index of a device and the outcome of its step."""
 
-ResultCallback = Callable[[int, bool], None]
-"""Takes the number of a device, and whether it is as wanted or nothing was done to it."""
-
+_NO_INSTANCE_LEFT = frozenset((errno.EUSERS, errno.ENOSPC))
+"""What ``create`` gives when all instances are in use."""
 _LISTED = 8  # files that fit one line
 _LOOK_SECONDS = 0.05
-"""Between two looks at a creation that goes on without us; no event tells of its end."""
+"""Between two looks at something that sends no event."""
 
 
 def is_same(found: Mdev, device: DeviceRecord) -> bool:
-    """Whether an mdev is the one that we made, as far as can be told.
+    """Whether an mdev is the one of a record, as far as can be seen.
 
-    One that is being removed has no type any more.
+    An mdev that is being removed has no type any more.
     """
     return found.parent == device.parent and found.type_id in (device.type, None)
 
 
-# ---- making ----
+# ---------------------------------------------------------------- creating
 
 
 async def create(device: DeviceRecord, context: Context) -> None:
-    """Make an mdev, set it up, and wait until it can be opened; or take it back.
+    """Create an mdev, set it up, and wait until it can be opened; or remove it again.
 
     :raise UuidError: Another device has its UUID.
-    :raise UnsettledError: It may appear yet, or could not be taken back.
-    :raise MdoError: It cannot be; there is nothing of it.
+    :raise MdoError: It cannot be; the outcome says whether there may be something of it.
     """
-    # who does not repair need not look: the kernel makes a UUID once
-    found = sysfs.read_mdev(device.uuid, context.host) if context.repairing else None
-    if found is not None and found.type_id is None:
-        await _gone(device.uuid, context)  # our own removal has not come to its end
-        found = None
-    if found is not None and not is_same(found, device):
-        raise sysfs.taken(device.uuid, context.host)
+    machine = context.machine
+    found = None
+    if context.repairing:  # otherwise EEXIST tells of a UUID that is taken
+        with before_acting():
+            found = sysfs.read_mdev(machine, device.uuid)
+            if found is not None and found.type_id is None:
+                await _wait_gone(device.uuid, context)  # an earlier removal has not ended
+                found = None
+            if found is not None and not is_same(found, device):
+                raise sysfs.taken(machine, device.uuid)
     loop = asyncio.get_running_loop()
     end = loop.time() + context.deadline
     if found is None:
@@ -74,181 +79,128 @@ async def create(device: DeviceRecord, context: Context) -> None:
     try:
         async with asyncio.timeout_at(end):
             await _set_up(device, context)
-        await wait_ready(device.uuid, max(end - loop.time(), 0), context.host)
+        await wait_ready(machine, device.uuid, max(end - loop.time(), 0))
     except BaseException as error:
         if found is None:
-            await _take_back(device, context, error)
+            await _remove_again(device, context, error)
         if isinstance(error, TimeoutError):
             raise DeadlineError(
                 f"mdev {device.uuid} on {device.parent} was not set up within "
-                f"{context.deadline:g} s: its driver is silent",
+                f"{context.deadline:g} s: its driver did not answer",
                 "see the kernel log (dmesg)",
+                outcome=Outcome.UNKNOWN if found is not None else Outcome.NO_EFFECT,
+                subject=f"mdev {device.uuid}",
             ) from None
+        if isinstance(error, MdoError) and found is None:
+            error.outcome = Outcome.NO_EFFECT  # the device is gone again
         raise
 
 
 async def create_all(
-    devices: Sequence[DeviceRecord], context: Context, told: ResultCallback
+    devices: Sequence[DeviceRecord], context: Context, on_result: ResultCallback
 ) -> None:
-    """Make several that do not need each other: what one costs is mostly the way to it.
+    """Create several mdevs of one parent that do not need each other, by few messages to a writer.
 
-    Nothing is set up, and unlike :func:`create` it takes back nothing.
+    Nothing is set up, and unlike :func:`create` nothing is removed again.
 
-    :param told: Called for each that is made, and for each of which there is nothing; of the others
-        nothing is known when this raises.
+    :param on_result: Called for each whose outcome is known; the outcome of others is unknown when
+        this raises.
     :raise MdoError: The first that failed; no other was begun after it.
     """
-    unready = await _create_all(devices, context, told)
+    unready = await _create_batch(devices, context, on_result)
     loop = asyncio.get_running_loop()
     end = loop.time() + context.deadline
     for index in unready:
         left = max(end - loop.time(), 0)
-        await wait_ready(devices[index].uuid, left, context.host)
-        told(index, True)
-
-
-# ---- removing ----
-
-
-async def remove(device: DeviceRecord, context: Context) -> None:
-    """Remove an mdev, if it is there and the one that is meant.
-
-    :raise BusyError: Somebody has it open.
-    :raise UnsettledError: The kernel still waits for somebody.
-    :raise MdoError: It cannot be; it is there.
-    """
-    uuid = device.uuid
-    found = sysfs.read_mdev(uuid, context.host)
-    if context.repairing and (found is None or found.type_id is None):
-        # one that is being created has no type either, and nothing to remove it by
-        await _settled(device, context)
-        found = sysfs.read_mdev(uuid, context.host)
-    if found is None or not is_same(found, device):
-        return
-    if who := context.held(uuid):
-        raise BusyError(
-            f"mdev {uuid} is held by {', '.join(map(str, who))}",
-            "stop that guest, or detach the device from it",
-        )
-    try:
-        await _finish(_removed(uuid, context))
-    except DeadlineError as error:  # the kernel goes on
-        raise UnsettledError(error.message, error.hint) from None
-
-
-async def remove_all(
-    devices: Sequence[DeviceRecord], context: Context, told: ResultCallback
-) -> None:
-    """Remove several that do not need each other; see :func:`create_all`.
-
-    Nothing is removed when somebody has one of them open.
-    """
-    host = sysfs.scan(context.host, types=False)
-    there = {mdev.uuid: mdev for mdev in host.mdevs}
-    homes = {parent.name: parent.path for parent in host.parents}
-    held = holders(host.mdevs, context.host)
-    plain: dict[int, str] = {}
-    odd: list[int] = []
-    for index, device in enumerate(devices):
-        found = there.get(device.uuid)
-        if found is None or not is_same(found, device):
-            told(index, True)
-        elif found.type_id is None or found.parent not in homes or held.of(found.uuid):
-            odd.append(index)
-        else:
-            plain[index] = sysfs.removal(homes[found.parent], found.uuid)
-    for place, index in enumerate(odd):
-        try:
-            await remove(devices[index], context)
-        except MdoError as error:
-            for other in (*odd[place + isinstance(error, UnsettledError) :], *plain):
-                told(other, False)
-            raise
-        told(index, True)
-    indices = list(plain)
-    await _remove_all(
-        [devices[index].uuid for index in indices],
-        list(plain.values()),
-        context,
-        lambda place, made: told(indices[place], made),
-    )
-
-
-# ---- parts of them ----
+        await wait_ready(context.machine, devices[index].uuid, left)
+        on_result(index, Outcome.DONE)
 
 
 async def _create(device: DeviceRecord, context: Context) -> None:
-    """Write to ``create`` and learn the outcome, whatever happens to us meanwhile."""
-    creating = asyncio.ensure_future(
-        sysfs.create(device.parent, device.type, device.uuid, context.host, write=context.write)
-    )
-    try:
-        async with asyncio.timeout(context.deadline):
-            await asyncio.shield(creating)
-    except (TimeoutError, asyncio.CancelledError) as error:
-        await _known(creating, device, context, error)
-        if isinstance(error, asyncio.CancelledError):
-            raise
-        raise _late(device, context) from None
+    """Write to ``create`` and learn the outcome, also when cancelled."""
+    machine = context.machine
+    with before_acting():
+        path, data = sysfs.creation(machine, device.parent, device.type, device.uuid)
+    while True:
+        writing = asyncio.ensure_future(machine.writer.write(path, data, lane=device.parent))
+        try:
+            async with asyncio.timeout(context.deadline):
+                result = await asyncio.shield(writing)
+        except (TimeoutError, asyncio.CancelledError) as cause:
+            await _await_late(writing, device, context, cause)
+            if isinstance(cause, asyncio.CancelledError):
+                raise
+            raise _late(device, context) from None
+        if result.outcome is Outcome.DONE:
+            return
+        error = _refusal(device, result, context)
+        if result.errno not in _NO_INSTANCE_LEFT or not context.may_settle(device.parent):
+            raise error
+        await asyncio.sleep(_LOOK_SECONDS)  # the driver has not counted our removal yet
 
 
-async def _known(
-    creating: asyncio.Future[None], device: DeviceRecord, context: Context, cause: BaseException
+async def _await_late(
+    writing: asyncio.Future[WriteResult],
+    device: DeviceRecord,
+    context: Context,
+    cause: BaseException,
 ) -> None:
-    """After a creation was given up: wait for its outcome, and take it back."""
-    await asyncio.wait((creating,), timeout=context.deadline)
-    if not creating.done():
-        creating.cancel()
+    """After a creation was given up: wait for its outcome, and remove what it made."""
+    await asyncio.wait((writing,), timeout=context.deadline)
+    if not writing.done():
+        writing.cancel()
         raise _unanswered(device) from cause
-    creating.result()  # or its refusal: the device of this UUID may be somebody else's by now
-    await _take_back(device, context, cause)
+    result = writing.result()
+    if result.outcome is not Outcome.DONE:
+        # of this UUID there may be another program's device by now: nothing is removed
+        raise _refusal(device, result, context) from cause
+    await _remove_again(device, context, cause)
 
 
-async def _create_all(
-    devices: Sequence[DeviceRecord], context: Context, told: ResultCallback
+async def _create_batch(
+    devices: Sequence[DeviceRecord], context: Context, on_result: ResultCallback
 ) -> list[int]:
-    """Write to ``create`` for several, and learn the outcome of each, whatever happens to us.
+    """Write to ``create`` for several, and learn the outcome of each, also when cancelled.
 
-    :return: Those that are there and cannot be opened yet; the others have been told of.
+    :return: Those that are there and cannot be opened yet; the others have been reported.
     """
-    root = context.host
-    lines = [sysfs.creation(d.parent, d.type, d.uuid, root) for d in devices]
+    machine = context.machine
+    with before_acting():
+        lines = [sysfs.creation(machine, d.parent, d.type, d.uuid) for d in devices]
     unready: list[int] = []
-    refused: list[int] = []
+    failed: dict[int, WriteResult] = {}
 
-    def written(index: int, number: int) -> None:
-        if number:
-            told(index, False)
-            refused.append(index)
-        elif missing(devices[index].uuid, root) is None:
-            told(index, True)
+    def written(index: int, result: WriteResult) -> None:
+        if result.outcome is not Outcome.DONE:
+            on_result(index, result.outcome)
+            failed[index] = result
+        elif missing(machine, devices[index].uuid) is None:
+            on_result(index, Outcome.DONE)
         else:
             unready.append(index)
 
-    batch = context.batch(lines, written)
-    cause = await _written(batch, context, told)
+    batch = machine.writer.batch(lines, written, lane=devices[0].parent)
+    cause = await _finish_batch(batch, context, on_result)
     if batch.unknown:
         raise _unanswered(devices[min(batch.unknown)]) from cause
     if isinstance(cause, TimeoutError):
         raise _late(devices[0], context) from None
     if cause is not None:
         raise cause
-    if refused:
-        first, *others = (_refusal(devices[i], batch.results[i] or 0, root) for i in refused)
+    if failed:
+        first, *others = (_refusal(devices[i], failed[i], context) for i in sorted(failed))
         for other in others:
             first.add_note(f"also: {other}")
         raise first
     return unready
 
 
-def _refusal(device: DeviceRecord, number: int, root: Path) -> MdoError:
-    return sysfs.refusal(device.parent, device.type, device.uuid, number, root)
+async def _finish_batch(
+    batch: WriteBatch, context: Context, on_result: ResultCallback
+) -> BaseException | None:
+    """Have a batch written, and report the writes that were not begun as without effect.
 
-
-async def _written(batch: Writes, context: Context, told: ResultCallback) -> BaseException | None:
-    """Have a batch written, and tell of those that were not begun.
-
-    :return: Why it was given up, if it was; what had begun then was waited for.
+    :return: Why it was given up, if it was; writes that had begun then were waited for.
     """
     cause: BaseException | None = None
     batch.begin()
@@ -258,13 +210,13 @@ async def _written(batch: Writes, context: Context, told: ResultCallback) -> Bas
         cause = error
         batch.stop()
         await asyncio.wait((batch.ended,), timeout=context.deadline)
-    for index, number in enumerate(batch.results):
-        if number is None and index not in batch.unknown:
-            told(index, False)
+    for index, result in enumerate(batch.results):
+        if result is None and index not in batch.unknown:
+            on_result(index, Outcome.NO_EFFECT)
     return cause
 
 
-async def _answered(batch: Writes, deadline: float) -> None:
+async def _answered(batch: WriteBatch, deadline: float) -> None:
     """Wait for the end of a batch.
 
     :raise TimeoutError: One of its writes took longer than ``deadline``, in seconds.
@@ -275,11 +227,26 @@ async def _answered(batch: Writes, deadline: float) -> None:
             raise TimeoutError
 
 
-def _unanswered(device: DeviceRecord) -> UnsettledError:
-    return UnsettledError(
+def _refusal(device: DeviceRecord, result: WriteResult, context: Context) -> MdoError:
+    """What it means that a write to ``create`` did not succeed."""
+    if result.outcome is Outcome.UNKNOWN:
+        return MdoError(
+            f"the process that wrote mdev {device.uuid} to create on {device.parent} was killed: "
+            "whether the device was created is not known",
+            "mdo recover looks, and removes it then",
+            outcome=Outcome.UNKNOWN,
+            subject=f"mdev {device.uuid}",
+        )
+    return sysfs.refusal(context.machine, device.parent, device.type, device.uuid, result.errno)
+
+
+def _unanswered(device: DeviceRecord) -> DeadlineError:
+    return DeadlineError(
         f"the driver of {device.parent} has not answered for mdev {device.uuid}: it may still "
         "appear",
         "mdo recover removes it then",
+        outcome=Outcome.UNKNOWN,
+        subject=f"mdev {device.uuid}",
     )
 
 
@@ -287,23 +254,9 @@ def _late(device: DeviceRecord, context: Context) -> DeadlineError:
     return DeadlineError(
         f"{device.type} on {device.parent} was not created within {context.deadline:g} s",
         "give it a longer --deadline, and see the kernel log",
+        outcome=Outcome.NO_EFFECT,
+        subject=f"mdev {device.uuid}",
     )
-
-
-async def _settled(device: DeviceRecord, context: Context) -> None:
-    """Wait until no creation is under way that may be of this device.
-
-    One that was given up, or whose command was killed, goes on in the kernel.
-    """
-    end = time.monotonic() + context.deadline
-    while who := creators(device.parent, device.type, context.host):
-        if time.monotonic() >= end:
-            raise UnsettledError(
-                f"mdev {device.uuid} may still appear: the driver of {device.parent} has not "
-                f"answered {', '.join(map(str, who))}",
-                "mdo recover removes it then",
-            )
-        await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def _set_up(device: DeviceRecord, context: Context) -> None:
@@ -311,25 +264,23 @@ async def _set_up(device: DeviceRecord, context: Context) -> None:
         await _set_params(device, context)
     joins = [] if device.group is None else [(GROUP_FILE, str(device.group))]
     if GROUP_FILE in dict(device.attributes):
-        joins = []  # it stands where it is to be written
+        joins = []  # it is written in its turn
     for name, value in (*device.attributes, *joins):
         if name == GROUP_FILE:
-            group = parse_uuid(value)
-            await join(device.uuid, group, device.parent, context.host, write=context.write)
+            await join(context.machine, device.uuid, parse_uuid(value), device.parent)
         else:
             await set_attribute(device.uuid, name, value, context)
 
 
 async def _set_params(device: DeviceRecord, context: Context) -> None:
     for name in sysfs.PARAMS_FILES:
-        if await sysfs.write_file(
-            device.uuid, name, device.params, context.host, write=context.write
-        ):
+        if await sysfs.write_file(context.machine, device.uuid, name, device.params):
             return
     raise HostError(
         f"the driver of mdev {device.uuid} on {device.parent} takes no parameters: it has neither "
         + " nor ".join(sysfs.PARAMS_FILES),
         "leave params away",
+        subject=f"mdev {device.uuid}",
     )
 
 
@@ -340,106 +291,201 @@ async def set_attribute(uuid: UUID, name: str, value: str, context: Context) -> 
     :raise HostError: The driver has no such file.
     :raise MdoError: It refused the value.
     """
-    root = context.host
-    if sysfs.leads_out(uuid, name, root):
+    machine = context.machine
+    if sysfs.leads_out(machine, uuid, name):
         raise RequestError(
             f"{name!r} of mdev {uuid} leads out of its directory", "name a file of the mdev itself"
         )
-    if not await sysfs.write_file(uuid, name, value, root, write=context.write):
-        files = sysfs.writable_files(uuid, root)
+    if not await sysfs.write_file(machine, uuid, name, value):
+        files = sysfs.writable_files(machine, uuid)
         shown = ", ".join(files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
         raise HostError(
             f"the driver of mdev {uuid} has no file {name}",
             f"files that can be set: {shown or 'none'}",
+            subject=f"mdev {uuid}",
         )
 
 
-async def _take_back(device: DeviceRecord, context: Context, cause: BaseException) -> None:
-    """Remove what was created, in spite of whoever cancels; what stays is unsettled."""
+async def _remove_again(device: DeviceRecord, context: Context, cause: BaseException) -> None:
+    """Remove what was created, also when cancelled; what stays is of unknown outcome."""
     try:
-        await _finish(_removed(device.uuid, context))
+        await run_to_completion(_remove(device.uuid, context))
     except MdoError as failure:
-        error = UnsettledError(
+        error = MdoError(
             f"mdev {device.uuid} was created and could not be removed again: {failure.message}",
             failure.hint,
+            outcome=Outcome.UNKNOWN,
+            subject=f"mdev {device.uuid}",
         )
         for note in getattr(cause, "__notes__", ()):
             error.add_note(note)
         raise error from cause
 
 
-async def _finish(work: Awaitable[T]) -> T:
-    """Wait for something to its end; only then is a cancellation passed on."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise
+# ---------------------------------------------------------------- removing
 
 
-async def _gone(uuid: UUID, context: Context) -> None:
-    try:
-        async with asyncio.timeout(context.deadline):
-            await until(lambda: sysfs.directory(uuid, context.host) is None, context.host)
-    except TimeoutError:
-        raise DeadlineError(
-            f"mdev {uuid} is still being removed after {context.deadline:g} s",
-            "the kernel waits until whoever has it open closes it",
-        ) from None
+async def remove(device: DeviceRecord, context: Context) -> None:
+    """Remove an mdev, if it is there and the one that is meant.
+
+    :raise BusyError: A process has it open.
+    :raise MdoError: It cannot be; the outcome says whether it may go yet.
+    """
+    machine, uuid = context.machine, device.uuid
+    with before_acting():
+        found = sysfs.read_mdev(machine, uuid)
+        if context.repairing and (found is None or found.type_id is None):
+            # one that is being created has no type either, and nothing to remove it by
+            await _await_creators(device, context)
+            found = sysfs.read_mdev(machine, uuid)
+        if found is None or not is_same(found, device):
+            return
+        if held_by := await context.held(uuid):
+            raise BusyError(
+                f"mdev {uuid} is held by {', '.join(map(str, held_by))}",
+                "stop that guest, or detach the device from it",
+                subject=f"mdev {uuid}",
+            )
+    await run_to_completion(_remove(uuid, context))
+    context.note_removal(device.parent)
 
 
-async def _removed(uuid: UUID, context: Context) -> None:
-    try:
-        await sysfs.remove(uuid, context.deadline, context.host, write=context.write)
-    except UnknownError:
-        return
-    except DeadlineError as error:
-        found = sysfs.read_mdev(uuid, context.host)
-        who = () if found is None else holders((found,), context.host).of(uuid)
-        if not who:
-            raise
-        raise DeadlineError(
-            f"mdev {uuid} was not removed within {context.deadline:g} s: held by "
-            + ", ".join(map(str, who)),
-            error.hint,
-        ) from None
-
-
-async def _remove_all(
-    uuids: Sequence[UUID], files: Sequence[str], context: Context, told: ResultCallback
+async def remove_all(
+    devices: Sequence[DeviceRecord], context: Context, on_result: ResultCallback
 ) -> None:
-    """Write to the ``remove`` files of several that are there and that nobody holds."""
-    lines = [(file, b"1") for file in files]
+    """Remove several mdevs of one parent that do not need each other; see :func:`create_all`.
+
+    Nothing is removed if a process has one of them open.
+    """
+    machine = context.machine
+    host = await sysfs.scan(machine, types=False)
+    there = {mdev.uuid: mdev for mdev in host.mdevs}
+    homes = {parent.name: parent.path for parent in host.parents}
+    held = await find_holders(machine, [there[d.uuid] for d in devices if d.uuid in there])
+    plain: dict[int, str] = {}
+    special: list[int] = []
+    for index, device in enumerate(devices):
+        found = there.get(device.uuid)
+        if found is None or not is_same(found, device):
+            on_result(index, Outcome.DONE)
+        elif found.type_id is None or found.parent not in homes or held.of(found.uuid):
+            special.append(index)
+        else:
+            plain[index] = sysfs.removal(homes[found.parent], found.uuid)
+    for place, index in enumerate(special):
+        try:
+            await remove(devices[index], context)
+        except MdoError as error:
+            on_result(index, error.outcome or Outcome.UNKNOWN)
+            for other in (*special[place + 1 :], *plain):
+                on_result(other, Outcome.NO_EFFECT)
+            raise
+        on_result(index, Outcome.DONE)
+    indices = list(plain)
+    if indices:
+        await _remove_batch(
+            [devices[index] for index in indices],
+            list(plain.values()),
+            context,
+            lambda place, outcome: on_result(indices[place], outcome),
+        )
+
+
+async def _remove_batch(
+    devices: Sequence[DeviceRecord],
+    files: Sequence[str],
+    context: Context,
+    on_result: ResultCallback,
+) -> None:
+    """Write to the ``remove`` files of mdevs that are there and that no process has open."""
     lingering: list[int] = []
     refused: list[int] = []
 
-    def written(index: int, number: int) -> None:
-        if number not in sysfs.ON_ITS_WAY:
-            told(index, False)
+    def written(index: int, result: WriteResult) -> None:
+        if result.outcome is Outcome.UNKNOWN:
+            lingering.append(index)
+        elif result.errno not in sysfs.REMOVING:
+            on_result(index, Outcome.NO_EFFECT)
             refused.append(index)
         elif Path(files[index]).parent.exists():
             lingering.append(index)
         else:
-            told(index, True)
+            on_result(index, Outcome.DONE)
 
-    batch = context.batch(lines, written, sysfs.ON_ITS_WAY)
-    cause = await _written(batch, context, told)
+    parent = devices[0].parent
+    lines = [(file, b"1") for file in files]
+    batch = context.machine.writer.batch(lines, written, lane=parent, accepted=sysfs.REMOVING)
+    cause = await _finish_batch(batch, context, on_result)
+    context.note_removal(parent)
     for index in (*lingering, *sorted(batch.unknown)):
-        # it says who has it, if it does not go
-        try:
-            await _finish(_removed(uuids[index], context))
-        except DeadlineError as error:
-            raise UnsettledError(error.message, error.hint) from cause
-        told(index, True)
+        # an error of this names the process that has it open
+        await run_to_completion(_remove(devices[index].uuid, context))
+        on_result(index, Outcome.DONE)
     if isinstance(cause, asyncio.CancelledError):
         raise cause
     if refused:
-        raise sysfs.not_removed(uuids[refused[0]], batch.results[refused[0]] or 0)
-    for index, number in enumerate(batch.results):
-        if number is None and index not in batch.unknown:
+        first = refused[0]
+        result = batch.results[first]
+        raise sysfs.not_removed(devices[first].uuid, 0 if result is None else result.errno)
+    for index, result in enumerate(batch.results):
+        if result is None and index not in batch.unknown:
             raise DeadlineError(
-                f"mdev {uuids[index]} was not removed: others before it took longer than "
+                f"mdev {devices[index].uuid} was not removed: others before it took longer than "
                 f"{context.deadline:g} s",
                 "try again",
+                outcome=Outcome.NO_EFFECT,
+                subject=f"mdev {devices[index].uuid}",
             )
+
+
+async def _await_creators(device: DeviceRecord, context: Context) -> None:
+    """Wait until no creation is under way that may be of this device.
+
+    A write that was given up, or whose command was killed, goes on in the kernel.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + context.deadline
+    while creators := await find_creators(context.machine, device.parent, device.type):
+        if loop.time() >= end:
+            raise DeadlineError(
+                f"mdev {device.uuid} may still appear: the driver of {device.parent} has not "
+                f"answered {', '.join(map(str, creators))}",
+                "mdo recover removes it then",
+                outcome=Outcome.UNKNOWN,
+                subject=f"mdev {device.uuid}",
+            )
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def _wait_gone(uuid: UUID, context: Context) -> None:
+    try:
+        async with asyncio.timeout(context.deadline):
+            await wait_until(
+                context.machine, lambda: sysfs.directory(context.machine, uuid) is None
+            )
+    except TimeoutError:
+        raise DeadlineError(
+            f"mdev {uuid} is still being removed after {context.deadline:g} s",
+            "the kernel waits until the process that has it open closes it",
+            subject=f"mdev {uuid}",
+        ) from None
+
+
+async def _remove(uuid: UUID, context: Context) -> None:
+    machine = context.machine
+    try:
+        await sysfs.remove(machine, uuid, context.deadline)
+    except UnknownError:
+        return
+    except DeadlineError as error:
+        found = sysfs.read_mdev(machine, uuid)
+        holders = () if found is None else (await find_holders(machine, (found,))).of(uuid)
+        if not holders:
+            raise
+        raise DeadlineError(
+            f"mdev {uuid} was not removed within {context.deadline:g} s: held by "
+            + ", ".join(map(str, holders)),
+            error.hint,
+            outcome=error.outcome,
+            subject=f"mdev {uuid}",
+        ) from None

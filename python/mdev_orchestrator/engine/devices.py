@@ -1,42 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Creates and removes mdevs as one: all, or none.
+"""Creates and removes mdevs: all that are asked for, or none.
 
-Everything that can be known is checked before the first write. What the kernel then refuses, or the
-user interrupts, is undone (:mod:`.executor`); a failed undo stands beside the first error and never
-in its place.
+All that can be checked is checked before the first write. What the kernel then refuses, or the user
+interrupts, is undone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from uuid import UUID, uuid4
 
-from msgspec import Struct
-
+from mdev_orchestrator.capacity.models import survey
+from mdev_orchestrator.capacity.planner import Request
+from mdev_orchestrator.capacity.planner import plan as make_plan
+from mdev_orchestrator.capacity.shortage import capacity_error
+from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE, Context
-from mdev_orchestrator.engine.executor import Planned, execute
-from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, read_managed
-from mdev_orchestrator.engine.recovery import recover
-from mdev_orchestrator.engine.steps import Create
+from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
+from mdev_orchestrator.engine.operation import Operation, Plan, perform
+from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord, Managed
+from mdev_orchestrator.engine.steps import Create, Detach, Remove
 from mdev_orchestrator.errors import (
     BusyError,
-    CapacityError,
-    DeadlineError,
     HostError,
-    MdoError,
     RequestError,
     UnknownError,
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holders, holders
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.host.holders import Holders, find_holders
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import (
     GROUP_FILE,
     Host,
@@ -44,94 +40,47 @@ from mdev_orchestrator.model import (
     MdevType,
     check_attribute,
     group_uuid,
-    parse_uuid,
+    is_uuid,
 )
-from mdev_orchestrator.system.writer import Writer, write_apart
+from mdev_orchestrator.qemu import process
 
-Detach = Callable[[str, UUID, float], Awaitable[None]]
-"""Takes a guest's name, an mdev and seconds; returns when the guest has let go."""
-
-_GRACE = 0.5  # seconds that the driver may take to give back the instances just removed
 _LISTED = 8  # candidates that fit one line
 
 
-class Placement(Struct, frozen=True):
-    """What is to be created and where."""
-
-    type_: MdevType
-    uuids: tuple[UUID, ...]
+# ---------------------------------------------------------------- creating
 
 
-def place(
-    host: Host,
+async def create_devices(
+    machine: Machine,
     type_id: str,
     count: int | None = None,
     *,
     parent: str | None = None,
-    uuids: Sequence[str] = (),
-) -> Placement:
-    """Decide where ``count`` instances of a type go, or say why they cannot.
+    uuids: Sequence[UUID] = (),
+    group: str | None = None,
+    attributes: Sequence[tuple[str, str]] = (),
+    deadline: float = DEADLINE,
+    observe: Observer = ignore,
+) -> tuple[Mdev, ...]:
+    """Create mdevs of one type, all or none, and wait until each is usable. They are managed then.
+
+    When cancelled it undoes what it did before it ends.
 
     :param count: How many; without it as many as there are UUIDs, at least one.
     :param parent: Needed when several parents offer the type.
     :param uuids: UUIDs to use; the rest is random.
-    :raise UuidError: One is malformed, given twice, or taken.
-    :raise UnknownError: Type or parent is not there, or several parents offer the type.
-    :raise CapacityError: So many do not fit.
-    :raise RequestError: The count makes no sense.
-    :raise HostError: The host has no mdev bus.
-    """
-    given = _distinct(uuids)
-    wanted = max(len(given), 1) if count is None else count
-    if wanted < 1:
-        raise RequestError(f"cannot create {wanted} devices", "ask for one or more")
-    if len(given) > wanted:
-        raise RequestError(f"{len(given)} UUIDs were given for {wanted} devices")
-    if not host.mdev_bus:
-        raise HostError(
-            "this host has no mdev bus", "modprobe mdev and the vendor's driver; see mdo doctor"
-        )
-    for uuid in given:
-        if (mdev := host.find(uuid)) is not None:
-            raise UuidError(
-                f"mdev {uuid} exists already under parent {mdev.parent}"
-                + (f" as {mdev.type_id}" if mdev.type_id else " and is being removed"),
-                "choose another UUID",
-            )
-    type_ = _find_type(host, type_id, parent)
-    if type_.available_instances is not None and type_.available_instances < wanted:
-        raise _too_many(host, type_, wanted)
-    fresh = (uuid4() for _ in range(wanted - len(given)))
-    return Placement(type_, (*given, *fresh))
-
-
-async def create_devices(
-    type_id: str,
-    count: int | None = None,
-    *,
-    parent: str | None = None,
-    uuids: Sequence[str] = (),
-    group: str | None = None,
-    attributes: Sequence[tuple[str, str]] = (),
-    deadline: float = DEADLINE,
-    root: Path = ROOT,
-    write: Writer = write_apart,
-    journal: Path | None = None,
-) -> tuple[Mdev, ...]:
-    """Create mdevs of one type, all or none, and wait until each is usable. They are ours then.
-
-    Takes what :func:`place` takes and raises what it raises; when cancelled it undoes what it did
-    before it ends.
-
     :param group: Start group that they are put into, by its UUID or by a name
         (:func:`mdev_orchestrator.model.group_uuid`).
     :param attributes: Files of each mdev's directory and what is written there, in this order and
         before it is put into the group. A file that is a command (vfio-ap's ``assign_adapter``)
         stands there once for each time that it is to be written.
     :param deadline: Seconds for each device.
-    :param journal: The journal's file; the state directory's without it.
-    :raise HostError: The driver has no start groups, or no such file; or the journal cannot be
-        written, and nothing was done.
+    :raise UuidError: A UUID is given twice, or taken.
+    :raise UnknownError: Type or parent is not there, or several parents offer the type.
+    :raise CapacityError: So many do not fit.
+    :raise RequestError: The count makes no sense.
+    :raise HostError: The host has no mdev bus, the driver has no start groups, or no such file; or
+        the journal cannot be written.
     :raise DeadlineError: It took longer; everything was undone.
     :raise MdoError: The kernel refused; everything was undone. Its notes name what was not.
     """
@@ -143,98 +92,81 @@ async def create_devices(
     groups = [UUID(value) for name, value in files if name == GROUP_FILE]
     if len(groups) > 1:
         raise RequestError("the start group is given twice", "a device is in one: leave one out")
-    placement = await find_place(type_id, count, parent, uuids, root)
-    type_ = placement.type_
-    for group_id in groups:
-        _check_group(sysfs.scan(root), group_id, type_.parent)
-    devices = [
-        DeviceRecord(
-            uuid=uuid,
-            parent=type_.parent,
-            type=type_.id,
-            group=groups[0] if groups else None,
-            attributes=tuple(files),
+
+    async def look(_: Managed) -> Plan[tuple[UUID, ...]]:
+        host = await sysfs.scan(machine)
+        type_, placed = place(machine, host, type_id, count, parent=parent, uuids=uuids)
+        for group_id in groups:
+            _check_group(host, group_id, type_.parent)
+        devices = [
+            DeviceRecord(
+                uuid=uuid,
+                parent=type_.parent,
+                type=type_.id,
+                label=None if group is None or is_uuid(group) else group,
+                group=groups[0] if groups else None,
+                attributes=tuple(files),
+            )
+            for uuid in placed
+        ]
+        return Plan(placed, creations(devices))
+
+    wanted = max(len(uuids), 1) if count is None else count
+    operation = Operation(kind="create", title=f"{wanted} x {type_id}", look=look)
+    made = await perform(operation, Context(machine, deadline), observe=observe)
+    found = (sysfs.read_mdev(machine, uuid) for uuid in made)
+    return tuple(mdev for mdev in found if mdev is not None)
+
+
+def place(
+    machine: Machine,
+    host: Host,
+    type_id: str,
+    count: int | None = None,
+    *,
+    parent: str | None = None,
+    uuids: Sequence[UUID] = (),
+) -> tuple[MdevType, tuple[UUID, ...]]:
+    """Decide where instances of a type go and which UUIDs they get, or say why they cannot.
+
+    Takes and raises what :func:`create_devices` does.
+    """
+    for uuid, times in Counter(uuids).items():
+        if times > 1:
+            raise UuidError(f"mdev {uuid} is given {times} times", "name each device once")
+    wanted = max(len(uuids), 1) if count is None else count
+    if wanted < 1:
+        raise RequestError(f"cannot create {wanted} devices", "ask for one or more")
+    if len(uuids) > wanted:
+        raise RequestError(f"{len(uuids)} UUIDs were given for {wanted} devices")
+    if not host.mdev_bus:
+        raise HostError(
+            "this host has no mdev bus", "modprobe mdev and the vendor's driver; see mdo doctor"
         )
-        for uuid in placement.uuids
-    ]
-    context = Context(host=root, deadline=deadline, write=write)
-    with Journal.open(journal) as book:
-        await recover(book, context=context)
-        title = f"{len(devices)} x {type_.id}"
-        await execute(book, "create", title, _creations(devices), context)
-    return tuple(
-        mdev for uuid in placement.uuids if (mdev := sysfs.read_mdev(uuid, root)) is not None
-    )
+    for uuid in uuids:
+        if (mdev := host.find(uuid)) is not None:
+            raise UuidError(
+                f"mdev {uuid} exists already under parent {mdev.parent}"
+                + (f" as {mdev.type_id}" if mdev.type_id else " and is being removed"),
+                "choose another UUID",
+                subject=f"mdev {uuid}",
+            )
+    type_ = _find_type(host, type_id, parent)
+    if type_.available_instances is not None:  # otherwise only the driver knows
+        request = Request(key=type_.id, type_id=type_.id, count=wanted, parent=type_.parent)
+        plan = make_plan([request], survey(host, learned=model_cache.load(machine)))
+        if not plan.fits:
+            raise capacity_error(plan, [request])
+    fresh = (uuid4() for _ in range(wanted - len(uuids)))
+    return type_, (*uuids, *fresh)
 
 
-def _creations(devices: Sequence[DeviceRecord]) -> list[Planned]:
+def creations(devices: Sequence[DeviceRecord]) -> list[PlannedStep]:
     """All at the same time; those of a group in turn, as drivers number them in that order."""
     return [
-        Planned(Create(device=device), (number - 1,) if device.group and number else ())
+        PlannedStep(Create(device=device), (number - 1,) if device.group and number else ())
         for number, device in enumerate(devices)
     ]
-
-
-async def remove_devices(
-    uuids: Sequence[str],
-    *,
-    detach: Detach | None = None,
-    deadline: float = DEADLINE,
-    root: Path = ROOT,
-    write: Writer = write_apart,
-    journal: Path | None = None,
-) -> tuple[UUID, ...]:
-    """Remove mdevs concurrently, after checking that all of them can be.
-
-    :param detach: How to take an mdev out of the guest that holds it; without it a held one is
-        refused.
-    :param deadline: Seconds for each.
-    :return: What was removed.
-    :raise UuidError: One is malformed or given twice.
-    :raise UnknownError: One is not there; nothing was removed.
-    :raise BusyError: One is held; nothing was removed.
-    :raise DeadlineError: One is still there.
-    :raise MdoError: The kernel refused. The first error is raised, the others are its notes.
-    """
-    wanted = _distinct(uuids)
-    found = [_removable(uuid, root) for uuid in wanted]
-    held = holders(found, root)
-    for mdev in found:
-        _refuse_held(mdev, held, may_detach=detach is not None)
-
-    talking = asyncio.Lock()  # a guest's monitor takes one client at a time
-
-    async def remove(mdev: Mdev) -> None:
-        if detach is not None:
-            for holder in held.of(mdev.uuid):
-                async with talking:
-                    await detach(holder.guest or "", mdev.uuid, deadline)
-        try:
-            await sysfs.remove(mdev.uuid, deadline, root, write=write)
-        except DeadlineError as error:
-            who = holders((mdev,), root).of(mdev.uuid)
-            if not who:
-                raise
-            names = ", ".join(map(str, who))
-            raise DeadlineError(
-                f"mdev {mdev.uuid} was not removed within {deadline:g} s: held by {names}",
-                error.hint,
-            ) from None
-
-    try:
-        await _all(remove(mdev) for mdev in found)
-    finally:
-        await _forget(wanted, root, journal)
-    return wanted
-
-
-async def _forget(uuids: Sequence[UUID], root: Path, journal: Path | None) -> None:
-    """Note that devices are not ours any more, those of them that were and have gone."""
-    ours = read_managed(journal).devices
-    gone = {uuid: None for uuid in uuids if uuid in ours and sysfs.directory(uuid, root) is None}
-    if gone:
-        with Journal.open(journal) as book:
-            await book.put(Change(devices=gone))
 
 
 def _check_group(host: Host, group: UUID, parent: str) -> None:
@@ -244,34 +176,8 @@ def _check_group(host: Host, group: UUID, parent: str) -> None:
                 f"start group {group} is on parent {known.parent}, and the devices would be on "
                 f"{parent}",
                 f"a group is on one parent: --parent {known.parent}, or another --group",
+                subject=known.label,
             )
-
-
-async def find_place(
-    type_id: str, count: int | None, parent: str | None, uuids: Sequence[str], root: Path
-) -> Placement:
-    """Place, and when it does not fit look again for a moment.
-
-    The core gives an instance back when the device's last reference goes, which may be after
-    ``remove`` has returned, and no event tells of it.
-    """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + _GRACE
-    while True:
-        try:
-            return place(sysfs.scan(root), type_id, count, parent=parent, uuids=uuids)
-        except CapacityError:
-            if loop.time() >= end:
-                raise
-        await asyncio.sleep(_GRACE / 5)
-
-
-def _distinct(texts: Iterable[str]) -> tuple[UUID, ...]:
-    uuids = tuple(parse_uuid(text) for text in texts)
-    for uuid, times in Counter(uuids).items():
-        if times > 1:
-            raise UuidError(f"mdev {uuid} is given {times} times", "name each device once")
-    return uuids
 
 
 def _find_type(host: Host, type_id: str, parent: str | None) -> MdevType:
@@ -326,81 +232,118 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _too_many(host: Host, type_: MdevType, wanted: int) -> CapacityError:
-    available = type_.available_instances
-    if available:
-        return CapacityError(
-            f"{wanted} of {type_.id} do not fit on {type_.parent}: {available} would; "
-            "nothing was created",
-            f"-n {available}",
-        )
-    used = Counter(m.type_id for m in host.mdevs if m.parent == type_.parent)
-    in_use = _some(
-        f"{count} of {id_}" if id_ else f"{count} being removed" for id_, count in used.items()
-    )
-    siblings = next(p.types for p in host.parents if p.name == type_.parent)
-    fits = _some(f"{t.available_instances} of {t.id}" for t in siblings if t.available_instances)
-    return CapacityError(
-        f"no instance of {type_.id} is left on {type_.parent}: in use there "
-        f"{in_use or 'nothing'}; nothing was created",
-        f"{fits} would fit instead" if fits else "remove a device first",
-    )
+# ---------------------------------------------------------------- removing
 
 
-def _no_such_mdev(uuid: UUID, root: Path) -> UnknownError:
-    known = [str(mdev.uuid) for mdev in sysfs.scan(root).mdevs]
-    if not known:
-        return UnknownError(f"there is no mdev {uuid}", "this host has none")
+async def remove_devices(
+    machine: Machine,
+    uuids: Sequence[UUID],
+    *,
+    detach: bool = False,
+    deadline: float = DEADLINE,
+    observe: Observer = ignore,
+) -> tuple[UUID, ...]:
+    """Remove mdevs, all or none, after checking that all of them can be removed.
+
+    When one cannot be removed, or the call is cancelled, those that are gone are created again.
+
+    :param detach: Unplug an mdev from the guest that holds it first; otherwise it is refused.
+    :param deadline: Seconds for each, and again for each detach.
+    :return: What was removed.
+    :raise UuidError: One is given twice.
+    :raise UnknownError: One is not there; nothing was removed.
+    :raise BusyError: One is held, or another command changes it; nothing was removed.
+    :raise DeadlineError: One is still there.
+    :raise MdoError: The kernel refused. The first error is raised, the others are its notes.
+    """
+    for uuid, times in Counter(uuids).items():
+        if times > 1:
+            raise UuidError(f"mdev {uuid} is given {times} times", "name each device once")
+
+    async def look(managed: Managed) -> Plan[tuple[UUID, ...]]:
+        found = [_removable(machine, uuid) for uuid in uuids]
+        held = await find_holders(machine, found)
+        steps: list[PlannedStep] = []
+        for mdev in found:
+            needs: list[int] = []
+            for guest in _holding_guests(machine, mdev, held, may_detach=detach):
+                step = Detach(guest=guest, uuid=mdev.uuid, deadline=deadline, named=True)
+                # the monitor of a guest serves one client at a time
+                before = [n for n, one in enumerate(steps) if isinstance(one.step, Detach)]
+                needs.append(len(steps))
+                steps.append(PlannedStep(step, tuple(before[-1:])))
+            steps.append(PlannedStep(removal_of(mdev, managed), tuple(needs)))
+        return Plan(tuple(uuids), steps)
+
+    title = str(uuids[0]) if len(uuids) == 1 else f"{len(uuids)} devices"
+    operation = Operation(kind="remove", title=title, look=look, ends_things=True)
+    return await perform(operation, Context(machine, deadline), observe=observe)
+
+
+def removal_of(mdev: Mdev, managed: Managed) -> Remove:
+    """The step that removes a device, managed here or not."""
+    known = managed.devices.get(mdev.uuid)
+    if known is not None:
+        return Remove(device=known)
+    as_is = DeviceRecord(
+        uuid=mdev.uuid,
+        parent=mdev.parent,
+        type=mdev.type_id or "",
+        group=mdev.group_uuid,
+        params=mdev.params or "",
+    )
+    return Remove(device=as_is, unrecorded=True)
+
+
+def _no_such_mdev(machine: Machine, uuid: UUID) -> UnknownError:
+    known = [str(mdev.uuid) for mdev in sysfs.read_host(machine, types=False).mdevs]
     close = get_close_matches(str(uuid), known, n=1, cutoff=0.8)
+    hint = f"did you mean {close[0]}?" if close else "mdo host lists them"
     return UnknownError(
-        f"there is no mdev {uuid}", f"did you mean {close[0]}?" if close else "mdo host lists them"
+        f"there is no mdev {uuid}",
+        hint if known else "this host has none",
+        subject=f"mdev {uuid}",
     )
 
 
-def _removable(uuid: UUID, root: Path) -> Mdev:
-    mdev = sysfs.read_mdev(uuid, root)
+def _removable(machine: Machine, uuid: UUID) -> Mdev:
+    mdev = sysfs.read_mdev(machine, uuid)
     if mdev is None:
-        raise _no_such_mdev(uuid, root)
+        raise _no_such_mdev(machine, uuid)
     file = mdev.path / "remove"  # it is not there while a removal is under way
     if file.exists() and not os.access(file, os.W_OK):
         raise HostError(f"no permission to remove mdev {uuid}", "run as root")
     return mdev
 
 
-def _refuse_held(mdev: Mdev, held: Holders, *, may_detach: bool) -> None:
+def _holding_guests(
+    machine: Machine, mdev: Mdev, held: Holders, *, may_detach: bool
+) -> list[GuestRecord]:
+    """The guests of this state directory that hold an mdev, to be detached from.
+
+    :raise BusyError: Another process holds it, or it may not be detached.
+    """
+    running = {
+        guest.record.pid: guest
+        for guest in process.list_guests(machine)
+        if guest.alive and guest.record is not None
+    }
+    guests = []
     for holder in held.of(mdev.uuid):
-        if holder.guest is None:
-            raise BusyError(f"mdev {mdev.uuid} is held by {holder}", "end that process first")
+        guest = running.get(holder.pid)
+        if guest is None or guest.record is None:
+            raise BusyError(
+                f"mdev {mdev.uuid} is held by {holder}",
+                "end that process first"
+                if holder.guest is None
+                else "mdo did not start that guest: detach the device by what started it",
+                subject=f"mdev {mdev.uuid}",
+            )
         if not may_detach:
             raise BusyError(
                 f"mdev {mdev.uuid} is held by {holder}",
                 f"mdo remove --detach {mdev.uuid} takes it out of the guest first",
+                subject=f"mdev {mdev.uuid}",
             )
-
-
-async def _all(coroutines: Iterable[Coroutine[None, None, None]]) -> None:
-    """Run all to their ends, then raise the first error; when cancelled, cancel all."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.wait(tasks)
-    except asyncio.CancelledError:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        raise
-    _raise_first([error for task in tasks if (error := task.exception()) is not None])
-
-
-def _raise_first(errors: Sequence[BaseException]) -> None:
-    if not errors:
-        return
-    first, *others = errors
-    for other in others:
-        first.add_note(str(other))
-    raise first
-
-
-def _carry_notes(source: BaseException, target: MdoError) -> MdoError:
-    for note in getattr(source, "__notes__", ()):
-        target.add_note(note)
-    return target
+        guests.append(GuestRecord(name=guest.name, uuid=guest.record.uuid))
+    return guests

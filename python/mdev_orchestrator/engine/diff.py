@@ -44,13 +44,15 @@ from mdev_orchestrator.capacity.planner import (
 )
 from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.engine.device_ops import is_same
-from mdev_orchestrator.engine.executor import Planned
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord, Managed
+from mdev_orchestrator.engine.executor import PlannedStep
+from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord
+from mdev_orchestrator.engine.snapshot import ObservedGuest, ObservedState
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
-from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.interop.mdevctl import Definition, complete, is_of
+from mdev_orchestrator.errors import CapacityError, RequestError
+from mdev_orchestrator.interop.mdevctl import complete, is_of
 from mdev_orchestrator.model import Host, Mdev, MdevType, is_uuid
-from mdev_orchestrator.qemu.process import STOP_SECONDS
+from mdev_orchestrator.qemu.hotplug import ATTACH_SECONDS, DETACH_SECONDS
+from mdev_orchestrator.qemu.process import START_SECONDS, STOP_SECONDS
 from mdev_orchestrator.spec import (
     Document,
     GuestConfig,
@@ -65,32 +67,6 @@ from mdev_orchestrator.spec import (
 
 Survey = Callable[[Host, frozenset[UUID]], tuple[ParentCapacity, ...]]
 """What parents can take, when some devices are removed before."""
-
-
-class Running(Struct, frozen=True):
-    """A guest whose process is alive.
-
-    :ivar mdevs: What it has now, as its QEMU says.
-    :ivar free_ports: Root ports without a device.
-    """
-
-    uuid: UUID
-    mdevs: tuple[UUID, ...] = ()
-    free_ports: int = 0
-
-
-class ObservedState(Struct, frozen=True):
-    """All that a diff depends on beside the spec.
-
-    :ivar running: The guests of this state directory that run, by name.
-    :ivar defined: mdevctl's definitions. They say what a device is of which the spec gives the UUID
-        only, and a guest may be given such a device though it is not ours.
-    """
-
-    host: Host
-    owned: Managed = field(default_factory=Managed)
-    running: Mapping[str, Running] = field(default_factory=dict)
-    defined: Mapping[UUID, Sequence[Definition]] = field(default_factory=dict)
 
 
 class Existing(Struct, frozen=True):
@@ -114,7 +90,7 @@ class Changes(Struct, frozen=True):
     """
 
     name: str
-    steps: tuple[Planned, ...] = ()
+    steps: tuple[PlannedStep, ...] = ()
     restarts: Mapping[str, str] = field(default_factory=dict)
     change: Change = field(default_factory=Change)
     plan: Plan = field(default_factory=lambda: make_plan([], []))
@@ -130,7 +106,7 @@ class Changes(Struct, frozen=True):
         return not (self.steps or self.change.devices or self.change.guests)
 
 
-class MisfitError(RequestError):
+class MisfitError(CapacityError):
     """The devices do not fit; the plan tells what would, and why the others do not."""
 
     def __init__(self, error: RequestError, plan: Plan, existing: tuple[Existing, ...]) -> None:
@@ -145,16 +121,18 @@ def diff(
     *,
     policy: Policy = "pack",
     force: bool = False,
+    deadline: float | None = None,
     capacity: Survey = survey,
     new_uuid: Callable[[], UUID] = uuid4,
 ) -> Changes:
     """Find the steps that make a spec true.
 
     :param force: End guests that do not power down in time.
-    :raise RequestError: With file and line: the spec asks for what belongs to somebody else.
+    :param deadline: Seconds for each step; each kind of step has a default.
+    :raise RequestError: With file and line: the spec asks for what belongs to another one.
     :raise MisfitError: The devices do not fit, not even in place of those that go.
     """
-    return _Diff(document, seen, policy, force, capacity, new_uuid).changes()
+    return _Diff(document, seen, policy, force, deadline, capacity, new_uuid).changes()
 
 
 def without(
@@ -164,18 +142,20 @@ def without(
 
     :param deadline: Seconds for a guest to power down.
     """
-    guests = [guest for guest in seen.owned.guests.values() if guest.spec == name]
+    guests = [guest for guest in seen.managed.guests.values() if guest.spec == name]
     owners = {f"guest:{guest.name}" for guest in guests}
-    stops: list[Planned] = []
+    stops: list[PlannedStep] = []
     for guest in guests:
         running = seen.running.get(guest.name)
         if running is not None and running.uuid == guest.uuid:
             stops.append(
-                Planned(Stop(guest=guest, devices=running.mdevs, force=force, deadline=deadline))
+                PlannedStep(
+                    Stop(guest=guest, devices=running.mdevs, force=force, deadline=deadline)
+                )
             )
     needs = tuple(range(len(stops)))
-    mine = [d for d in seen.owned.devices.values() if d.spec == name or d.owner in owners]
-    removes = [Planned(Remove(device=d), needs) for d in mine if _is_here(d, seen.host)]
+    mine = [d for d in seen.managed.devices.values() if d.spec == name or d.owner in owners]
+    removes = [PlannedStep(Remove(device=d), needs) for d in mine if _is_here(d, seen.host)]
     gone = {d.uuid: None for d in mine if not _is_here(d, seen.host)}
     stopped = {planned.step.guest.name for planned in stops if isinstance(planned.step, Stop)}
     ended = {guest.name: None for guest in guests if guest.name not in stopped}
@@ -220,6 +200,11 @@ class _Want(Struct, eq=False):
         return self.device.uuid
 
 
+def _may_have(want: _Want, row: DeviceRecord) -> bool:
+    """Whether a device is its owner's already, or was adopted and is nobody's yet."""
+    return row.owner == want.owner or (row.adopted and row.spec is None and not row.owner)
+
+
 class _Diff:
     def __init__(
         self,
@@ -227,6 +212,7 @@ class _Diff:
         seen: ObservedState,
         policy: Policy,
         force: bool,
+        deadline: float | None,
         capacity: Survey,
         new_uuid: Callable[[], UUID],
     ) -> None:
@@ -235,6 +221,7 @@ class _Diff:
         self.seen = seen
         self.policy = policy
         self.force = force
+        self.deadline = deadline
         self.capacity = capacity
         self.new_uuid = new_uuid
         self.types = {
@@ -252,8 +239,8 @@ class _Diff:
         owners = {want.owner for want in self.wants}
         self.rows = {
             d.uuid: d
-            for d in seen.owned.devices.values()
-            if d.spec == self.name or (d.spec is None and d.owner in owners)
+            for d in seen.managed.devices.values()
+            if d.spec == self.name or (d.spec is None and (d.owner in owners or d.adopted))
         }
         self.restarts: dict[str, str] = {}
         self.devices: dict[UUID, DeviceRecord | None] = {}
@@ -299,7 +286,7 @@ class _Diff:
                 if want.row is not None:
                     continue
                 for row in free.values():
-                    if row.owner == want.owner and rule(want, row) and self._will_do(want, row):
+                    if _may_have(want, row) and rule(want, row) and self._will_do(want, row):
                         want.row = free.pop(row.uuid)
                         break
         for want in self.wants:
@@ -347,7 +334,7 @@ class _Diff:
         if found is None or found.uuid in self.rows:
             return  # it is to be made, perhaps in the place of one of the same UUID
         type_ = self.types.get((found.parent, found.type_id or ""))
-        row = self.seen.owned.devices.get(found.uuid)
+        row = self.seen.managed.devices.get(found.uuid)
         at = (*want.place, "uuid")
         if row is not None and is_same(found, row):
             if row.spec is not None or row.owner:
@@ -371,7 +358,12 @@ class _Diff:
     def _ours(self, want: _Want, row: DeviceRecord) -> DeviceRecord:
         """A device that stays, under the words that the spec has for it now."""
         device = msgspec.structs.replace(
-            row, spec=self.name, owner=want.owner, label=want.label, want=want.text
+            row,
+            spec=self.name,
+            owner=want.owner,
+            label=want.label,
+            want=want.text,
+            adopted=False,
         )
         if device != row:
             self.devices[device.uuid] = device
@@ -545,7 +537,7 @@ class _Diff:
         """See that no guest of the spec is somebody else's."""
         for number, guest in enumerate(self.document.spec.guests):
             place: Place = ("guest", number, "name")
-            row = self.seen.owned.guests.get(guest.name)
+            row = self.seen.managed.guests.get(guest.name)
             running = self.seen.running.get(guest.name)
             if row is not None and row.spec not in {None, self.name}:
                 raise self.document.fault(
@@ -566,7 +558,7 @@ class _Diff:
         for guest in self.document.spec.guests:
             owner = f"guest:{guest.name}"
             devices = tuple(want.uuid for want in self.wants if want.owner == owner)
-            row = self.seen.owned.guests.get(guest.name)
+            row = self.seen.managed.guests.get(guest.name)
             own = GuestRecord(
                 name=guest.name,
                 uuid=guest.uuid or (row.uuid if row is not None else self.new_uuid()),
@@ -586,9 +578,9 @@ class _Diff:
             turns.append(turn)
         return turns
 
-    def _given_up(self, running: Running, owner: str, devices: Sequence[UUID]) -> list[UUID]:
+    def _given_up(self, running: ObservedGuest, owner: str, devices: Sequence[UUID]) -> list[UUID]:
         """What a guest has from this spec and shall not have any more."""
-        spec = self.seen.owned.specs.get(self.name)
+        spec = self.seen.managed.specs.get(self.name)
         named = set() if spec is None else _named_before(spec.text, owner)
         return [
             uuid
@@ -601,7 +593,7 @@ class _Diff:
         """The guests that the spec does not have any more; those that have ended are forgotten."""
         asked = {guest.name for guest in self.document.spec.guests}
         dropped = []
-        for row in self.seen.owned.guests.values():
+        for row in self.seen.managed.guests.values():
             if row.spec != self.name or row.name in asked:
                 continue
             running = self.seen.running.get(row.name)
@@ -615,7 +607,7 @@ class _Diff:
 
     def _order(
         self, going: Sequence[DeviceRecord], missing: Sequence[_Want], *, old_first: bool
-    ) -> tuple[Planned, ...]:
+    ) -> tuple[PlannedStep, ...]:
         """All steps, each after those that it needs."""
         turns, dropped = self._turns(), self._dropped()
         creates = _creates(missing)
@@ -627,19 +619,35 @@ class _Diff:
             own = turn.own
             made = [creates[uuid] for uuid in turn.devices if uuid in creates]
             if turn.running is None or turn.row is None:
-                launch = Launch(guest=own, devices=turn.devices, kept=turn.row is not None)
+                launch = Launch(
+                    guest=own,
+                    devices=turn.devices,
+                    kept=turn.row is not None,
+                    deadline=self._seconds(START_SECONDS),
+                )
                 fresh.append(_Node(launch, made))
                 nodes.append(fresh[-1])
             elif turn.reason:
                 # a guest that must stop does so when all is there that it is to come back with
                 stop = _Node(self._stop(turn.row, kept=True), [] if old_first else [*fresh])
                 stops[own.name] = stop
-                start = Launch(guest=own, devices=turn.devices, kept=True)
+                start = Launch(
+                    guest=own,
+                    devices=turn.devices,
+                    kept=True,
+                    deadline=self._seconds(START_SECONDS),
+                )
                 nodes += [stop, _Node(start, [stop, *made])]
             else:
                 crowded = len(turn.new) > turn.running.free_ports
-                away = _chain(Detach(guest=own, uuid=uuid) for uuid in turn.old)
-                plugs = _chain(Attach(guest=own, uuid=uuid) for uuid in turn.new)
+                away = _chain(
+                    Detach(guest=own, uuid=uuid, deadline=self._seconds(DETACH_SECONDS))
+                    for uuid in turn.old
+                )
+                plugs = _chain(
+                    Attach(guest=own, uuid=uuid, deadline=self._seconds(ATTACH_SECONDS))
+                    for uuid in turn.new
+                )
                 for node, uuid in zip(plugs, turn.new, strict=True):
                     node.needs += [creates[uuid]] if uuid in creates else []
                 if crowded:
@@ -663,9 +671,18 @@ class _Diff:
                 node.needs += fresh
         return _numbered(nodes)
 
+    def _seconds(self, default: float) -> float:
+        return default if self.deadline is None else self.deadline
+
     def _stop(self, row: GuestRecord, *, kept: bool = False) -> Stop:
         running = self.seen.running[row.name]
-        return Stop(guest=row, devices=running.mdevs, kept=kept, force=self.force)
+        return Stop(
+            guest=row,
+            devices=running.mdevs,
+            kept=kept,
+            force=self.force,
+            deadline=self._seconds(STOP_SECONDS),
+        )
 
 
 class _Turn(Struct, eq=False):
@@ -680,7 +697,7 @@ class _Turn(Struct, eq=False):
     own: GuestRecord
     devices: tuple[UUID, ...]
     row: GuestRecord | None
-    running: Running | None
+    running: ObservedGuest | None
     new: list[UUID] = field(default_factory=list)
     old: list[UUID] = field(default_factory=list)
     reason: str = ""
@@ -715,11 +732,12 @@ def _chain(steps: Iterable[AnyStep]) -> list[_Node]:
     return nodes
 
 
-def _numbered(nodes: Sequence[_Node]) -> tuple[Planned, ...]:
+def _numbered(nodes: Sequence[_Node]) -> tuple[PlannedStep, ...]:
     order = list(TopologicalSorter({node: node.needs for node in nodes}).static_order())
     number = {node: index for index, node in enumerate(order)}
     return tuple(
-        Planned(node.step, tuple(sorted({number[need] for need in node.needs}))) for node in order
+        PlannedStep(node.step, tuple(sorted({number[need] for need in node.needs})))
+        for node in order
     )
 
 

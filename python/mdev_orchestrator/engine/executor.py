@@ -1,39 +1,46 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs steps: all of them, or none.
+"""Runs the steps of one operation: all of them, or none.
 
 Steps that do not need each other run at the same time, as many as the kind of step allows. When one
 fails, or the user interrupts, no further step begins and those that are under way are cancelled;
-then those that are done, or may have been, are undone, in reverse and again concurrently. The first
-error is what the caller gets. An undo that fails stands beside it as a note and leaves the run open
+then those that are done, or whose outcome is unknown, are undone, in reverse and again
+concurrently. The first error is raised. An undo that fails is a note of it and leaves the run open
 in the journal. A second interruption waits for nothing and leaves it open too.
 
 A journal that cannot be written any more ends a run like any other error, and does not keep it from
-being undone: what its steps did stands there, so that it can be undone again.
+being undone: the steps' outcomes are known in memory, and the undo can be done again.
 
-Each step is written to the journal before it acts and after, so that whoever finds an open run of a
-process that has gone (:mod:`.recovery`) knows all that may have happened. Every write is a flush of
-the disk, so the steps that need no other are written as begun together with the run, and the last
-to come to their end together with its end.
+Each step is written to the journal before it acts and after, so that another process that finds the
+run open (:mod:`.recovery`) knows all that may have happened. Every write is a flush of the disk, so
+the steps that need no other are written as begun together with the run, and the last ones to come
+to their end together with its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
 from mdev_orchestrator.engine import steps as step_module
-from mdev_orchestrator.engine.context import Context, UnsettledError
-from mdev_orchestrator.engine.journal import CLAIM_SECONDS, Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.journal_db import Change, SpecRecord
-from mdev_orchestrator.engine.steps import AnyStep, Launch, make_all
-from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
+from mdev_orchestrator.engine.records import Change, DeviceRecord, SpecRecord
+from mdev_orchestrator.engine.steps import AnyStep, Create, Launch, Remove, attempt_all
+from mdev_orchestrator.errors import MdoError, Outcome
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.qemu import process
+from mdev_orchestrator.system.waiting import run_to_completion
+
+_LOG = logging.getLogger(__name__)
 
 
 class StepEventKind(StrEnum):
-    """What an observer is told of."""
+    """What happens to a step."""
 
     BEGIN = "begin"
     """Its intent is on the disk, and it is about to act."""
@@ -50,21 +57,28 @@ class StepEventKind(StrEnum):
 class StepEvent:
     """What happens to one step of a run.
 
-    :ivar number: Its place among the ``total`` steps.
+    :ivar number: Its place among the ``total`` steps, from 0.
+    :ivar outcome: What is known of it when it has failed; ``None`` for other kinds of events.
     """
 
     kind: StepEventKind
     step: AnyStep
     number: int
     total: int
+    outcome: Outcome | None = None
 
 
 Observer = Callable[[StepEvent], None]
-"""ResultCallback of every step's moments, on the event loop; must return quickly."""
+"""Called for every event of every step, on the event loop; must return quickly. What it raises is
+logged and changes nothing."""
+
+
+def ignore(_: StepEvent) -> None:
+    """Do nothing with an event."""
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedStep:
     """A step and the numbers of those that must be done before it."""
 
     step: AnyStep
@@ -74,52 +88,28 @@ class Planned:
 _AT_ONCE: dict[type, int] = {Launch: 4}
 """A QEMU that starts wants a processor; more at once only make every one of them late."""
 _DEVICES_AT_ONCE = 16
-"""A driver's own lock makes more of them pointless."""
 _NOTE_SECONDS = 0.2
-"""Between two notes of how many of the devices that come together are there, if a step waits."""
+"""Between two notes of how many devices of a batch are there, if another step waits for them."""
 _PROGRESS_SECONDS = 1.0
-"""Between two such notes if only the user does."""
+"""Between two such notes otherwise."""
 _GOODBYE_SECONDS = 1.0
 """For what is under way to take notice of a second interruption."""
-_OPEN = "mdo recover undoes what was done"
+LEFT_OPEN = "mdo recover undoes what was done"
 
 
-def ignore(_: StepEvent) -> None:
-    """An observer that does nothing."""
+def claims_of(planned: Sequence[PlannedStep]) -> set[str]:
+    """The objects that steps change, and the parents on which they create devices."""
+    claims = {claim for entry in planned for claim in entry.step.claims}
+    return claims | {f"parent:{device.parent}" for device in _created(planned)}
 
 
-async def execute(
-    journal: Journal,
-    kind: str,
-    title: str,
-    planned: Sequence[Planned],
-    context: Context,
-    *,
-    claims: Sequence[str] = (),
-    change: Change | None = None,
-    specs: Mapping[str, SpecRecord | None] | None = None,
-    observe: Observer = ignore,
-    wait: float = CLAIM_SECONDS,
-    run: Run | None = None,
-) -> None:
-    """Do all steps, or undo what was done and raise the first error.
+def _created(planned: Sequence[PlannedStep]) -> list[DeviceRecord]:
+    return [entry.step.device for entry in planned if isinstance(entry.step, Create)]
 
-    :param kind: What the journal calls the command.
-    :param title: What it is about.
-    :param claims: Objects that are claimed beside those of the steps.
-    :param change: What becomes ours, or is not any more, when all is done.
-    :param specs: What becomes of the specs then.
-    :param wait: Seconds to wait for another command that changes the same objects.
-    :param run: One that was begun without steps, for its claims.
-    :raise BusyError: Another command changes one of the objects; nothing was done.
-    :raise HostError: The journal cannot be written.
-    :raise MdoError: A step failed; its notes tell what could not be undone.
-    """
-    wanted = {claim for entry in planned for claim in entry.step.claims}.union(claims)
-    first = [entry.step for entry in planned if not entry.needs]
-    intent = _all_of([step.intent for step in first])
-    refused = _all_of([step.refused for step in first])
-    entries = [
+
+def entries_of(planned: Sequence[PlannedStep]) -> list[Entry]:
+    """Steps as they are written with their run: those that need no other are about to act."""
+    return [
         Entry(
             number,
             step_module.encode(entry.step),
@@ -128,119 +118,48 @@ async def execute(
         )
         for number, entry in enumerate(planned)
     ]
-    # those that are about to act have done nothing yet
-    progress = [Progress.PLANNED if entry.needs else Progress.FAILED for entry in planned]
-    begun = run or await journal.begin(
-        kind, title, entries, wanted, change=intent, refused=refused, wait=wait
+
+
+def first_changes(planned: Sequence[PlannedStep]) -> tuple[Change, Change]:
+    """The records of the steps that need no other: when they begin, and if they do not act."""
+    first = [entry.step for entry in planned if not entry.needs]
+    return (
+        Change.merged(step.on_begin for step in first),
+        Change.merged(step.on_no_effect for step in first),
     )
-    work = _Work(journal, begun, planned, context, observe, progress)
-    if run is not None:
-        try:
-            await journal.plan(run, entries, wanted, change=intent, wait=wait)
-        except asyncio.CancelledError as error:
-            if journal.has_steps(run):
-                await _take_back(work, error)
-            raise
-    try:
-        await work.do_all()
-    except _TwiceError as error:
-        error.add_note(_OPEN)
-        raise
-    except (Exception, asyncio.CancelledError) as error:
-        await _take_back(work, error)
-        raise
-    try:
-        await _close(work.end(change, specs))
-    except MdoError as error:  # nobody would know of what was done
-        await _take_back(work, error)
-        raise
 
 
-async def _take_back(work: _Work, error: BaseException) -> None:
-    """Undo what a run did, and say so beside its error."""
-    undoing = asyncio.ensure_future(work.undo_all(error))
-    try:
-        clean = await asyncio.shield(undoing)
-    except asyncio.CancelledError as second:
-        undoing.cancel()
-        await asyncio.wait((undoing,), timeout=_GOODBYE_SECONDS)
-        second.add_note(_OPEN)
-        raise
-    if clean:
-        error.add_note("nothing was changed" if work.untouched else "all was undone")
-    else:
-        error.add_note("mdo recover tries again to undo it")
+class Execution:
+    """The steps of one run, and what is known of each.
 
-
-async def _close(end: Awaitable[None]) -> None:
-    """Close a run of which everything is done: interrupted or not, it is."""
-    closing = asyncio.ensure_future(end)
-    try:
-        await asyncio.shield(closing)
-    except asyncio.CancelledError as error:
-        await closing
-        error.add_note("all was done already")
-        raise
-
-
-async def undo(
-    journal: Journal,
-    run: Run,
-    entries: Sequence[Entry],
-    context: Context,
-    observe: Observer = ignore,
-) -> list[MdoError]:
-    """Undo a run that somebody else left open, and close it unless something is stuck.
-
-    :return: What could not be undone.
-    """
-    work = _Work.resumed(journal, run, entries, context, observe)
-    await work.undo_all(MdoError(f"{run} was cut short"))
-    return work.stuck
-
-
-async def finish(
-    journal: Journal,
-    run: Run,
-    entries: Sequence[Entry],
-    context: Context,
-    *,
-    change: Change | None = None,
-    specs: Mapping[str, SpecRecord | None] | None = None,
-    observe: Observer = ignore,
-) -> tuple[MdoError | None, list[MdoError]]:
-    """Do the rest of a run that somebody else left open, or undo all of it when a step fails.
-
-    It is closed then, unless something is stuck.
-
-    :return: Why it was not finished, and what could not be undone.
-    """
-    work = _Work.resumed(journal, run, entries, context, observe)
-    try:
-        await work.do_all()
-    except MdoError as error:
-        await work.undo_all(error)
-        return error, work.stuck
-    await work.end(change, specs)
-    return None, []
-
-
-@dataclass
-class _Work:
-    """A run under way: what is known of each step.
-
-    :ivar last: Steps that are done, which the run's end writes down.
+    :ivar progress: How far each step is. In the journal a step that is about to act is ``ACTING``
+        already; here it is ``PLANNED`` until it acts.
+    :ivar stuck: Why the run stays open.
     """
 
-    journal: Journal
-    run: Run
-    planned: Sequence[Planned]
-    context: Context
-    observe: Observer
-    progress: list[Progress]
-    last: list[int] = field(default_factory=list)
-    stuck: list[MdoError] = field(default_factory=list)
-    limits: dict[type, asyncio.Semaphore] = field(default_factory=dict)
+    def __init__(
+        self,
+        journal: Journal,
+        run: Run,
+        planned: Sequence[PlannedStep],
+        context: Context,
+        observe: Observer = ignore,
+        progress: Sequence[Progress] | None = None,
+    ) -> None:
+        """Take up the steps of a run that is written down.
+
+        :param progress: How far each is; none has begun without it.
+        """
+        self.journal = journal
+        self.run = run
+        self.planned = planned
+        self.context = context
+        self.observe = observe
+        self.progress = list(progress or [Progress.PLANNED] * len(planned))
+        self.stuck: list[MdoError] = []
+        self._last: list[int] = []
+        self._limits: dict[type, asyncio.Semaphore] = {}
+        self._held_parents = self._parents_in_use()
 
     @classmethod
     def resumed(
@@ -250,23 +169,110 @@ class _Work:
         entries: Sequence[Entry],
         context: Context,
         observe: Observer,
-    ) -> _Work:
-        planned = [Planned(step_module.decode(entry.data), entry.needs) for entry in entries]
-        return cls(journal, run, planned, context, observe, [entry.progress for entry in entries])
+    ) -> Self:
+        """Take up a run that another process left open."""
+        planned = [PlannedStep(step_module.decode(entry.data), entry.needs) for entry in entries]
+        progress = [entry.progress for entry in entries]
+        return cls(journal, run, planned, context, observe, progress)
 
-    @property
-    def untouched(self) -> bool:
-        """Whether no step had come to its end."""
-        return Progress.UNDONE not in self.progress
+    async def perform(
+        self,
+        change: Change | None = None,
+        specs: Mapping[str, SpecRecord | None] | None = None,
+        *,
+        undo: bool = True,
+    ) -> None:
+        """Do all steps and close the run, or undo what was done and raise the first error.
 
-    def emit(self, kind: StepEventKind, number: int) -> None:
-        self.observe(StepEvent(kind, self.planned[number].step, number, len(self.planned)))
+        :param change: Records that change when all is done.
+        :param specs: Records of specs that change then.
+        :param undo: Without it a run that fails is closed as it is.
+        :raise MdoError: A step failed; its notes tell what could not be undone.
+        """
+        try:
+            await self.do_all()
+            self._check_still_there()
+        except _TwiceError as error:
+            error.add_note(LEFT_OPEN)
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            if undo:
+                await self.take_back(error)
+            else:
+                await run_to_completion(self.journal.end(self.run, "failed"))
+            raise
+        try:
+            await self._close(change, specs)
+        except MdoError as error:  # no record would tell of what was done
+            await self.take_back(error)
+            raise
 
-    def limit(self, step: AnyStep) -> asyncio.Semaphore:
+    async def take_back(self, error: BaseException) -> None:
+        """Undo what the run did, and note on its error what is known now."""
+        undoing = asyncio.ensure_future(self.undo_all(error))
+        try:
+            closed = await asyncio.shield(undoing)
+        except asyncio.CancelledError as second:
+            undoing.cancel()
+            await asyncio.wait((undoing,), timeout=_GOODBYE_SECONDS)
+            second.add_note(LEFT_OPEN)
+            raise
+        untouched = all(p in {Progress.PLANNED, Progress.NO_EFFECT} for p in self.progress)
+        if Progress.STUCK in self.progress:
+            error.add_note("mdo recover tries again to undo it")
+        elif untouched and closed:
+            error.add_note("nothing was changed")
+        else:
+            error.add_note("all was undone" if not untouched else "no step had any effect")
+
+    async def _close(
+        self, change: Change | None, specs: Mapping[str, SpecRecord | None] | None
+    ) -> None:
+        """Close a run of which everything is done, also when interrupted."""
+        try:
+            await run_to_completion(self.end(change, specs))
+        except asyncio.CancelledError as error:
+            error.add_note("all was done already")
+            raise
+
+    def _check_still_there(self) -> None:
+        """Check that what was made was not taken away by another program meanwhile.
+
+        :raise MdoError: It was.
+        """
+        machine = self.context.machine
+        gone = {e.step.device.uuid for e in self.planned if isinstance(e.step, Remove)}
+        for uuid in [device.uuid for device in _created(self.planned)]:
+            if sysfs.directory(machine, uuid) is None and uuid not in gone:
+                raise MdoError(
+                    f"mdev {uuid} was removed by another program while {self.run} was at work",
+                    "see which program it was, then try again",
+                    outcome=Outcome.UNKNOWN,
+                    subject=f"mdev {uuid}",
+                )
+        for entry in self.planned:
+            step = entry.step
+            if isinstance(step, Launch) and not process.find(machine, step.guest.name).alive:
+                raise MdoError(
+                    f"guest {step.guest.name} has ended while {self.run} was at work",
+                    f"mdo guest console --log {step.guest.name} shows what it printed",
+                    outcome=Outcome.UNKNOWN,
+                    subject=f"guest {step.guest.name}",
+                )
+
+    def emit(self, kind: StepEventKind, number: int, outcome: Outcome | None = None) -> None:
+        """Pass an event to the observer."""
+        event = StepEvent(kind, self.planned[number].step, number, len(self.planned), outcome)
+        try:
+            self.observe(event)
+        except Exception:  # noqa: BLE001 - whatever it is, the steps go on
+            _LOG.exception("an observer failed at %s of step %d", kind, number)
+
+    def _limit(self, step: AnyStep) -> asyncio.Semaphore:
         kind = type(step)
-        if kind not in self.limits:
-            self.limits[kind] = asyncio.Semaphore(_AT_ONCE.get(kind, _DEVICES_AT_ONCE))
-        return self.limits[kind]
+        if kind not in self._limits:
+            self._limits[kind] = asyncio.Semaphore(_AT_ONCE.get(kind, _DEVICES_AT_ONCE))
+        return self._limits[kind]
 
     # ---- forward --------------------------------------------------------------------------------
 
@@ -276,127 +282,170 @@ class _Work:
         :raise MdoError: The first that failed.
         """
         ready = [asyncio.Event() for _ in self.planned]
-        async with _Failing() as tasks:
-            for number, done in enumerate(self.progress):
-                if done is Progress.DONE:
+        async with _FirstError() as tasks:
+            for number, progress in enumerate(self.progress):
+                if progress is Progress.DONE:
                     ready[number].set()
-            for numbers in self._bundles():
+            for numbers in self._batches():
                 tasks.start(self._do(numbers, ready))
 
-    def _bundles(self) -> list[list[int]]:
-        """The steps that are not done; devices that come or go at the same time stand together."""
-        bundles: list[list[int]] = []
-        joined: dict[tuple[type, tuple[int, ...]], list[int]] = {}
-        for number, (planned, done) in enumerate(zip(self.planned, self.progress, strict=True)):
-            if done is Progress.DONE:
+    async def do_one(self, number: int) -> None:
+        """Do one step now.
+
+        :raise MdoError: It failed.
+        """
+        ready = [asyncio.Event() for _ in self.planned]
+        await self.journal.note(
+            self.run, Progress.ACTING, [number], change=self.planned[number].step.on_begin
+        )
+        self.emit(StepEventKind.BEGIN, number)
+        await self._attempt([number], ready, keep_open=True)
+
+    def _batches(self) -> list[list[int]]:
+        """The steps that are not done; devices that come or go at the same time are together."""
+        batches: list[list[int]] = []
+        joined: dict[tuple[type, str, tuple[int, ...]], list[int]] = {}
+        for number, (planned, progress) in enumerate(zip(self.planned, self.progress, strict=True)):
+            if progress is Progress.DONE:
                 continue
             step = planned.step
-            if step.joins_others and not self.context.repairing:
-                key = type(step), planned.needs
-                if key not in joined:
-                    joined[key] = []
-                    bundles.append(joined[key])
-                joined[key].append(number)
-            else:
-                bundles.append([number])
-        return bundles
+            if step.batch is None or self.context.repairing:
+                batches.append([number])
+                continue
+            key = type(step), step.batch, planned.needs
+            if key not in joined:
+                joined[key] = []
+                batches.append(joined[key])
+            joined[key].append(number)
+        return batches
 
     async def _do(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
         """Do one step, or several that have the same needs."""
         steps = [self.planned[number].step for number in numbers]
-        for need in self.planned[numbers[0]].needs:
+        needs = self.planned[numbers[0]].needs
+        for need in needs:
             await ready[need].wait()
-        async with self.limit(steps[0]):
+        async with self._limit(steps[0]):
             try:
-                if self.progress[numbers[0]] is not Progress.FAILED:
-                    self._are(numbers, Progress.FAILED)  # unless their intent gets written
-                    intent = _all_of([step.intent for step in steps])
-                    await self.journal.note(self.run, Progress.ACTING, numbers, change=intent)
-                self._are(numbers, Progress.ACTING)
+                if needs or self.progress[numbers[0]] is not Progress.PLANNED:
+                    change = Change.merged(step.on_begin for step in steps)
+                    await self.journal.note(self.run, Progress.ACTING, numbers, change=change)
                 for number in numbers:
                     self.emit(StepEventKind.BEGIN, number)
-                await self._make(numbers, ready)
+                await self._attempt(numbers, ready)
             except BaseException:
                 for number in numbers:
                     if not ready[number].is_set():
-                        self.emit(StepEventKind.FAILED, number)
+                        self.emit(StepEventKind.FAILED, number, self._outcome(number))
                 raise
 
-    async def _make(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
+    def _outcome(self, number: int) -> Outcome:
+        match self.progress[number]:
+            case Progress.DONE:
+                return Outcome.DONE
+            case Progress.PLANNED | Progress.NO_EFFECT:
+                return Outcome.NO_EFFECT
+        return Outcome.UNKNOWN
+
+    async def _attempt(
+        self, numbers: Sequence[int], ready: Sequence[asyncio.Event], *, keep_open: bool = False
+    ) -> None:
+        self._set(numbers, Progress.ACTING)
         if len(numbers) > 1:
-            await self._make_all(numbers, ready)
+            await self._attempt_batch(numbers, ready)
             return
         (number,) = numbers
-        try:
-            await self.planned[number].step.make(self.context)
-        except MdoError as error:
-            # only who refuses has done nothing; anything else may have, or may show it later
-            if not isinstance(error, UnsettledError):
-                self.progress[number] = Progress.FAILED
-            raise
-        self._has_acted(number)
-        await self._done(numbers, ready)
+        result = await self.planned[number].step.attempt(self.context)
+        self.progress[number] = Progress.after(result.outcome)
+        if result.error is not None:
+            raise result.error
+        self.emit(StepEventKind.ACTED, number)
+        await self._note_done(numbers, ready, keep_open=keep_open)
 
-    async def _make_all(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
-        """Make devices together; those that take their time are done as they come."""
+    async def _attempt_batch(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
+        """Make devices together; those that are made are noted as they come."""
         made: list[int] = []
 
-        def told(index: int, is_made: bool) -> None:
-            if is_made:
-                self._has_acted(numbers[index])
+        def on_result(index: int, outcome: Outcome) -> None:
+            self.progress[numbers[index]] = Progress.after(outcome)
+            if outcome is Outcome.DONE:
+                self.emit(StepEventKind.ACTED, numbers[index])
                 made.append(numbers[index])
-            else:
-                self.progress[numbers[index]] = Progress.FAILED
 
         steps = [self.planned[number].step for number in numbers]
         needed = {need for planned in self.planned for need in planned.needs}
         pause = _PROGRESS_SECONDS if needed.isdisjoint(numbers) else _NOTE_SECONDS
-        making = asyncio.ensure_future(make_all(steps, self.context, told))
+        making = asyncio.ensure_future(attempt_all(steps, self.context, on_result))
         try:
             while made or not making.done():  # more may come while some are written down
                 await asyncio.wait((making,), timeout=pause)
                 done, made[:] = [*made], []
-                await self._done(done, ready)
+                await self._note_done(done, ready)
         except BaseException:
             making.cancel()
             await asyncio.wait((making,))
             raise
         finally:
-            if making.done() and not making.cancelled():
-                making.result()  # its error tells more than that of who waited
+            if making.done() and not making.cancelled() and (error := making.result()):
+                raise error  # it tells more than the cancellation of this task
 
-    def _has_acted(self, number: int) -> None:
-        self.progress[number] = Progress.DONE
-        self.emit(StepEventKind.ACTED, number)
-
-    async def _done(self, numbers: Sequence[int], ready: Sequence[asyncio.Event]) -> None:
-        """Write down what was done, and let those go on who wait for it."""
+    async def _note_done(
+        self, numbers: Sequence[int], ready: Sequence[asyncio.Event], *, keep_open: bool = False
+    ) -> None:
+        """Write down what was done, and let the steps begin that wait for it."""
         if not numbers:
             return
-        if all(progress is Progress.DONE for progress in self.progress):
-            self.last += numbers
+        if not keep_open and all(progress is Progress.DONE for progress in self.progress):
+            self._last += numbers  # written together with the end of the run
             return
-        await self.journal.note(self.run, Progress.DONE, numbers, change=self._outcome(numbers))
+        await self.journal.note(
+            self.run,
+            Progress.DONE,
+            numbers,
+            change=self._on_done(numbers),
+            release=self._free_parents(numbers),
+        )
         for number in numbers:
             self.emit(StepEventKind.DONE, number)
             ready[number].set()
+
+    def _parents_in_use(self) -> Counter[str]:
+        """On how many devices of each parent the run holds a claim until they are created.
+
+        A parent on which it also removes devices stays claimed to the end: an undo creates them.
+        """
+        removed = {e.step.device.parent for e in self.planned if isinstance(e.step, Remove)}
+        parents = [device.parent for device in _created(self.planned)]
+        return Counter(parent for parent in parents if parent not in removed)
+
+    def _free_parents(self, numbers: Sequence[int]) -> list[str]:
+        """The claims of parents on which nothing more is created."""
+        steps = [self.planned[number].step for number in numbers]
+        made = Counter(step.device.parent for step in steps if isinstance(step, Create))
+        free = []
+        for parent, count in made.items():
+            if parent in self._held_parents:
+                self._held_parents[parent] -= count
+                if not self._held_parents[parent]:
+                    free.append(f"parent:{parent}")
+        return free
 
     async def end(
         self, change: Change | None, specs: Mapping[str, SpecRecord | None] | None
     ) -> None:
         """Close the run: all is done.
 
-        :param change: What becomes ours, or is not any more, beside what the steps change.
+        :param change: Records that change beside those of the steps.
         """
-        outcome = _all_of([self._outcome(self.last), change or Change()])
-        await self.journal.end(self.run, "done", done=self.last, change=outcome, specs=specs)
-        for number in self.last:
+        changes = Change.merged((self._on_done(self._last), change or Change()))
+        await self.journal.end(self.run, "done", done=self._last, change=changes, specs=specs)
+        for number in self._last:
             self.emit(StepEventKind.DONE, number)
 
-    def _outcome(self, numbers: Sequence[int]) -> Change:
-        return _all_of([self.planned[number].step.outcome for number in numbers])
+    def _on_done(self, numbers: Sequence[int]) -> Change:
+        return Change.merged(self.planned[number].step.on_done for number in numbers)
 
-    def _are(self, numbers: Sequence[int], progress: Progress) -> None:
+    def _set(self, numbers: Sequence[int], progress: Progress) -> None:
         for number in numbers:
             self.progress[number] = progress
 
@@ -416,10 +465,7 @@ class _Work:
             for need in entry.needs:
                 dependents[need].append(number)
         try:
-            failed = [n for n, progress in enumerate(self.progress) if progress is Progress.FAILED]
-            if failed:
-                refused = _all_of([self.planned[number].step.refused for number in failed])
-                await self._write(Progress.FAILED, failed, refused, cause)
+            await self._note_without_effect(cause)
             async with asyncio.TaskGroup() as tasks:
                 for number in range(len(self.planned)):
                     tasks.create_task(self._undo(number, dependents[number], undone, cause))
@@ -430,7 +476,38 @@ class _Work:
                 await self.journal.end(self.run, "undone")
             except MdoError as failure:
                 self._unwritten(failure, cause)
+        if self.stuck:
+            await self.journal.give_up(self.run)
         return not self.stuck
+
+    async def _note_without_effect(self, cause: BaseException) -> None:
+        """Delete the records of steps that were written as about to act and have done nothing."""
+        numbers = [
+            number
+            for number, progress in enumerate(self.progress)
+            if progress is Progress.NO_EFFECT
+            or (progress is Progress.PLANNED and not self.planned[number].needs)
+        ]
+        if numbers:
+            change = Change.merged(self.planned[n].step.on_no_effect for n in numbers)
+            await self._write(Progress.NO_EFFECT, numbers, change, cause)
+
+    async def undo_one(self, number: int) -> None:
+        """Undo one step now.
+
+        :raise MdoError: It cannot be undone.
+        """
+        inverse = self.planned[number].step.inverse()
+        await self.journal.note(self.run, Progress.UNDOING, [number], change=inverse.on_begin)
+        self.progress[number] = Progress.UNDOING
+        self.emit(StepEventKind.UNDO, number)
+        result = await inverse.attempt(self.context)
+        if result.error is not None:
+            raise result.error
+        self.emit(StepEventKind.ACTED, number)
+        await self.journal.note(self.run, Progress.UNDONE, [number], change=inverse.on_done)
+        self.progress[number] = Progress.UNDONE
+        self.emit(StepEventKind.UNDONE, number)
 
     async def _undo(
         self,
@@ -444,19 +521,18 @@ class _Work:
         touched = {Progress.ACTING, Progress.DONE, Progress.UNDOING, Progress.STUCK}
         if self.progress[number] in touched:
             inverse = self.planned[number].step.inverse()
-            async with self.limit(inverse):
-                await self._write(Progress.UNDOING, [number], inverse.intent, cause)
+            async with self._limit(inverse):
+                await self._write(Progress.UNDOING, [number], inverse.on_begin, cause)
                 self.emit(StepEventKind.UNDO, number)
                 try:
-                    await inverse.make(self.context)
-                    self.emit(StepEventKind.ACTED, number)
-                except MdoError as error:
+                    error = (await inverse.attempt(self.context)).error
+                except Exception as bug:  # noqa: BLE001 - the others are undone all the same
+                    error = MdoError(f"internal error: {type(bug).__name__}: {bug}")
+                if error is not None:
                     await self._stuck(number, error, cause)
-                except Exception as error:  # noqa: BLE001 - a bug must not keep the others from it
-                    words = f"internal error: {type(error).__name__}: {error}"
-                    await self._stuck(number, MdoError(words), cause)
                 else:
-                    await self._write(Progress.UNDONE, [number], inverse.outcome, cause)
+                    self.emit(StepEventKind.ACTED, number)
+                    await self._write(Progress.UNDONE, [number], inverse.on_done, cause)
                     self.progress[number] = Progress.UNDONE
                     self.emit(StepEventKind.UNDONE, number)
         undone[number].set()
@@ -466,7 +542,7 @@ class _Work:
         cause.add_note(words)
         self.stuck.append(error)
         self.progress[number] = Progress.STUCK
-        self.emit(StepEventKind.STUCK, number)
+        self.emit(StepEventKind.STUCK, number, error.outcome)
         await self._write(Progress.STUCK, [number], Change(), cause, words)
 
     async def _write(
@@ -477,7 +553,7 @@ class _Work:
         cause: BaseException,
         error: str = "",
     ) -> None:
-        """Write down what an undo comes to; it goes on without the journal."""
+        """Write down how far an undo is; it goes on without the journal."""
         try:
             await self.journal.note(self.run, progress, numbers, change=change, error=error)
         except MdoError as failure:
@@ -491,40 +567,29 @@ class _Work:
             cause.add_note(failure.message)
 
 
-def _all_of(changes: Sequence[Change]) -> Change:
-    """What several steps change."""
-    if len(changes) == 1:
-        return changes[0]
-    return Change(
-        devices={uuid: device for change in changes for uuid, device in change.devices.items()},
-        guests={name: guest for change in changes for name, guest in change.guests.items()},
-    )
-
-
 class _TwiceError(asyncio.CancelledError):
     """Interrupted once more while what was under way came to its end."""
 
 
-class _Failing:
-    """Tasks of which the first that fails ends the others, and is what is raised.
+@dataclass
+class _FirstError:
+    """Tasks of which the first that fails ends the others, and whose error is raised.
 
-    A TaskGroup raises a group of errors in no certain order; who reads one line wants the first.
+    A TaskGroup raises a group of errors in no certain order; a user reads one line, the first.
     """
 
-    def __init__(self) -> None:
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.errors: list[BaseException] = []
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    errors: list[BaseException] = field(default_factory=list)
 
     async def __aenter__(self) -> Self:
         return self
 
-    def start(self, work: object) -> None:
-        task = asyncio.ensure_future(self._watched(work))
-        self.tasks.add(task)
+    def start(self, work: Awaitable[None]) -> None:
+        self.tasks.add(asyncio.ensure_future(self._watched(work)))
 
-    async def _watched(self, work: object) -> None:
+    async def _watched(self, work: Awaitable[None]) -> None:
         try:
-            await work  # type: ignore[misc]
+            await work
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised when all have ended

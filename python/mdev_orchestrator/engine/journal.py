@@ -1,35 +1,48 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is ours, and what was intended: an SQLite file that survives whatever kills us.
+"""What is managed here, and what was intended: an SQLite file that survives any crash.
 
-sysfs and QMP are the truth about what *is*. The journal says which of it is ours, and what a
-command that did not come to its end had in mind::
+sysfs and QMP are the truth about what *is*. The journal says which of it is managed here, and what
+a command that did not come to its end had in mind::
 
     run      one command that changes things: its process, when, how it ended (none: open)
     step     its steps in their order, and how far each came (see Progress)
-    claim    the objects that an open run changes: nobody else changes them meanwhile
-    device   the mdevs that are ours        guest    the guests that are ours
+    claim    the objects that an open run changes: no other run changes them meanwhile
+    device   the managed mdevs          guest    the managed guests
     spec     the specs that were applied
 
 The rule is *intent before action*. A run is written with all its steps before the first of them
-acts; a step that waits for others once more right before it acts, and each when it has acted, the
-last of them together with the end of the run. Every one of these writes is on the disk (WAL,
+acts; a step that needs others once more right before it acts, and each when it has acted, the last
+of them together with the end of the run. Every one of these writes is on the disk (WAL,
 ``synchronous=FULL``) when it returns. Concurrent writes share one transaction, so sixty-four
 devices that are created at once cost a handful of flushes.
 
-A run belongs to the process that began it, as long as it has the journal open that it began it by.
-When that process has gone, or goes on without it, and the run is open, it is :mod:`.recovery`'s.
+A run belongs to the process that began it for as long as that process holds the run's lock: one
+byte of ``journal.lock``, at the run's number. The kernel gives the lock back when the process ends,
+in whatever way and in whatever PID namespace. An open run without a lock is :mod:`.recovery`'s.
 
-What the file holds is checked when it is read: it may be damaged, of a newer version, or not ours.
+All of SQLite's work is done in a thread of the journal's own. The file is checked when it is read:
+it may be damaged, of a newer version, or of another user.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import sqlite3
+import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -40,9 +53,7 @@ import msgspec
 
 from mdev_orchestrator.engine.journal_db import (
     VERSION,
-    Change,
-    Managed,
-    SpecRecord,
+    JournalError,
     check_file,
     connect,
     explained,
@@ -50,31 +61,48 @@ from mdev_orchestrator.engine.journal_db import (
     read_rows,
     transaction,
 )
-from mdev_orchestrator.errors import BusyError, HostError, MdoError
-from mdev_orchestrator.state import journal_path, private_dir
+from mdev_orchestrator.engine.records import Change, Managed, SpecRecord
+from mdev_orchestrator.errors import BusyError, HostError, MdoError, Outcome
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.state import private_dir
 from mdev_orchestrator.system.processes import boot_id, start_time
+from mdev_orchestrator.system.waiting import run_to_completion
 
 T = TypeVar("T")
 
 CLAIM_SECONDS = 10.0
 """To wait for another command that changes the same objects."""
 KEPT = 200
-"""Closed runs that are kept for whoever wants to know what happened."""
+"""Closed runs that are kept, for a user who wants to know what happened."""
+_LOOK_SECONDS = 0.1
+"""Between two looks at a claim of another process; no event tells when it is free."""
+_FLOCK = "hhqqi"
+"""``struct flock`` of fcntl(2): type, whence, start, length, pid."""
 
 
 class Progress(StrEnum):
     """How far a step has come."""
 
     PLANNED = "planned"
+    """It has not begun."""
     ACTING = "acting"
-    """Its intent is written; what it has done is not known."""
+    """It has begun, and its outcome is not known."""
     DONE = "done"
-    FAILED = "failed"
-    """It did nothing, or has taken back what it did."""
+    NO_EFFECT = "no effect"
+    """It has ended, and all is as before it."""
     UNDOING = "undoing"
     UNDONE = "undone"
     STUCK = "stuck"
     """It could not be undone; the run stays open."""
+
+    @classmethod
+    def after(cls, outcome: Outcome) -> Progress:
+        """How far a step is that has ended with this outcome."""
+        return {
+            Outcome.DONE: cls.DONE,
+            Outcome.NO_EFFECT: cls.NO_EFFECT,
+            Outcome.UNKNOWN: cls.ACTING,
+        }[outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +126,13 @@ class Process:
 
     @classmethod
     def this(cls) -> Self:
-        """The one that asks."""
+        """The calling process."""
         pid = os.getpid()
         return cls(pid, start_time(pid) or 0, boot_id())
 
     @property
     def alive(self) -> bool:
-        """Whether it is still there."""
+        """Whether it is still there, as seen from this PID namespace."""
         return self.boot_id == boot_id() and start_time(self.pid) == self.start_time
 
 
@@ -115,6 +143,7 @@ class Run:
     :ivar kind: ``apply``, ``destroy``, ``create``, ``detach``…
     :ivar title: What it was about: the spec, the guest, the devices.
     :ivar began: Seconds since the epoch.
+    :ivar locked: Its process holds a lock while it is at work; runs of version 1 have none.
     """
 
     id: int
@@ -122,54 +151,138 @@ class Run:
     title: str
     process: Process
     began: float
+    locked: bool = True
 
     def __str__(self) -> str:
         """How messages name it."""
         return f"mdo {self.kind} {self.title}".rstrip() + f" (process {self.process.pid})"
 
 
-_at_work: set[tuple[Path, int]] = set()
-"""The runs that this process began, by a journal that it still has open."""
+class ClaimedError(BusyError):
+    """Another run has claimed an object.
+
+    :ivar object: The claim, such as ``guest:NAME``.
+    :ivar run: The run that has it.
+    """
+
+    def __init__(self, object_: str, run: Run) -> None:
+        named = object_.replace(":", " ", 1)
+        super().__init__(
+            f"{named} is being changed by {run}",
+            "wait until it ends; if it has ended, mdo recover",
+            outcome=Outcome.NO_EFFECT,
+            subject=named,
+        )
+        self.object = object_
+        self.run = run
+
+
+class _RunLocks:
+    """Locks on single bytes of a file, each of which says that a process is at work at a run.
+
+    They are open file description locks: another open of the file, by this process or any other,
+    conflicts with them, and the kernel gives them back when the last descriptor is closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, 0o600)
+        self._mine: set[int] = set()
+
+    def take(self, run: int) -> bool:
+        """Take the lock of a run; whether no other open journal has it."""
+        try:
+            self._control(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, run)
+        except (BlockingIOError, PermissionError):
+            return False
+        self._mine.add(run)
+        return True
+
+    def release(self, run: int) -> None:
+        """Give a lock back."""
+        self._control(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, run)
+        self._mine.discard(run)
+
+    def is_taken(self, run: int) -> bool:
+        """Whether any open journal, this one included, has the lock of a run."""
+        if run in self._mine:
+            return True
+        answer = self._control(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, run)
+        kind: int = struct.unpack(_FLOCK, answer[: struct.calcsize(_FLOCK)])[0]
+        return kind != fcntl.F_UNLCK
+
+    def close(self) -> None:
+        """Give all locks back."""
+        os.close(self._descriptor)
+
+    def _control(self, command: int, kind: int, run: int) -> bytes:
+        request = struct.pack(_FLOCK, kind, os.SEEK_SET, run, 1, 0)
+        padded = request.ljust(-(-len(request) // 8) * 8, b"\0")
+        return fcntl.fcntl(self._descriptor, command, padded)
+
+
+@asynccontextmanager
+async def open_journal(machine: Machine) -> AsyncIterator[Journal]:
+    """Open the journal of a machine for a command that changes things; close it afterwards.
+
+    :raise HostError: What :meth:`Journal.open` raises.
+    """
+    opening = asyncio.ensure_future(asyncio.to_thread(Journal.open, machine.journal_path))
+    try:
+        journal = await run_to_completion(opening)
+    except asyncio.CancelledError:
+        if not opening.cancelled() and opening.exception() is None:
+            opening.result().close()
+        raise
+    try:
+        yield journal
+    finally:
+        await run_to_completion(asyncio.to_thread(journal.close))
 
 
 class Journal:
     """An open journal; also a context manager that closes it.
 
-    Its methods that write are coroutines: flushes happen in a thread of its own.
+    Methods that write are coroutines. Methods that read return at once; on an event loop call them
+    through :meth:`read`.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self.path = path
         self._db = connection
+        self._file = _identity(path)
+        self._locks = _RunLocks(path.with_suffix(".lock"))
         self._thread = ThreadPoolExecutor(1, "journal")
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._writing: asyncio.Task[None] | None = None
-        self._begun: set[tuple[Path, int]] = set()
+        self._taken: list[int] = []
         self._closed = False
 
     # ---- opening --------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path | None = None) -> Self:
+    def open(cls, path: Path) -> Self:
         """Open the journal for a command that changes things; create it if it is not there.
 
-        :raise HostError: It is damaged, of a newer version, not ours, locked, or cannot be written.
+        It may block for as long as another process writes: see :func:`open_journal`.
+
+        :raise HostError: It is damaged, of a newer version, of another user, locked, or cannot be
+            written.
         """
-        path = path or journal_path()
         private_dir(path.parent)
         check_file(path)
         with explained(path):
             connection = connect(path, "rwc")
             try:
                 prepare(connection, path)
-                # read-only directories and full disks shall be known before anything is done
+                # a read-only directory or a full disk is found before anything is done
                 with transaction(connection):
                     connection.execute("PRAGMA user_version = 0")
                     connection.execute(f"PRAGMA user_version = {VERSION}")
+                return cls(connection, path)
             except BaseException:
                 connection.close()
                 raise
-        return cls(connection, path)
 
     def __enter__(self) -> Self:
         return self
@@ -178,16 +291,20 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is being written, and close the file."""
+        """Wait for what is being written, close the file, and give the locks of all runs back."""
         self._closed = True
         self._thread.shutdown()
         self._db.close()
-        _at_work.difference_update(self._begun)
+        self._locks.close()
 
     # ---- reading --------------------------------------------------------------------------------
 
-    def owned(self) -> Managed:
-        """All that is ours, at this moment."""
+    async def read(self, query: Callable[[], T]) -> T:
+        """Call a method that reads, in the journal's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, query)
+
+    def managed(self) -> Managed:
+        """All records, at this moment."""
         with explained(self.path):
             return read_rows(self._db)
 
@@ -195,21 +312,18 @@ class Journal:
         """Runs that have not come to their end, the oldest first; some may be at work just now."""
         with explained(self.path):
             return [
-                Run(id_, kind, title, Process(pid, start, boot), began)
-                for id_, kind, title, pid, start, boot, began in self._db.execute(
-                    "SELECT id, kind, title, pid, start_time, boot_id, began FROM run"
-                    " WHERE ended IS NULL ORDER BY id"
-                )
+                _run(row) for row in self._db.execute(f"{_RUNS} WHERE ended IS NULL ORDER BY id")
             ]
 
     def is_at_work(self, run: Run) -> bool:
-        """Whether somebody is at an open run: another process that lives, or this one.
+        """Whether a process is at work at an open run."""
+        return self._locks.is_taken(run.id) if run.locked else run.process.alive
 
-        One that lives long may have given up a run that it could not close, when the disk was full.
-        """
-        if run.process != Process.this():
-            return run.process.alive
-        return (self.path.absolute(), run.id) in _at_work
+    def abandoned(self) -> list[tuple[Run, list[Entry]]]:
+        """The open runs that no process is at work at, with their steps, the newest first."""
+        return [
+            (run, self.steps(run)) for run in reversed(self.open_runs()) if not self.is_at_work(run)
+        ]
 
     def steps(self, run: Run) -> list[Entry]:
         """The steps of a run as they were written, in their order."""
@@ -227,11 +341,17 @@ class Journal:
                     raise ValueError(f"step {entry.number} of run {run.id} has no place in it")
         return entries
 
-    def has_steps(self, run: Run) -> bool:
-        """Whether a run knows what to do, or knew it."""
+    def claimant(self, claims: Collection[str], run: Run | None = None) -> ClaimedError | None:
+        """The first of some objects that another run has claimed, as an error; ``None`` if none."""
         with explained(self.path):
-            query = "SELECT EXISTS (SELECT 1 FROM step WHERE run = ?)"
-            return bool(self._db.execute(query, (run.id,)).fetchone()[0])
+            found = self._db.execute(
+                "SELECT claim.object, run.id, run.kind, run.title, run.pid, run.start_time,"
+                " run.boot_id, run.began, run.locked FROM claim JOIN run ON run.id = claim.run"
+                " WHERE claim.object IN (SELECT value FROM json_each(?)) AND run.id IS NOT ?"
+                " ORDER BY claim.object LIMIT 1",
+                (_json(sorted(claims)), None if run is None else run.id),
+            ).fetchone()
+        return None if found is None else ClaimedError(found[0], _run(found[1:]))
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -239,34 +359,37 @@ class Journal:
         self,
         kind: str,
         title: str,
-        steps: Sequence[Entry],
-        claims: Collection[str],
+        steps: Sequence[Entry] = (),
+        claims: Collection[str] = (),
         *,
         change: Change | None = None,
-        refused: Change | None = None,
+        on_cancel: Change | None = None,
         wait: float = CLAIM_SECONDS,
+        seize: bool = False,
     ) -> Run:
         """Write down a run with all its steps, and claim the objects that it changes.
 
-        :param claims: ``guest:NAME``, ``mdev:UUID``, ``spec:NAME``.
-        :param change: What is ours as soon as its first steps may have begun.
-        :param refused: What is ours, or not any more, when it is interrupted before that.
-        :param wait: Seconds to wait for another command that has claimed one of them.
-        :raise BusyError: Another command changes one of them.
+        :param claims: ``guest:NAME``, ``mdev:UUID``, ``parent:NAME``, ``spec:NAME``.
+        :param change: Records that are valid as soon as the first steps may have begun.
+        :param on_cancel: Records that are valid if the caller is cancelled before that.
+        :param wait: Seconds to wait for another run that has claimed one of them.
+        :param seize: Take claims away from runs that no process is at work at.
+        :raise ClaimedError: Another run has claimed one of them.
         :raise HostError: The journal cannot be written; nothing was done.
         """
         process = Process.this()
 
         def write() -> Run:
-            self._refuse_claimed(claims)
+            self._refuse_claimed(claims, None, seize=seize)
             began = round(time.time(), 3)
             cursor = self._db.execute(
-                "INSERT INTO run (kind, title, pid, start_time, boot_id, began)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO run (kind, title, pid, start_time, boot_id, began, locked)"
+                " VALUES (?, ?, ?, ?, ?, ?, 1)",
                 (kind, title, process.pid, process.start_time, process.boot_id, began),
             )
             run = Run(cursor.lastrowid or 0, kind, title, process, began)
-            self._is_ours(run)
+            if not self._take(run):
+                raise HostError(f"the journal {self.path}: run {run.id} is locked", "try again")
             self._insert(run, steps, claims, change)
             written.append(run)
             return run
@@ -274,10 +397,9 @@ class Journal:
         written: list[Run] = []
         try:
             return await self._claiming(write, wait)
-        except asyncio.CancelledError as error:
-            for run in written:  # nobody else knows of it
-                await self.end(run, "undone", change=refused)
-            error.add_note("nothing was changed")
+        except asyncio.CancelledError:
+            for run in written:  # the caller cannot know of it
+                await self.end(run, "undone", change=on_cancel)
             raise
 
     async def plan(
@@ -288,19 +410,37 @@ class Journal:
         *,
         change: Change | None = None,
         wait: float = CLAIM_SECONDS,
+        seize: bool = False,
     ) -> None:
         """Write down the steps of a run that was begun without any, and claim their objects.
 
-        For who must know that nobody else is at something before it looks what is to be done.
+        Such a run has claimed an object before the machine is looked at.
 
-        :param change: What is ours as soon as its first steps may have begun.
+        :param change: Records that are valid as soon as the first steps may have begun.
+        :raise ClaimedError: Another run has claimed one of them.
         """
 
         def write() -> None:
-            self._refuse_claimed(claims, run)
+            self._refuse_claimed(claims, run, seize=seize)
             self._insert(run, steps, claims, change)
 
         await self._claiming(write, wait)
+
+    async def wait_unclaimed(
+        self, claims: Collection[str], run: Run | None, seconds: float
+    ) -> ClaimedError | None:
+        """Wait until no other run that is at work has claimed any of some objects.
+
+        :return: The claim that is still there when ``seconds`` have passed, or whose run no process
+            is at work at; ``None`` if there is none.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (claimed := await self.read(lambda: self.claimant(claims, run))) is not None:
+            if loop.time() >= end or not self.is_at_work(claimed.run):
+                return claimed
+            await asyncio.sleep(_LOOK_SECONDS)
+        return None
 
     def _insert(
         self, run: Run, steps: Sequence[Entry], claims: Collection[str], change: Change | None
@@ -315,40 +455,31 @@ class Journal:
         )
         self._change(change)
 
-    def _is_ours(self, run: Run) -> None:
-        self._begun.add((self.path.absolute(), run.id))
-        _at_work.update(self._begun)
+    def _take(self, run: Run) -> bool:
+        """Take a run's lock; it is given back if the transaction fails."""
+        if not self._locks.take(run.id):
+            return False
+        self._taken.append(run.id)
+        return True
 
     async def _claiming(self, write: Callable[[], T], wait: float) -> T:
-        """Write what claims objects, as soon as nobody else has them."""
+        """Write what claims objects, as soon as no other run has them."""
         loop = asyncio.get_running_loop()
         end = loop.time() + wait
         while True:
-            writing = asyncio.ensure_future(self._write(write))
             try:
-                return await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await asyncio.wait((writing,))  # who asked must know whether it was
-                raise
+                # a caller that is cancelled must know whether it was written
+                return await run_to_completion(self._write(write))
             except BusyError:
                 if loop.time() >= end:
                     raise
-            await asyncio.sleep(0.1)  # a lock of another process; nothing tells when it is free
+            await asyncio.sleep(_LOOK_SECONDS)
 
-    def _refuse_claimed(self, claims: Collection[str], run: Run | None = None) -> None:
-        taken = self._db.execute(
-            "SELECT claim.object, run.kind, run.title, run.pid FROM claim JOIN run"
-            " ON run.id = claim.run WHERE claim.object IN"
-            " (SELECT value FROM json_each(?)) AND run.id IS NOT ? ORDER BY claim.object LIMIT 1",
-            (_json(sorted(claims)), None if run is None else run.id),
-        ).fetchone()
-        if taken is not None:
-            object_, kind, title, pid = taken
-            raise BusyError(
-                f"{object_.replace(':', ' ', 1)} is being changed by mdo {kind} {title}".rstrip()
-                + f" (process {pid})",
-                "wait until it ends; if it has ended, mdo recover",
-            )
+    def _refuse_claimed(self, claims: Collection[str], run: Run | None, *, seize: bool) -> None:
+        while (claimed := self.claimant(claims, run)) is not None:
+            if not seize or self.is_at_work(claimed.run):
+                raise claimed
+            self._db.execute("DELETE FROM claim WHERE object = ?", (claimed.object,))
 
     async def note(
         self,
@@ -358,13 +489,21 @@ class Journal:
         *,
         change: Change | None = None,
         error: str = "",
+        release: Collection[str] = (),
     ) -> None:
-        """Write down how far steps have come, and what has become ours or not ours by it."""
+        """Write down how far steps have come, and the records that change by it.
+
+        :param release: Claims of the run that it does not need any more.
+        """
         numbers = tuple(steps)
 
         def write() -> None:
             self._mark(run, progress, numbers, error)
             self._change(change)
+            self._db.executemany(
+                "DELETE FROM claim WHERE object = ? AND run = ?",
+                [(claim, run.id) for claim in release],
+            )
 
         await self._write(write)
 
@@ -399,11 +538,11 @@ class Journal:
         await self._write(write)
 
     async def put(self, change: Change) -> None:
-        """Change what is ours outside of a run: what is adopted or forgotten."""
+        """Change records outside of a run: what is adopted or forgotten."""
         await self._write(lambda: self._change(change))
 
     async def forget(self, is_there: Callable[[UUID], bool]) -> list[UUID]:
-        """Note that devices which no spec asks for, and which are gone, are not ours any more.
+        """Delete the records of devices that no spec asks for and that are gone.
 
         Their driver was unloaded, or a removal was killed before its note. One that an open run has
         claimed may come yet and is left alone.
@@ -419,22 +558,24 @@ class Journal:
             return [uuid for (text,) in rows if not is_there(uuid := UUID(text))]
 
         def write() -> list[UUID]:
-            found = gone()  # who makes a device claims it first, and cannot while we write
+            found = gone()  # a creation claims its device first, and cannot while this writes
             self._put("device", "uuid", dict.fromkeys(found))
             return found
 
         with explained(self.path):
-            if not gone():
+            if not await self.read(gone):
                 return []
         return await self._write(write)
 
     async def take_over(self, run: Run) -> Run | None:
-        """Make an open run of a process that has gone ours; ``None`` if somebody was quicker."""
+        """Make an open run that no process is at work at this process's; ``None`` if it is lost."""
         process = Process.this()
 
         def write() -> bool:
+            if (not run.locked and run.process.alive) or not self._take(run):
+                return False
             cursor = self._db.execute(
-                "UPDATE run SET pid = ?, start_time = ?, boot_id = ? WHERE id = ?"
+                "UPDATE run SET pid = ?, start_time = ?, boot_id = ?, locked = 1 WHERE id = ?"
                 " AND pid = ? AND start_time = ? AND boot_id = ? AND ended IS NULL",
                 (
                     process.pid,
@@ -446,13 +587,17 @@ class Journal:
                     run.process.boot_id,
                 ),
             )
-            if cursor.rowcount == 1:
-                self._is_ours(run)
+            if cursor.rowcount != 1:
+                self._locks.release(run.id)
             return cursor.rowcount == 1
 
         if not await self._write(write):
             return None
         return Run(run.id, run.kind, run.title, process, run.began)
+
+    async def give_up(self, run: Run) -> None:
+        """Leave a run open for recovery, by this process or another one."""
+        await self.read(lambda: self._locks.release(run.id))
 
     def _mark(self, run: Run, progress: Progress, numbers: Sequence[int], error: str = "") -> None:
         self._db.executemany(
@@ -474,13 +619,13 @@ class Journal:
 
     async def _write(self, change: Callable[[], T]) -> T:
         """Run ``change`` in a transaction that it may share with others; durable on return."""
-        if self._closed:  # by who was interrupted, under somebody who still undoes
+        if self._closed:  # a second interruption closes it under an undo
             raise HostError(f"the journal {self.path} is closed")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((change, future))
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_all())
-        # whoever is cancelled meanwhile must still know what was written: it will be
+        # the write goes on when the caller is cancelled
         return await asyncio.shield(future)
 
     async def _write_all(self) -> None:
@@ -490,7 +635,7 @@ class Journal:
             changes = [change for change, _ in batch]
             try:
                 results = await loop.run_in_executor(self._thread, self._commit, changes)
-            except Exception as error:  # noqa: BLE001 - each of the writers is told
+            except Exception as error:  # noqa: BLE001 - each of the writers gets it
                 results = [error] * len(batch)
             for (_, future), result in zip(batch, results, strict=True):
                 if future.done():
@@ -502,17 +647,46 @@ class Journal:
                     future.set_result(result)
 
     def _commit(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
+        if _identity(self.path) != self._file:
+            raise JournalError(
+                f"the journal {self.path} was deleted or replaced while it was in use",
+                "mdo adopt --all makes a new one from what runs",
+            )
         results: list[Any] = []
-        with explained(self.path), transaction(self._db):
-            for change in changes:
-                self._db.execute("SAVEPOINT one")
-                try:
-                    results.append(change())
-                except MdoError as error:
-                    self._db.execute("ROLLBACK TO one")
-                    results.append(error)
-                self._db.execute("RELEASE one")
+        self._taken.clear()
+        try:
+            with explained(self.path), transaction(self._db):
+                for change in changes:
+                    self._db.execute("SAVEPOINT one")
+                    try:
+                        results.append(change())
+                    except MdoError as error:
+                        self._db.execute("ROLLBACK TO one")
+                        results.append(error)
+                    self._db.execute("RELEASE one")
+        except BaseException:
+            for run in self._taken:
+                with contextlib.suppress(OSError):
+                    self._locks.release(run)
+            raise
         return results
+
+
+_RUNS = "SELECT id, kind, title, pid, start_time, boot_id, began, locked FROM run"
+
+
+def _run(row: Sequence[Any]) -> Run:
+    id_, kind, title, pid, start, boot, began, locked = row
+    return Run(id_, kind, title, Process(pid, start, boot), began, bool(locked))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path names now."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _json(value: object) -> str:

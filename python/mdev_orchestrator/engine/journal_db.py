@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The file behind the journal: its tables, what is ours, and how it can fail.
+"""The SQLite file of the journal: its tables, its versions, and how it can fail.
 
-:mod:`.journal` writes it. Who only wants to know what is ours calls :func:`read_managed`.
+:mod:`.journal` writes it. A command that only reads calls :func:`read_managed`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,33 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
-from uuid import UUID
+from typing import TypeVar
 
 import msgspec
-from msgspec import Struct, field
 
+from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.errors import HostError
-from mdev_orchestrator.state import journal_path
+from mdev_orchestrator.machine import Machine
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 APPLICATION_ID = 0x6D646F6A
 """``mdoj``: what file(1) and we know the file by."""
-VERSION = 1
+VERSION = 2
+"""1: runs had no lock, and a step without effect was called ``failed``."""
 LOCK_SECONDS = 5.0
 """To wait for another process that writes at this moment."""
 _LOOK_SECONDS = 0.01  # between two tries where SQLite itself does not wait
+_ROOM = 1 << 16
+"""Bytes: on a disk with less room the log of a transaction does not fit."""
 
 _SCHEMA = """
 CREATE TABLE run (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, title TEXT NOT NULL,
     pid INTEGER NOT NULL, start_time INTEGER NOT NULL, boot_id TEXT NOT NULL,
-    began REAL NOT NULL, ended REAL, outcome TEXT
+    began REAL NOT NULL, ended REAL, outcome TEXT, locked INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE step (
     run INTEGER NOT NULL REFERENCES run(id) ON DELETE CASCADE, number INTEGER NOT NULL,
@@ -51,82 +53,16 @@ CREATE TABLE spec (name TEXT PRIMARY KEY, data TEXT NOT NULL) STRICT, WITHOUT RO
 """
 
 
-class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An mdev that is ours: all that is needed to make it again as it is.
+class JournalError(HostError):
+    """The journal cannot be read or written."""
 
-    :ivar spec: Name of the spec that asked for it; ``None`` for one made by ``mdo create``.
-    :ivar owner: ``guest:NAME`` or ``pool:NAME``; empty for neither.
-    :ivar label: The group's name in the spec.
-    :ivar group: The start group that it was put into.
-    :ivar params: The vendor's parameters, written to whichever file the driver has for them.
-    :ivar attributes: Further files of it and what was written there, in order; ``group_uuid`` may
-        be among them and is then written in its turn, else last.
-    :ivar want: The request as the spec had it, to know it again.
+
+def read_managed(machine: Machine) -> Managed:
+    """Read what is managed here, for a command that only looks; nothing where there is no journal.
+
+    :raise HostError: The journal is damaged, of a newer version, or of another user.
     """
-
-    uuid: UUID
-    parent: str
-    type: str
-    spec: str | None = None
-    owner: str = ""
-    label: str | None = None
-    group: UUID | None = None
-    params: str = ""
-    attributes: tuple[tuple[str, str], ...] = ()
-    want: str = ""
-
-
-class GuestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A guest that is ours.
-
-    :ivar definition: The spec's ``guest`` without its devices, as JSON text.
-    :ivar devices: The mdevs that it has from its spec.
-    """
-
-    name: str
-    uuid: UUID
-    spec: str | None = None
-    definition: str = "{}"
-    devices: tuple[UUID, ...] = ()
-
-
-class SpecRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A spec that was applied.
-
-    :ivar text: All of it, as JSON, with absolute paths.
-    :ivar source: The file that it was read from.
-    :ivar applied: Seconds since the epoch.
-    """
-
-    name: str
-    text: str
-    source: str
-    applied: float
-    policy: Literal["pack", "spread"] = "pack"
-
-
-class Managed(Struct, frozen=True):
-    """All that is ours, by its name."""
-
-    devices: Mapping[UUID, DeviceRecord] = field(default_factory=dict)
-    guests: Mapping[str, GuestRecord] = field(default_factory=dict)
-    specs: Mapping[str, SpecRecord] = field(default_factory=dict)
-
-
-class Change(Struct, frozen=True):
-    """What a step's outcome changes in what is ours; ``None`` for what is not ours any more."""
-
-    devices: Mapping[UUID, DeviceRecord | None] = field(default_factory=dict)
-    guests: Mapping[str, GuestRecord | None] = field(default_factory=dict)
-
-
-def read_managed(path: Path | None = None) -> Managed:
-    """What is ours, for a command that only looks; nothing where there is no journal.
-
-    :param path: The journal's file; the state directory's without it.
-    :raise HostError: It is damaged, of a newer version, or not ours.
-    """
-    path = path or journal_path()
+    path = machine.journal_path
     check_file(path)
     if not path.exists():
         return Managed()
@@ -168,7 +104,7 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Check a file, or make an empty one a journal."""
     if _is_new(connection, path):
         with transaction(connection):
-            if _is_new(connection, path):  # nobody was quicker
+            if _is_new(connection, path):  # no other process was faster
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -176,12 +112,24 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
     _check_version(connection, path)
     path.chmod(0o600)
     _use_wal(connection)
+    if _number(connection, "user_version") < VERSION:
+        with transaction(connection):
+            _update(connection)
     connection.execute("PRAGMA synchronous = FULL")
     _check_sound(connection)
 
 
+def _update(connection: sqlite3.Connection) -> None:
+    """Make a journal of version 1 one of today's, open runs included."""
+    if _number(connection, "user_version") != 1:
+        return  # another process was faster
+    connection.execute("ALTER TABLE run ADD COLUMN locked INTEGER NOT NULL DEFAULT 0")
+    connection.execute("UPDATE step SET progress = 'no effect' WHERE progress = 'failed'")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Have a write-ahead log. For the first who wants one SQLite does not wait for others."""
+    """Switch to a write-ahead log; SQLite itself does not wait for other processes here."""
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -195,7 +143,7 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 def check_file(path: Path) -> None:
-    """See that it is a file of ours, that others cannot write, and no link to something else."""
+    """Check that it is a regular file of this user that no other user can write."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -209,7 +157,7 @@ def check_file(path: Path) -> None:
 
 
 def _is_new(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether nothing was written to it yet, or somebody is about to."""
+    """Whether the file has no tables yet."""
     size = path.stat().st_size
     if size and not _number(connection, "page_count"):  # SQLite would take it for a new one
         raise sqlite3.DatabaseError("it is too short")
@@ -268,27 +216,40 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         text = str(error)
         if isinstance(error, sqlite3.OperationalError):
+            if _is_full(error, path):
+                text = "full"  # SQLite calls some of these an input/output error
             for word, what, hint in _REMEDIES:
                 if word in text.lower():
-                    raise HostError(f"the journal {path} {what}", hint) from error
+                    raise JournalError(f"the journal {path} {what}", hint) from error
         raise _damaged(path, text) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     except MemoryError as error:
         raise _damaged(path, "SQLite wants more memory for it than there is") from error
     except OSError as error:
-        raise HostError(f"the journal {path} cannot be used: {error.strerror}") from error
+        raise JournalError(f"the journal {path} cannot be used: {error.strerror}") from error
 
 
-def _damaged(path: Path, what: str) -> HostError:
-    return HostError(
+def _is_full(error: sqlite3.OperationalError, path: Path) -> bool:
+    """Whether an input/output error comes from a disk without room."""
+    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_IOERR:
+        return False
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < _ROOM
+
+
+def _damaged(path: Path, what: str) -> JournalError:
+    return JournalError(
         f"the journal {path} is damaged: {' '.join(what.split())}",
         "move it away; mdo adopt --all then makes a new one from what runs",
     )
 
 
 def read_rows(connection: sqlite3.Connection) -> Managed:
-    """All that is ours."""
+    """Read all records."""
     devices = _rows(connection, "device", "uuid", DeviceRecord)
     guests = _rows(connection, "guest", "name", GuestRecord)
     specs = _rows(connection, "spec", "name", SpecRecord)

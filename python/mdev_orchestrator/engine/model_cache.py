@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How parents fill, as it was observed, for later plans: ``models.json`` in the state directory.
 
-It is a memory and no record: without it a plan may have to guess where it could know. So what is
-wrong with the file is no error; it is read as far as it makes sense, and a model that the kernel's
-counts contradict is not used (:func:`..capacity.models.survey`).
+It is a cache: without it a plan may have to guess. So a fault of the file is no error; it is read
+as far as it makes sense, and a model that the kernel's counts contradict is not used
+(:func:`..capacity.models.survey`).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from mdev_orchestrator.capacity.models import (
 from mdev_orchestrator.capacity.planner import Plan
 from mdev_orchestrator.errors import HostError, MdoError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
-from mdev_orchestrator.state import decode, private_dir, state_dir
+from mdev_orchestrator.state import decode, private_dir
+from mdev_orchestrator.system.files import write_atomic
 
 KEPT = 100
-"""Kinds of parents that are remembered; the oldest are forgotten first."""
+"""Kinds of parents in the cache; the oldest go first."""
 
 _FILE = "models.json"
 _LIMIT = 1 << 20  # bytes
@@ -55,14 +56,11 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fields: dict[str, Any]
 
 
-def load(place: Path | None = None) -> dict[str, Model]:
-    """The models that are remembered, by kind of parent; those that make no sense are left out.
-
-    :param place: Directory of the file; the state directory without it.
-    """
+def load(machine: Machine) -> dict[str, Model]:
+    """Read the models, by kind of parent; those that make no sense are left out."""
     found: dict[str, Model] = {}
     try:
-        entries = decode(_read((place or state_dir()) / _FILE), list[_Entry])
+        entries = decode(_read(machine.state_dir / _FILE), list[_Entry])
     except (OSError, ValueError):
         return found
     for entry in entries:
@@ -73,62 +71,59 @@ def load(place: Path | None = None) -> dict[str, Model]:
     return found
 
 
-def capacities(host: Host, removing: Collection[UUID] = ()) -> tuple[ParentCapacity, ...]:
-    """How every parent of a host fills, with all that is remembered.
+def capacities(
+    machine: Machine,
+) -> Callable[[Host, Collection[UUID]], tuple[ParentCapacity, ...]]:
+    """Return a function that tells how every parent of a host fills, with all that is cached.
 
-    :param removing: Devices to count as gone.
+    It takes the host, and devices to count as gone.
     """
-    return survey(host, removing, load())
+    models = load(machine)
+    return lambda host, removing: survey(host, removing, models)
 
 
-def keep(found: Mapping[str, Model], place: Path | None = None) -> None:
-    """Remember models, beside or instead of what is remembered.
+def keep(machine: Machine, found: Mapping[str, Model]) -> None:
+    """Add models to the cache; one of the same kind is replaced.
 
-    Of two programs that do so at the same moment one may be forgotten.
+    Of two processes that do so at the same moment the models of one may be lost.
 
     :raise HostError: The state directory cannot be written.
     """
-    directory = private_dir(place or state_dir())
-    models = {kind: model for kind, model in load(directory).items() if kind not in found}
+    directory = private_dir(machine.state_dir)
+    models = {kind: model for kind, model in load(machine).items() if kind not in found}
     models.update(found)
     entries = [
         _Entry(kind, model.name, msgspec.to_builtins(model)) for kind, model in models.items()
     ]
     file = directory / _FILE
-    scratch = directory / f".{_FILE}.{os.getpid()}"
     try:
-        scratch.write_bytes(msgspec.json.encode(entries[-KEPT:]) + b"\n")
-        scratch.replace(file)
+        write_atomic(file, msgspec.json.encode(entries[-KEPT:]) + b"\n", sync=False)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise HostError(f"cannot write {file}: {error.strerror}") from error
 
 
-def learn_from(
-    before: Host, root: Path = ROOT, place: Path | None = None, *, plan: Plan | None = None
-) -> None:
+async def learn_from(machine: Machine, before: Host, *, plan: Plan | None = None) -> None:
     """Learn from what came or went since a scan: how the counts changed by it.
 
     To be called after devices were created; never fails, and mostly there is nothing to learn.
 
-    :param plan: What was to come, where that was planned: who sees it come true need not look
-        further.
+    :param plan: What was to come, where that was planned: if it came true, nothing is scanned.
     """
-    if plan is not None and _is_true(plan, root):
+    if plan is not None and _is_true(machine, plan):
         return
-    known = load(place)
-    if found := learn(before, sysfs.scan(root), known):
-        with suppress(MdoError):
-            keep(found, place)
+    after = await sysfs.scan(machine)
+    with suppress(MdoError):
+        if found := learn(before, after, load(machine)):
+            keep(machine, found)
 
 
-def _is_true(plan: Plan, root: Path) -> bool:
+def _is_true(machine: Machine, plan: Plan) -> bool:
     """Whether the counts are what a plan said, and that was no guess."""
     touched = {placement.parent for placement in plan.placements}
     return all(
         parent.capacity.confidence is not Confidence.GUESSED
         and all(
-            sysfs.available_instances(parent.capacity.name, type_, root) == count
+            sysfs.available_instances(machine, parent.capacity.name, type_) == count
             for type_, count in parent.available_after.items()
         )
         for parent in plan.parents
@@ -145,5 +140,5 @@ def _read(path: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT:
-            raise OSError(f"{path} is no file of ours")
+            raise OSError(f"{path} is no such file")
         return file.read()

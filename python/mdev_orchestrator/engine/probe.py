@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Learns how a parent fills, by creating devices on it while nobody uses it, and removing them.
+"""Learns how a parent fills, by creating devices on it while it has none, and removing them.
 
 One device of each type by itself shows what it takes from the others. Then they are put together,
 the most demanding types first, until the parent is full or enough was seen: that shows whether what
 was learned from each holds for all. The model that explains every count is remembered
 (:mod:`.model_cache`) for all parents of that kind.
 
-Every device is removed again, whatever happens. All of them stand in the journal before the first
-is made, in a run that is never finished, only undone: by the probe, or by who finds it open.
+Every device is removed again, whatever happens. All of them are in the journal before the first is
+created, in a run that is never finished, only undone: by the probe, or by recovery.
 """
 
 from __future__ import annotations
@@ -17,28 +17,35 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from itertools import cycle, islice
-from pathlib import Path
 from uuid import uuid4
 
 from msgspec import Struct
 
 from mdev_orchestrator.capacity.models import (
     Confidence,
-    Look,
     ParentCapacity,
+    TypeCounts,
+    count_types,
     kind_of,
-    look,
     observe,
     survey,
 )
-from mdev_orchestrator.engine import executor, model_cache, steps
-from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.journal_db import DeviceRecord
-from mdev_orchestrator.engine.recovery import recover
+from mdev_orchestrator.engine import model_cache, steps
+from mdev_orchestrator.engine.context import DEADLINE, Context
+from mdev_orchestrator.engine.executor import Execution, PlannedStep, claims_of
+from mdev_orchestrator.engine.journal import Entry, Journal, open_journal
+from mdev_orchestrator.engine.records import DeviceRecord
+from mdev_orchestrator.engine.recovery import recover_abandoned
 from mdev_orchestrator.engine.steps import Create
-from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, UnknownError
+from mdev_orchestrator.errors import (
+    BusyError,
+    CapacityError,
+    DeadlineError,
+    MdoError,
+    UnknownError,
+)
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Parent
 
 TOGETHER = 16
@@ -78,9 +85,7 @@ class Probed(Struct, frozen=True):
         return self.after.confidence is Confidence.OBSERVED
 
 
-async def candidates(
-    names: Sequence[str], context: Context, *, journal: Path | None = None
-) -> Candidates:
+async def candidates(machine: Machine, names: Sequence[str]) -> Candidates:
     """Choose parents to probe, after what an earlier command left open has been undone.
 
     :param names: Parents; all that have no devices if there is none.
@@ -88,13 +93,13 @@ async def candidates(
     :raise BusyError: One that is named has devices, or all have.
     :raise HostError: The journal cannot be used.
     """
-    with Journal.open(journal) as book:
-        await recover(book, context=context)
-    return choose(sysfs.scan(context.host), names)
+    async with open_journal(machine) as journal:
+        await recover_abandoned(journal, Context(machine))
+    return choose(await sysfs.scan(machine), names)
 
 
 def choose(host: Host, names: Sequence[str]) -> Candidates:
-    """The same for one scan of the host, without a look at the journal."""
+    """The same for one scan of the host, without reading the journal."""
     parents = {parent.name: parent for parent in host.parents}
     if not parents:
         raise UnknownError(
@@ -119,44 +124,43 @@ def choose(host: Host, names: Sequence[str]) -> Candidates:
     return Candidates(tuple(parents[name] for name in wanted), () if names else busy)
 
 
-async def probe(
-    parent: str, context: Context, *, journal: Path | None = None, place: Path | None = None
-) -> Probed:
+async def probe(machine: Machine, parent: str, *, deadline: float = DEADLINE) -> Probed:
     """Learn how one parent fills.
 
     Where it offers one type only there is nothing to learn, and nothing is created.
 
-    :param place: Directory of what is remembered; the state directory without it.
-    :raise BusyError: It has devices, or somebody created one meanwhile.
+    :param deadline: Seconds for each device.
+    :raise BusyError: It has devices, or another program created one meanwhile.
     :raise CapacityError: It has none, and yet says that none can be created.
     :raise MdoError: The driver refused; every device was removed again, but for those that the
         notes name.
     """
-    host = sysfs.scan(context.host)
+    context = Context(machine, deadline)
+    host = await sysfs.scan(machine)
     (found,) = choose(host, [parent]).idle
-    (believed,) = survey(Host((found,)), learned=model_cache.load(place))
+    (believed,) = survey(Host((found,)), learned=model_cache.load(machine))
     if believed.confidence is Confidence.CERTAIN:
         return Probed(believed, believed, 0)
-    idle = look(host, parent)
+    idle = count_types(host, parent)
     if idle is None:
         raise BusyError(f"parent {parent} has a device on its way", "try again when it has settled")
-    with Journal.open(journal) as book:
-        async with _trial(book, found, idle, context) as trial:
+    async with open_journal(machine) as journal:
+        async with _trial(journal, found, idle, context) as trial:
             await trial.alone()
             await trial.together()
         await trial.settled(idle)
-    now = observe(believed, [*trial.looks, idle])
+    now = observe(believed, [*trial.samples, idle])
     result = Probed(believed, now, trial.created)
     if result.learned:
-        model_cache.keep({kind_of(found): now.model}, place)
+        model_cache.keep(machine, {kind_of(found): now.model})
     return result
 
 
 @asynccontextmanager
 async def _trial(
-    book: Journal, parent: Parent, idle: Look, context: Context
+    journal: Journal, parent: Parent, idle: TypeCounts, context: Context
 ) -> AsyncIterator[_Trial]:
-    """A run of the journal, with all devices that may be made; undone at the end."""
+    """A run of the journal, with all devices that may be created; undone at the end."""
     alone = [type_ for type_, left in idle.left.items() if left]
     if not alone:
         raise CapacityError(
@@ -164,27 +168,18 @@ async def _trial(
             "see the kernel log (dmesg)",
         )
     demanding = sorted(alone, key=lambda type_: idle.left[type_] or 0)
-    creates = [
-        Create(device=DeviceRecord(uuid=uuid4(), parent=parent.name, type=type_))
+    planned = [
+        PlannedStep(Create(device=DeviceRecord(uuid=uuid4(), parent=parent.name, type=type_)))
         for type_ in (*alone, *islice(cycle(demanding), TOGETHER))
     ]
-    run = await book.begin(
+    run = await journal.begin(
         "probe",
         parent.name,
-        [Entry(number, steps.encode(create)) for number, create in enumerate(creates)],
-        {f"parent:{parent.name}"}.union(*(create.claims for create in creates)),
+        [Entry(n, steps.encode(entry.step)) for n, entry in enumerate(planned)],
+        claims_of(planned),
     )
-    trial = _Trial(book, run, creates, context, idle, [idle], dict(idle.used))
-
-    async def undo(cause: BaseException | None) -> None:
-        stuck = await executor.undo(book, run, book.steps(run), context)
-        for error in stuck:
-            if cause is None:
-                raise error
-            cause.add_note(error.message)
-        if cause is not None and not stuck:
-            cause.add_note("every device was removed again")
-
+    execution = Execution(journal, run, planned, context)
+    trial = _Trial(execution, idle, [idle], dict(idle.used))
     cause: BaseException | None = None
     try:
         yield trial
@@ -192,78 +187,88 @@ async def _trial(
         cause = error
         raise
     finally:
-        # a second interruption ends this too, and leaves the run to whoever recovers it
-        await asyncio.shield(asyncio.ensure_future(undo(cause)))
+        # a second interruption ends this too, and leaves the run to recovery
+        await asyncio.shield(asyncio.ensure_future(_undo(execution, cause)))
+
+
+async def _undo(execution: Execution, cause: BaseException | None) -> None:
+    """Remove every device again.
+
+    :raise MdoError: One could not be removed, and there is no other error.
+    """
+    closed = await execution.undo_all(cause or MdoError("the probe is over"))
+    if cause is None and execution.stuck:
+        raise execution.stuck[0]
+    if cause is not None and closed:
+        cause.add_note("every device was removed again")
 
 
 class _Trial(Struct):
-    """Devices that are made on a parent, and what is seen of it meanwhile.
+    """Devices that are created on a parent, and what is seen of it meanwhile.
 
-    :ivar creates: Those that are made by themselves, then the ``TOGETHER`` others.
+    :ivar execution: Its steps create the devices that are alone, then the ``TOGETHER`` others.
     """
 
-    book: Journal
-    run: Run
-    creates: Sequence[Create]
-    context: Context
-    idle: Look
-    looks: list[Look]
+    execution: Execution
+    idle: TypeCounts
+    samples: list[TypeCounts]
     used: dict[str, int]
     created: int = 0
 
+    @property
+    def devices(self) -> list[DeviceRecord]:
+        """All devices that may be created."""
+        planned = self.execution.planned
+        return [entry.step.device for entry in planned if isinstance(entry.step, Create)]
+
     async def alone(self) -> None:
         """One device of each type, by itself."""
-        for number in range(len(self.creates) - TOGETHER):
-            await self._make(number)
-            await self._take_back(number)
+        for number in range(len(self.devices) - TOGETHER):
+            await self._create(number)
+            await self._remove(number)
 
     async def together(self) -> None:
         """As many devices as fit, up to a number."""
-        for number in range(len(self.creates) - TOGETHER, len(self.creates)):
-            if self.looks[-1].left[self.creates[number].device.type]:
-                await self._make(number)
+        devices = self.devices
+        for number in range(len(devices) - TOGETHER, len(devices)):
+            if self.samples[-1].left[devices[number].type]:
+                await self._create(number)
 
-    async def _make(self, number: int) -> None:
-        create = self.creates[number]
-        await self.book.note(self.run, Progress.ACTING, [number], change=create.intent)
-        await create.make(self.context)
+    async def _create(self, number: int) -> None:
+        await self.execution.do_one(number)
         self.created += 1
-        await self.book.note(self.run, Progress.DONE, [number], change=create.outcome)
-        self.used[create.device.type] += 1
-        self.looks.append(await self.settled(Look(self.used, {})))
+        self.used[self.devices[number].type] += 1
+        self.samples.append(await self.settled(TypeCounts(self.used, {})))
 
-    async def _take_back(self, number: int) -> None:
-        remove = self.creates[number].inverse()
-        await self.book.note(self.run, Progress.UNDOING, [number], change=remove.intent)
-        await remove.make(self.context)
-        await self.book.note(self.run, Progress.UNDONE, [number], change=remove.outcome)
-        self.used[remove.device.type] -= 1
-        self.looks.append(await self.settled(self.idle))
+    async def _remove(self, number: int) -> None:
+        await self.execution.undo_one(number)
+        self.used[self.devices[number].type] -= 1
+        self.samples.append(await self.settled(self.idle))
 
-    async def settled(self, expected: Look) -> Look:
+    async def settled(self, expected: TypeCounts) -> TypeCounts:
         """Wait until the parent is as it should be, and give what is seen of it then.
 
         No event tells when a driver has given an instance back.
 
-        :raise BusyError: It has a device that is not ours.
+        :raise BusyError: It has a device of another program.
         :raise DeadlineError: It is still not so.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + SETTLE_SECONDS
-        parent = self.run.title
-        ours = {create.device.uuid for create in self.creates}
+        parent = self.execution.run.title
+        created = {device.uuid for device in self.devices}
         while True:
-            host = sysfs.scan(self.context.host)
+            host = await sysfs.scan(self.execution.context.machine)
             for mdev in host.mdevs:
-                if mdev.parent == parent and mdev.uuid not in ours:
+                if mdev.parent == parent and mdev.uuid not in created:
                     raise BusyError(
-                        f"somebody created device {mdev.uuid} on parent {parent} while it was "
-                        "probed; nothing was learned",
-                        "try again when nobody uses it",
+                        f"another program created device {mdev.uuid} on parent {parent} while "
+                        "it was probed; nothing was learned",
+                        "try again when it has no devices",
                     )
-            seen = look(host, parent)
+            seen = count_types(host, parent)
             if seen is not None and _as_expected(seen, expected):
-                return Look(dict(seen.used), seen.left)
+                return TypeCounts(dict(seen.used), seen.left)
             if loop.time() >= end:
                 raise DeadlineError(
                     f"parent {parent} does not count as it should: {_difference(seen, expected)}",
@@ -272,12 +277,12 @@ class _Trial(Struct):
             await asyncio.sleep(0.02)
 
 
-def _as_expected(seen: Look, expected: Look) -> bool:
+def _as_expected(seen: TypeCounts, expected: TypeCounts) -> bool:
     """Whether it has just these devices, and those counts that are known beforehand."""
     return seen.used == expected.used and expected.left.items() <= seen.left.items()
 
 
-def _difference(seen: Look | None, expected: Look) -> str:
+def _difference(seen: TypeCounts | None, expected: TypeCounts) -> str:
     if seen is None:
         return "a device is on its way"
     for what, now, then in (

@@ -1,141 +1,189 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""After a crash: what stands open is undone or finished, so that it is all or nothing.
+"""After a crash: runs that stand open are undone or finished, so that it is all or nothing.
 
-A run is open when its process has gone before its end. Which way it goes:
+A run is abandoned when it is open and no process is at work at it. What becomes of it:
 
-* a ``destroy`` or ``detach`` that had not begun to undo itself is *finished*: what was asked to go
-  shall go. When that cannot be (a guest does not power down), it is undone like the others;
+* a ``destroy``, ``detach`` or ``remove`` that had not begun to undo itself is *finished*: what was
+  asked to go shall go. When that cannot be (a guest does not power down), it is undone;
+* a ``stop`` is *closed*: the user sees whether the guest runs, and asks again;
 * every other run is *undone*: all that it did, and all that it may have done;
 * a run of an earlier boot has nothing left to undo: mdevs and guests do not outlive the machine.
-  Only what is ours becomes again what it was before, so that it can be brought back.
+  Only the records become again what they were before, so that it can be brought back.
 
-And a device that no spec asks for and that is gone is forgotten: nobody will bring it back.
+And the record of a device that no spec asks for and that is gone is deleted.
 
-Recovering is itself a crash away from being recovered: each undo is written down like each deed,
-and can be done twice. Two recoveries never take the same run: the journal gives it to one of them.
+Recovery can itself be killed: each undo is written down like each step, and can be done twice. Two
+recoveries never take the same run: its lock belongs to one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
-from uuid import UUID
 
 from msgspec import Struct
 
-from mdev_orchestrator.engine import executor
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.executor import Observer, ignore
-from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord, Managed
+from mdev_orchestrator.engine.executor import Execution, Observer, ignore
+from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run, open_journal
+from mdev_orchestrator.engine.records import Change, Managed, SpecRecord
 from mdev_orchestrator.engine.steps import AnyStep, decode
-from mdev_orchestrator.errors import MdoError, RequestError, UnknownError
+from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.sysfs import ROOT
-from mdev_orchestrator.model import Host, is_uuid, parse_uuid
-from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.system.processes import boot_id
 
-FORWARD = frozenset(("destroy", "detach"))
+Way = Literal["undo", "finish", "close", "forget"]
+
+FINISHED = frozenset(("destroy", "detach", "remove"))
 """Kinds of runs that are finished, not undone."""
+CLOSED = frozenset(("stop",))
+"""Kinds of runs that are only closed."""
 _BEGUN = frozenset((Progress.ACTING, Progress.DONE, Progress.UNDOING, Progress.STUCK))
-_TURNED = frozenset((Progress.FAILED, Progress.UNDOING, Progress.UNDONE, Progress.STUCK))
+_TURNED = frozenset((Progress.NO_EFFECT, Progress.UNDOING, Progress.UNDONE, Progress.STUCK))
 
 
 class Recovered(Struct, frozen=True):
-    """What became of one open run.
+    """What became of one abandoned run.
 
-    :ivar way: ``undo``, ``finish``, or ``forget`` for one of an earlier boot.
-    :ivar steps: What had been begun, in words.
+    :ivar way: ``undo``, ``finish``, ``close``, or ``forget`` for one of an earlier boot.
+    :ivar steps: The steps that had begun and are undone or finished now, in words.
+    :ivar stuck: Those that could not be.
     :ivar errors: Why it still stands open; empty when it is closed.
     :ivar why: What kept it from being finished, so that it was undone; empty otherwise.
     """
 
     run: Run
-    way: Literal["undo", "finish", "forget"]
+    way: Way
     steps: tuple[str, ...] = ()
+    stuck: tuple[str, ...] = ()
     errors: tuple[MdoError, ...] = ()
     why: str = ""
 
 
-def pending(journal: Journal) -> list[Recovered]:
-    """What :func:`recover` would do; runs that are at work just now are left out."""
-    return [
-        Recovered(run, _way(run, entries), tuple(str(step) for step in _begun(entries)))
-        for run in journal.open_runs()
-        if not journal.is_at_work(run)
-        for entries in [journal.steps(run)]
-    ]
+async def pending(machine: Machine) -> list[Recovered]:
+    """What :func:`recover` would do; runs that a process is at work at are left out."""
+    if not machine.journal_path.exists():
+        return []
+    async with open_journal(machine) as journal:
+        return [
+            Recovered(run, _way(run, entries), tuple(map(str, _begun(entries))))
+            for run, entries in await journal.read(journal.abandoned)
+        ]
 
 
 async def recover(
-    journal: Journal, *, context: Context, observe: Observer = ignore, again: bool = False
+    machine: Machine, *, deadline: float | None = None, observe: Observer = ignore
 ) -> list[Recovered]:
-    """Undo or finish all that stands open and is nobody's any more.
+    """Undo or finish all abandoned runs, also those that could not be undone before.
 
-    Never raises for a step that cannot be undone: it is told in the answer, and stays open.
+    Never raises for a step that cannot be undone: the answer says so, and the run stays open.
 
-    :param again: Whether to try again what could not be undone before. Only who asks for it should
-        wait for that; other commands can do without the objects of such a run.
+    :param deadline: Seconds for each device.
     :raise HostError: The journal is damaged or cannot be written.
     """
+    context = Context(machine)
+    if deadline is not None:
+        context.deadline = deadline
+    async with open_journal(machine) as journal:
+        return await recover_abandoned(journal, context, observe, again=True)
+
+
+async def recover_abandoned(
+    journal: Journal,
+    context: Context,
+    observe: Observer = ignore,
+    *,
+    again: bool = False,
+    only: int | None = None,
+) -> list[Recovered]:
+    """Undo or finish the abandoned runs of an open journal.
+
+    :param again: Try again what could not be undone before. Other commands than ``recover`` do
+        without the objects of such a run, or ask for it by its number.
+    :param only: The number of the one run that is looked at, tried before or not.
+    """
     done = []
-    # the newest first: a later run may rest upon what an earlier one did
-    for found in reversed(journal.open_runs()):
-        if journal.is_at_work(found):
+    # the newest first: a later run may build on what an earlier one did
+    for found, entries in await journal.read(journal.abandoned):
+        if only not in {None, found.id}:
             continue
-        entries = journal.steps(found)
-        way = _way(found, entries)
-        if way != "forget" and not again and any(e.progress is Progress.STUCK for e in entries):
+        was_stuck = any(entry.progress is Progress.STUCK for entry in entries)
+        if was_stuck and not again and only is None and _way(found, entries) != "forget":
             continue
         run = await journal.take_over(found)
         if run is None:
             continue
-        errors: Sequence[MdoError] = ()
-        why = ""
-        if way == "forget":
-            await _forget(journal, run, entries)
-        elif way == "finish":
-            failure, errors = await _finish(journal, run, entries, context, observe)
-            if failure is not None:
-                way, why = "undo", failure.message
-        else:
-            errors = await executor.undo(journal, run, entries, context, observe)
-        words = tuple(str(step) for step in _begun(entries))
-        done.append(Recovered(found, way, words, tuple(errors), why))
-    await journal.forget(lambda uuid: sysfs.directory(uuid, context.host) is not None)
+        fresh = Context(context.machine, context.deadline, repairing=True)
+        done.append(await _recover_one(journal, run, entries, fresh, observe))
+    machine = context.machine
+    await journal.forget(lambda uuid: sysfs.directory(machine, uuid) is not None)
     return done
 
 
-def _way(run: Run, entries: Sequence[Entry]) -> Literal["undo", "finish", "forget"]:
+async def _recover_one(
+    journal: Journal, run: Run, entries: Sequence[Entry], context: Context, observe: Observer
+) -> Recovered:
+    way = _way(run, entries)
+    why = ""
+    execution = Execution.resumed(journal, run, entries, context, observe)
+    if way == "forget":
+        await _forget(journal, run, entries)
+    elif way == "close":
+        await journal.end(run, "closed")
+    elif way == "finish":
+        failure = await _finish(journal, run, execution)
+        if failure is not None:
+            way, why = "undo", failure.message
+    else:
+        await execution.undo_all(MdoError(f"{run} was cut short"))
+    begun = [entry.number for entry in entries if entry.progress in _BEGUN]
+    stuck = [n for n in begun if execution.progress[n] is Progress.STUCK]
+    return Recovered(
+        run,
+        way,
+        tuple(str(execution.planned[n].step) for n in begun if n not in stuck),
+        tuple(str(execution.planned[n].step) for n in stuck),
+        tuple(execution.stuck),
+        why,
+    )
+
+
+def _way(run: Run, entries: Sequence[Entry]) -> Way:
     if run.process.boot_id != boot_id():
         return "forget"
+    if run.kind in CLOSED:
+        return "close"
     turned = any(entry.progress in _TURNED for entry in entries)
     # one without steps was cut short before it knew what to do
-    return "finish" if run.kind in FORWARD and entries and not turned else "undo"
+    return "finish" if run.kind in FINISHED and entries and not turned else "undo"
 
 
 def _begun(entries: Sequence[Entry]) -> list[AnyStep]:
     return [decode(entry.data) for entry in entries if entry.progress in _BEGUN]
 
 
-async def _finish(
-    journal: Journal, run: Run, entries: Sequence[Entry], context: Context, observe: Observer
-) -> tuple[MdoError | None, list[MdoError]]:
-    if run.kind != "destroy":
-        return await executor.finish(journal, run, entries, context, observe=observe)
-    rest = _rest(journal.owned(), run.title)
-    return await executor.finish(
-        journal, run, entries, context, change=rest, specs={run.title: None}, observe=observe
-    )
+async def _finish(journal: Journal, run: Run, execution: Execution) -> MdoError | None:
+    """Do the rest of a run, or undo all of it when a step fails; the error of that step."""
+    try:
+        await execution.do_all()
+    except MdoError as error:
+        await execution.undo_all(error)
+        return error
+    change: Change | None = None
+    specs: dict[str, SpecRecord | None] = {}
+    if run.kind == "destroy":
+        change = _rest(await journal.read(journal.managed), run.title)
+        specs[run.title] = None
+    await execution.end(change, specs)
+    return None
 
 
-def _rest(owned: Managed, spec: str) -> Change:
-    """What is not ours any more when a spec is destroyed."""
+def _rest(managed: Managed, spec: str) -> Change:
+    """The records that go when a spec is destroyed."""
     return Change(
-        devices={uuid: None for uuid, device in owned.devices.items() if device.spec == spec},
-        guests={name: None for name, guest in owned.guests.items() if guest.spec == spec},
+        devices={uuid: None for uuid, device in managed.devices.items() if device.spec == spec},
+        guests={name: None for name, guest in managed.guests.items() if guest.spec == spec},
     )
 
 
@@ -143,74 +191,6 @@ async def _forget(journal: Journal, run: Run, entries: Sequence[Entry]) -> None:
     for entry in reversed(entries):
         if entry.progress in _BEGUN:
             inverse = decode(entry.data).inverse()
-            for change in (inverse.intent, inverse.outcome):
+            for change in (inverse.on_begin, inverse.on_done):
                 await journal.note(run, Progress.UNDONE, [entry.number], change=change)
     await journal.end(run, "undone")
-
-
-# ---------------------------------------------------------------- adopting
-
-
-class Adopted(Struct, frozen=True):
-    """What has become ours."""
-
-    guests: tuple[str, ...] = ()
-    devices: tuple[UUID, ...] = ()
-
-
-async def adopt(
-    names: Sequence[str],
-    *,
-    everything: bool = False,
-    host: Path = ROOT,
-    guests: Path | None = None,
-    journal: Path | None = None,
-) -> Adopted:
-    """Make guests and devices ours that the journal does not know (any more).
-
-    A guest is adopted with the devices that it has. What its spec says of it is not known then: the
-    next ``apply`` of one that names it takes it to be as the spec says.
-
-    :param names: Names of guests and UUIDs of devices.
-    :param everything: All guests that run.
-    :raise UnknownError: There is no such guest or device.
-    :raise RequestError: A guest does not run.
-    """
-    uuids = [parse_uuid(name) for name in names if is_uuid(name)]
-    wanted = [process.find_running(name, guests) for name in names if not is_uuid(name)]
-    if everything:
-        wanted = [guest for guest in process.list_guests(guests) if guest.alive]
-    found = sysfs.scan(host)
-    with Journal.open(journal) as book:
-        owned = book.owned()
-        devices: dict[UUID, DeviceRecord | None] = {}
-        rows: dict[str, GuestRecord | None] = {}
-        for guest in wanted:
-            if guest.record is None or guest.name in owned.guests:
-                continue
-            rows[guest.name] = GuestRecord(name=guest.name, uuid=guest.record.uuid, definition="")
-            for plugged in await hotplug.mdevs_of(guest):
-                if plugged.uuid not in owned.devices:
-                    owner = f"guest:{guest.name}"
-                    devices[plugged.uuid] = _as_found(plugged.uuid, found, owner)
-        for uuid in uuids:
-            if uuid not in owned.devices:
-                devices.setdefault(uuid, _as_found(uuid, found, ""))
-        await book.put(Change(devices=devices, guests=rows))
-    return Adopted(tuple(rows), tuple(devices))
-
-
-def _as_found(uuid: UUID, found: Host, owner: str) -> DeviceRecord:
-    mdev = found.find(uuid)
-    if mdev is None:
-        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
-    if mdev.type_id is None:
-        raise RequestError(f"mdev {uuid} is being removed", "wait until it is gone")
-    return DeviceRecord(
-        uuid=uuid,
-        parent=mdev.parent,
-        type=mdev.type_id,
-        owner=owner,
-        group=mdev.group_uuid,
-        params=mdev.params or "",
-    )

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """After a reboot: every spec that was applied is made true again, as soon as its parents are there.
 
-mdevs and guests do not outlive the machine; the journal and the specs in it do. So there is nothing
-to write down before a shutdown, and bringing a spec back is :func:`.apply.apply` of what was
-applied: devices that are ours and not there are made again as they were, with their UUIDs, and
-guests that do not run are started.
+mdevs and guests do not outlive the machine; the journal and the specs in it do. So nothing is
+written before a shutdown, and bringing a spec back is :func:`.apply.apply` of what was applied:
+managed devices that are not there are created again as they were, with their UUIDs, and guests that
+do not run are started.
 
-What is different at boot is that drivers load when they like. A spec waits for what *its* devices
-need and for nothing else: for the parents, with the types, that ours were on, and for the devices
-that mdevctl starts by itself. The kernel's events tell when to look; the scan is what counts.
+At boot, drivers load at any time. A spec waits for what *its* devices need and for nothing else:
+for the parents, with the types, that its devices were on, and for the devices that mdevctl starts
+by itself. The kernel's events tell when to look; the scan is what counts.
 
-Whoever is started beside another one (udev tells of a parent several times, and of several parents
-at once) finds the spec claimed, waits, and then finds that there is nothing to do.
+A second ``mdo restore`` beside the first (udev runs one for each parent, at once) finds the spec
+claimed, waits, and then finds nothing to do.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 from uuid import UUID
 
 from msgspec import Struct, field
 
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.engine.apply import apply, manual_pools, stored
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.diff import Changes
 from mdev_orchestrator.engine.executor import Observer, ignore
-from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Managed, SpecRecord, read_managed
-from mdev_orchestrator.engine.recovery import recover
+from mdev_orchestrator.engine.journal import open_journal
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.records import Managed, SpecRecord
+from mdev_orchestrator.engine.recovery import recover_abandoned
 from mdev_orchestrator.errors import DeadlineError, HostError, MdoError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import (
@@ -52,13 +52,12 @@ from mdev_orchestrator.host.events import (
     udev_monitor,
 )
 from mdev_orchestrator.host.readiness import wait_ready
-from mdev_orchestrator.host.sysfs import ROOT
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.process import RunningGuest
-from mdev_orchestrator.state import journal_path
 
 WAIT_SECONDS = 60.0
 """For parents to appear. A graphics card whose firmware is loaded takes half of it."""
@@ -116,12 +115,10 @@ class Restored(Struct, frozen=True):
 
 
 async def restore(
+    machine: Machine,
     names: Sequence[str] = (),
     *,
     wait: float = WAIT_SECONDS,
-    host: Path = ROOT,
-    guests: Path | None = None,
-    journal: Path | None = None,
     observe: Observer = ignore,
     make_monitor: Callable[[], UdevMonitor] | None = None,
 ) -> tuple[Restored, ...]:
@@ -129,29 +126,23 @@ async def restore(
 
     :param names: The specs; all of them without any.
     :param wait: Seconds to wait for what is not there yet.
-    :param host: Directory in which ``sys``, ``dev`` and ``proc`` stand.
-    :param guests: Where guests live; the state directory's without it.
-    :param journal: The journal's file; the state directory's without it.
     :param make_monitor: Gives a monitor of events; udev's without it.
     :return: In the order of their names. Errors of single specs are in there and not raised.
     :raise UnknownError: No spec of this name was applied.
     :raise HostError: The journal cannot be used.
     """
-    journal = journal or journal_path()
-    owned = await _recovered(journal, Context(host=host, guests=guests), observe)
-    specs = {name: _known(owned, name) for name in sorted(names or owned.specs)}
-    defined = mdevctl.defined(host)
+    managed = await _recovered(machine, observe)
+    specs = {name: _known(managed, name) for name in sorted(names or managed.specs)}
+    defined = mdevctl.defined(machine)
 
-    async def bring_back(own: SpecRecord, needed: frozenset[Need]) -> Changes:
+    async def bring_back(record: SpecRecord, needed: frozenset[Need]) -> Changes:
         for need in needed:
             if need.uuid is not None:  # it is on the bus before it can be used
-                await wait_ready(need.uuid, wait, host)
+                await wait_ready(machine, need.uuid, wait)
         return await apply(
-            stored(own),
-            policy=own.policy,
-            host=host,
-            guests=guests,
-            journal=journal,
+            machine,
+            stored(record),
+            policy=record.policy,
             observe=observe,
             wait=CLAIM_SECONDS,
             booting=True,
@@ -159,32 +150,32 @@ async def restore(
 
     waiting: dict[str, frozenset[Need]] = {}
     work = _Work(specs, waiting, bring_back)
-    for name, own in specs.items():
+    for name, record in specs.items():
         try:
-            waiting[name] = needs(own, owned, defined)
+            waiting[name] = needs(record, managed, defined)
         except MdoError as error:
             work.done[name] = Restored(name, error=error)
     async with asyncio.TaskGroup() as tasks:
         try:
-            async with asyncio.timeout(wait), _looks(waiting, host, make_monitor) as looks:
-                async for found in looks:
+            async with asyncio.timeout(wait), _scans(machine, waiting, make_monitor) as scans:
+                async for found in scans:
                     work.begin(tasks, found)
                     if not waiting:
                         break
         except TimeoutError:
-            work.give_up(tasks, sysfs.scan(host), wait)
+            work.give_up(tasks, await sysfs.scan(machine), wait)
         except HostError as error:  # no events: what is there comes back nevertheless
             work.done |= {name: Restored(name, error=error) for name in waiting}
     return tuple(work.done[name] for name in specs)
 
 
-async def _recovered(journal: Path, context: Context, observe: Observer) -> Managed:
-    """What is ours, when nothing stands open any more."""
-    if not read_managed(journal).specs:
-        return Managed()  # whatever else stands open is for a command that changes something
-    with Journal.open(journal) as book:
-        await recover(book, context=context, observe=observe)
-        return book.owned()
+async def _recovered(machine: Machine, observe: Observer) -> Managed:
+    """What is managed here, when no abandoned run is left."""
+    if not read_managed(machine).specs:
+        return Managed()  # abandoned runs are left to a command that changes something
+    async with open_journal(machine) as journal:
+        await recover_abandoned(journal, Context(machine), observe)
+        return await journal.read(journal.managed)
 
 
 class _Work(Struct):
@@ -224,20 +215,20 @@ class _Work(Struct):
 
 
 def needs(
-    own: SpecRecord, owned: Managed, defined: Mapping[UUID, Sequence[Definition]]
+    record: SpecRecord, managed: Managed, defined: Mapping[UUID, Sequence[Definition]]
 ) -> frozenset[Need]:
     """What a spec must wait for: where its devices were, and what mdevctl makes for it.
 
     :raise RequestError: The spec cannot be read: the journal is damaged, or of another version.
     """
-    document = stored(own)
+    document = stored(record)
     manual = manual_pools(document)
-    rows = [device for device in owned.devices.values() if device.spec == own.name]
-    ours = {device.uuid for device in rows}
+    rows = [device for device in managed.devices.values() if device.spec == record.name]
+    created = {device.uuid for device in rows}
     by_mdevctl = (
         definition
         for _, _, asked in document.spec.devices()
-        if asked.uuid is not None and asked.uuid not in ours
+        if asked.uuid is not None and asked.uuid not in created
         for definition in defined.get(asked.uuid, ())[:1]
         if definition.start == "auto"
     )
@@ -247,11 +238,11 @@ def needs(
     )
 
 
-def _known(owned: Managed, name: str) -> SpecRecord:
-    if name not in owned.specs:
-        known = ", ".join(owned.specs)
+def _known(managed: Managed, name: str) -> SpecRecord:
+    if name not in managed.specs:
+        known = ", ".join(managed.specs)
         raise UnknownError(f"no spec {name} was applied", f"there are: {known}" if known else "")
-    return owned.specs[name]
+    return managed.specs[name]
 
 
 def _lacking(needed: Collection[Need], host: Host) -> list[str]:
@@ -260,9 +251,9 @@ def _lacking(needed: Collection[Need], host: Host) -> list[str]:
 
 
 @asynccontextmanager
-async def _looks(
+async def _scans(
+    machine: Machine,
     waiting: Mapping[str, Collection[Need]],
-    host: Path,
     make_monitor: Callable[[], UdevMonitor] | None,
 ) -> AsyncIterator[AsyncIterator[Host]]:
     """Scans of the machine: one at once, then one whenever something came that is waited for.
@@ -271,14 +262,14 @@ async def _looks(
     """
 
     async def scans(stream: AsyncIterator[Event]) -> AsyncGenerator[Host, None]:
-        yield sysfs.scan(host)
+        yield await sysfs.scan(machine)
         async for event in stream:  # begins with a Rescan: nothing is missed in between
             if any(need.may_come_with(event) for needed in waiting.values() for need in needed):
-                yield sysfs.scan(host)
+                yield await sysfs.scan(machine)
 
-    stream = events(make_monitor or (lambda: udev_monitor(host)))
-    async with aclosing(stream), aclosing(scans(stream)) as looks:
-        yield looks
+    stream = events(make_monitor or (lambda: udev_monitor(machine)))
+    async with aclosing(stream), aclosing(scans(stream)) as found:
+        yield found
 
 
 # ---------------------------------------------------------------- and before it
@@ -296,16 +287,15 @@ class PoweredDown(Struct, frozen=True):
 
 
 async def power_down(
+    machine: Machine,
     *,
     deadline: float = process.STOP_SECONDS,
     force: bool = False,
-    host: Path = ROOT,
-    guests: Path | None = None,
 ) -> tuple[PoweredDown, ...]:
     """Power down every guest of the state directory that runs, all at the same time.
 
-    They and their devices stay ours, so :func:`restore` starts them again. Nothing is written to
-    the journal: a shutdown must not wait for a disk that is full.
+    Their records and those of their devices stay, so :func:`restore` starts them again. Nothing is
+    written to the journal: a shutdown must not wait for a disk that is full.
 
     :param deadline: Seconds for all of them.
     :param force: End those that do not power down in time.
@@ -313,10 +303,10 @@ async def power_down(
 
     async def one(guest: RunningGuest) -> PoweredDown:
         try:
-            ended = await lifecycle.end(guest, deadline=deadline, force=force, host=host)
+            ended = await guest_ops.end(machine, guest, deadline=deadline, force=force)
         except MdoError as error:
             return PoweredDown(guest.name, error=error)
         return PoweredDown(guest.name, ended.how)
 
-    alive = [guest for guest in process.list_guests(guests) if guest.alive]
+    alive = [guest for guest in process.list_guests(machine) if guest.alive]
     return tuple(await asyncio.gather(*map(one, alive)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the machine can be made to do, one object at a time.
+"""Single changes to one object, which operations are made of.
 
 ===========  =========  ==========================================================
 step         undone by  afterwards
@@ -13,12 +13,11 @@ step         undone by  afterwards
 ===========  =========  ==========================================================
 
 Each *makes it so*: where it is so already there is nothing to do, so a step can be done again after
-a crash, by whoever comes next. And each is all or nothing by itself: a step that raises an error
-has taken back what it did. Where that cannot be known (a driver that does not answer), it raises
-:class:`.context.UnsettledError`; and of one that was cancelled nothing is known either.
+a crash, by another process. Each ends in one of three ways, which :meth:`Step.attempt` returns as a
+:class:`Result`: done, without effect, or unknown.
 
-Before a step touches an object it looks whether that is still the one it means. An mdev of the same
-UUID under another parent, or a guest of the same name with another UUID, is somebody else's.
+Before a step touches an object it checks that this is still the one it means. An mdev of the same
+UUID under another parent, or a guest of the same name with another UUID, is another program's.
 
 Steps are data: the journal keeps them as JSON.
 """
@@ -26,15 +25,24 @@ Steps are data: the journal keeps them as JSON.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from uuid import UUID
 
 import msgspec
 
-from mdev_orchestrator.engine import device_ops, lifecycle
+from mdev_orchestrator.engine import device_ops, guest_ops
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.device_ops import ResultCallback
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, GuestRecord
-from mdev_orchestrator.errors import BusyError, HostError, RequestError, UnknownError
+from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord
+from mdev_orchestrator.errors import (
+    BusyError,
+    HostError,
+    MdoError,
+    Outcome,
+    RequestError,
+    UnknownError,
+    before_acting,
+)
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -42,8 +50,25 @@ from mdev_orchestrator.qemu.process import RunningGuest
 from mdev_orchestrator.spec import read_guest
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a step ended.
+
+    :ivar error: Why it is not done; ``None`` if it is.
+    """
+
+    outcome: Outcome
+    error: MdoError | None = None
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"):
-    """One change to one object."""
+    """One change to one object.
+
+    :ivar unrecorded: The object is not managed here, and the step does not change that: a device of
+        another program that a user names, or a guest that a user starts by hand.
+    """
+
+    unrecorded: bool = False
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -51,38 +76,44 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         raise NotImplementedError
 
     @property
-    def intent(self) -> Change:
-        """What is ours as soon as it may have begun."""
+    def on_begin(self) -> Change:
+        """The records that are valid as soon as it may have begun."""
         return Change()
 
     @property
-    def outcome(self) -> Change:
-        """What is ours, or not any more, when it is done."""
+    def on_done(self) -> Change:
+        """The records that change when it is done."""
         return Change()
 
     @property
-    def refused(self) -> Change:
-        """What is ours, or not any more, when it has done nothing."""
+    def on_no_effect(self) -> Change:
+        """The records that change back when it has had no effect."""
         return Change()
 
     @property
-    def joins_others(self) -> bool:
-        """Whether it is better made together with others of its kind, by ``make_all``."""
-        return False
+    def batch(self) -> str | None:
+        """Steps of one kind with the same value are better made together, by :func:`attempt_all`.
 
-    async def make(self, context: Context) -> None:
-        """Make it so.
-
-        :raise MdoError: It cannot be; nothing was changed.
-        :raise UnsettledError: It may come true yet.
+        ``None`` for a step that is made by itself.
         """
+        return None
+
+    async def attempt(self, context: Context) -> Result:
+        """Make it so, and say what is known of it."""
+        try:
+            await self._act(context)
+        except MdoError as error:
+            return Result(error.outcome or Outcome.UNKNOWN, error)
+        return Result(Outcome.DONE)
+
+    async def _act(self, context: Context) -> None:
         raise NotImplementedError
 
 
 class Create(Step, frozen=True, tag="create"):
     """Make an mdev.
 
-    :ivar kept: It was ours before, though it was not there: it stays ours if this fails.
+    :ivar kept: Its record was there before the device: the record stays if this fails.
     """
 
     device: DeviceRecord
@@ -94,34 +125,36 @@ class Create(Step, frozen=True, tag="create"):
         return f"create {d.type} on {d.parent}: mdev {d.uuid}"
 
     @property
-    def joins_others(self) -> bool:  # noqa: D102 - where nothing is to be set up afterwards
+    def batch(self) -> str | None:  # noqa: D102 - where nothing is to be set up afterwards
         device = self.device
-        return not (device.params or device.attributes or device.group)
+        return None if device.params or device.attributes or device.group else device.parent
 
     @property
     def claims(self) -> tuple[str, ...]:  # noqa: D102
         return (f"mdev:{self.device.uuid}",)
 
     @property
-    def intent(self) -> Change:  # noqa: D102
-        return Change(devices={self.device.uuid: self.device})
+    def on_begin(self) -> Change:  # noqa: D102
+        return Change() if self.unrecorded else Change(devices={self.device.uuid: self.device})
 
     @property
-    def refused(self) -> Change:  # noqa: D102
-        return Change() if self.kept else Change(devices={self.device.uuid: None})
+    def on_no_effect(self) -> Change:  # noqa: D102
+        return (
+            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        )
 
-    async def make(self, context: Context) -> None:  # noqa: D102
+    async def _act(self, context: Context) -> None:
         await device_ops.create(self.device, context)
 
     def inverse(self) -> Remove:
         """What undoes it."""
-        return Remove(device=self.device, kept=self.kept)
+        return Remove(device=self.device, kept=self.kept, unrecorded=self.unrecorded)
 
 
 class Remove(Step, frozen=True, tag="remove"):
     """Remove an mdev.
 
-    :ivar kept: It stays ours, though it is not there.
+    :ivar kept: Its record stays, though the device is removed.
     """
 
     device: DeviceRecord
@@ -136,19 +169,21 @@ class Remove(Step, frozen=True, tag="remove"):
         return (f"mdev:{self.device.uuid}",)
 
     @property
-    def outcome(self) -> Change:  # noqa: D102
-        return Change() if self.kept else Change(devices={self.device.uuid: None})
+    def on_done(self) -> Change:  # noqa: D102
+        return (
+            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        )
 
     @property
-    def joins_others(self) -> bool:  # noqa: D102
-        return True
+    def batch(self) -> str | None:  # noqa: D102
+        return self.device.parent
 
-    async def make(self, context: Context) -> None:  # noqa: D102
+    async def _act(self, context: Context) -> None:
         await device_ops.remove(self.device, context)
 
     def inverse(self) -> Create:
         """What undoes it."""
-        return Create(device=self.device, kept=self.kept)
+        return Create(device=self.device, kept=self.kept, unrecorded=self.unrecorded)
 
 
 class Launch(Step, frozen=True, tag="launch"):
@@ -174,34 +209,39 @@ class Launch(Step, frozen=True, tag="launch"):
         return (f"guest:{self.guest.name}",)
 
     @property
-    def intent(self) -> Change:  # noqa: D102
-        return Change(guests={self.guest.name: self.guest})
+    def on_begin(self) -> Change:  # noqa: D102
+        return Change() if self.unrecorded else Change(guests={self.guest.name: self.guest})
 
     @property
-    def refused(self) -> Change:  # noqa: D102
-        return Change() if self.kept else Change(guests={self.guest.name: None})
+    def on_no_effect(self) -> Change:  # noqa: D102
+        return Change() if self.kept or self.unrecorded else Change(guests={self.guest.name: None})
 
-    async def make(self, context: Context) -> None:  # noqa: D102
-        found = _guest(self.guest.name, context)
-        if found is not None and found.alive and found.record is not None:
-            if not context.repairing or found.record.uuid != self.guest.uuid:
-                raise BusyError(
-                    f"{found.label} runs already, as process {found.record.pid}",
-                    f"mdo guest stop {self.guest.name}, or take another name",
-                )
-            if not await process.await_pending_shutdown(found):
-                return
-        await lifecycle.launch(
-            guest_spec(self.guest, [_usable(uuid, context) for uuid in self.devices]),
-            deadline=self.deadline,
-            root=context.guests,
-            host=context.host,
-            write=context.start,
-        )
+    async def _act(self, context: Context) -> None:
+        with before_acting():
+            found = _guest(self.guest.name, context)
+            if found is not None and found.alive and found.record is not None:
+                if not context.repairing or found.record.uuid != self.guest.uuid:
+                    raise BusyError(
+                        f"{found.label} runs already, as process {found.record.pid}",
+                        f"mdo guest stop {self.guest.name}, or take another name",
+                        subject=found.label,
+                    )
+                if not await process.await_pending_shutdown(found):
+                    return
+            mdevs = [_usable(uuid, context) for uuid in self.devices]
+            spec = guest_spec(self.guest, mdevs)
+        await guest_ops.launch(context.machine, spec, deadline=self.deadline)
 
     def inverse(self) -> Stop:
-        """What undoes it: without asking a guest that has only just begun."""
-        return Stop(guest=self.guest, devices=self.devices, kept=self.kept, force=True, deadline=0)
+        """What undoes it: a guest that has only just begun is not asked to power down."""
+        return Stop(
+            guest=self.guest,
+            devices=self.devices,
+            kept=self.kept,
+            unrecorded=self.unrecorded,
+            force=True,
+            deadline=0,
+        )
 
 
 class Stop(Step, frozen=True, tag="stop"):
@@ -209,7 +249,7 @@ class Stop(Step, frozen=True, tag="stop"):
 
     :ivar devices: The mdevs that it has now.
     :ivar deadline: Seconds for it to power down; 0 with ``force`` does not ask it.
-    :ivar kept: It stays ours, though it does not run.
+    :ivar kept: Its record stays, though the guest does not run.
     """
 
     guest: GuestRecord
@@ -227,22 +267,27 @@ class Stop(Step, frozen=True, tag="stop"):
         return (f"guest:{self.guest.name}",)
 
     @property
-    def outcome(self) -> Change:  # noqa: D102
-        return Change() if self.kept else Change(guests={self.guest.name: None})
+    def on_done(self) -> Change:  # noqa: D102
+        return Change() if self.kept or self.unrecorded else Change(guests={self.guest.name: None})
 
-    async def make(self, context: Context) -> None:  # noqa: D102
+    async def _act(self, context: Context) -> None:
         found = _guest(self.guest.name, context)
         if found is None or (found.record is not None and found.record.uuid != self.guest.uuid):
             return
-        # one without a record was cut short at its start: nothing of it can be asked
+        # one without a record was cut short at its start and cannot be asked to power down
         force = self.force or found.record is None
-        await lifecycle.end(
-            found, deadline=self.deadline, force=force, host=context.host, write=context.start
+        context.ended[found.name] = await guest_ops.end(
+            context.machine, found, deadline=self.deadline, force=force
         )
 
     def inverse(self) -> Launch:
         """What undoes it."""
-        return Launch(guest=self.guest, devices=self.devices, kept=self.kept)
+        return Launch(
+            guest=self.guest,
+            devices=self.devices,
+            kept=self.kept,
+            unrecorded=self.unrecorded,
+        )
 
 
 class Attach(Step, frozen=True, tag="attach"):
@@ -261,22 +306,24 @@ class Attach(Step, frozen=True, tag="attach"):
     def claims(self) -> tuple[str, ...]:  # noqa: D102
         return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
 
-    async def make(self, context: Context) -> None:  # noqa: D102
-        found = _alive(self.guest, context)
-        if found is None:
-            if context.repairing:
-                return  # a guest that has gone has no devices to give back
-            raise RequestError(f"guest {self.guest.name} does not run", "mdo apply starts it")
-        if context.repairing and await hotplug.await_pending_unplug(
-            found, self.uuid, deadline=self.deadline
-        ):
-            return
-        context.ports[self.uuid] = await lifecycle.attach(
-            found,
-            _usable(self.uuid, context),
-            deadline=self.deadline,
-            host=context.host,
-            write=context.start,
+    async def _act(self, context: Context) -> None:
+        with before_acting():
+            found = _alive(self.guest, context)
+            if found is None:
+                if context.repairing:
+                    return  # a guest that has ended has no devices to give back
+                raise RequestError(
+                    f"guest {self.guest.name} does not run",
+                    "mdo apply starts it",
+                    subject=f"guest {self.guest.name}",
+                )
+            if context.repairing and await hotplug.await_pending_unplug(
+                found, self.uuid, deadline=self.deadline
+            ):
+                return
+            mdev = _usable(self.uuid, context)
+        context.ports[self.uuid] = await guest_ops.attach(
+            context.machine, found, mdev, deadline=self.deadline
         )
 
     def inverse(self) -> Detach:
@@ -287,7 +334,7 @@ class Attach(Step, frozen=True, tag="attach"):
 class Detach(Step, frozen=True, tag="detach"):
     """Unplug an mdev from a guest.
 
-    :ivar named: Whether somebody named it who wants to know when the guest does not have it.
+    :ivar named: A user named the device: that the guest does not have it is an error.
     """
 
     guest: GuestRecord
@@ -303,18 +350,11 @@ class Detach(Step, frozen=True, tag="detach"):
     def claims(self) -> tuple[str, ...]:  # noqa: D102
         return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
 
-    async def make(self, context: Context) -> None:  # noqa: D102
+    async def _act(self, context: Context) -> None:
         if _alive(self.guest, context) is None:
             return
         try:
-            await lifecycle.detach(
-                self.guest.name,
-                self.uuid,
-                self.deadline,
-                root=context.guests,
-                host=context.host,
-                write=context.start,
-            )
+            await guest_ops.detach(context.machine, self.guest.name, self.uuid, self.deadline)
         except UnknownError:
             if self.named and not context.repairing:
                 raise
@@ -327,13 +367,20 @@ class Detach(Step, frozen=True, tag="detach"):
 AnyStep = Create | Remove | Launch | Stop | Attach | Detach
 
 
-async def make_all(steps: Sequence[AnyStep], context: Context, told: ResultCallback) -> None:
-    """Make several steps of a kind that joins others; see :func:`.device_ops.create_all`."""
+async def attempt_all(
+    steps: Sequence[AnyStep], context: Context, on_result: ResultCallback
+) -> MdoError | None:
+    """Attempt several steps of the same kind and ``batch``; see :func:`.device_ops.create_all`.
+
+    :return: The first error. Of a step for which ``on_result`` was not called nothing is known.
+    """
     devices = [step.device for step in steps if isinstance(step, Create | Remove)]
-    if isinstance(steps[0], Create):
-        await device_ops.create_all(devices, context, told)
-    else:
-        await device_ops.remove_all(devices, context, told)
+    act = device_ops.create_all if isinstance(steps[0], Create) else device_ops.remove_all
+    try:
+        await act(devices, context, on_result)
+    except MdoError as error:
+        return error
+    return None
 
 
 def encode(step: AnyStep) -> str:
@@ -373,6 +420,7 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
         append=guest.append,
         disk=guest.disk,
         disk_format=guest.disk_format,
+        hotplug_window=int(guest.hotplug_window),
         mdevs=tuple(mdevs),
         hotplug_ports=guest.hotplug_ports,
         accel=guest.accel,
@@ -384,9 +432,11 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
 
 
 def _usable(uuid: UUID, context: Context) -> GuestMdev:
-    found = sysfs.read_mdev(uuid, context.host)
+    found = sysfs.read_mdev(context.machine, uuid)
     if found is None:
-        raise UnknownError(f"there is no mdev {uuid}", "mdo host lists them")
+        raise UnknownError(
+            f"there is no mdev {uuid}", "mdo host lists them", subject=f"mdev {uuid}"
+        )
     return GuestMdev(uuid, found.path, found.device_api or "vfio-pci")
 
 
@@ -395,13 +445,13 @@ def _usable(uuid: UUID, context: Context) -> GuestMdev:
 
 def _guest(name: str, context: Context) -> RunningGuest | None:
     try:
-        return process.find(name, context.guests)
+        return process.find(context.machine, name)
     except UnknownError:
         return None
 
 
 def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
-    """The guest that is meant, if it runs; another one of its name is somebody else's."""
+    """The guest that is meant, if it runs; not another one of its name."""
     found = _guest(own.name, context)
     if found is None or not found.alive or found.record is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this host lacks to use mdevs, and the command that mends it. QEMU is in ``qemu.doctor``."""
+"""Says what this host lacks to use mdevs, and how to mend it. QEMU is in ``qemu.doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.readiness import PERMISSION_REMEDY, group_name, may_open
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 
 Level = Literal["ok", "warning", "fault"]
@@ -21,10 +21,10 @@ VFIO_REMEDY = "modprobe vfio_iommu_type1"
 
 
 class Finding(Struct, frozen=True):
-    """One thing that was looked at.
+    """One thing that was checked.
 
     :ivar level: ``fault`` when something cannot work, ``warning`` when it works less.
-    :ivar subject: What was looked at.
+    :ivar subject: What was checked.
     :ivar remedy: A command or a sentence; empty when there is nothing to mend.
     """
 
@@ -34,22 +34,22 @@ class Finding(Struct, frozen=True):
     remedy: str = ""
 
 
-def examine(host: Host, root: Path = ROOT) -> tuple[Finding, ...]:
-    """Look at modules, parents, nodes and permissions. Raises nothing for what it finds.
+def examine(machine: Machine, host: Host) -> tuple[Finding, ...]:
+    """Check modules, parents, nodes and permissions. Raises nothing for what it finds.
 
     :param host: The host as it was scanned.
     """
     return (
-        *_mdev(host, root),
-        *_vfio(root),
-        *_nodes(host, root),
-        _kvm(root),
+        *_mdev(machine, host),
+        *_vfio(machine),
+        *_nodes(machine, host),
+        _kvm(machine),
     )
 
 
-def _mdev(host: Host, root: Path) -> Iterator[Finding]:
+def _mdev(machine: Machine, host: Host) -> Iterator[Finding]:
     if not host.mdev_bus:
-        yield Finding("fault", "mdev", "the kernel has no mdev bus", _module(root, "mdev"))
+        yield Finding("fault", "mdev", "the kernel has no mdev bus", _module(machine, "mdev"))
         return
     yield Finding("ok", "mdev", "the mdev bus is there")
     if not host.parents:
@@ -79,25 +79,25 @@ def _mdev(host: Host, root: Path) -> Iterator[Finding]:
         yield Finding("ok", "create", "mdevs may be created")
 
 
-def _vfio(root: Path) -> Iterator[Finding]:
-    node = root / "dev/vfio/vfio"
+def _vfio(machine: Machine) -> Iterator[Finding]:
+    node = machine.root / "dev/vfio/vfio"
     if not node.exists():
-        yield Finding("fault", "vfio", f"{node} is not there", _module(root, "vfio_iommu_type1"))
+        yield Finding("fault", "vfio", f"{node} is not there", _module(machine, "vfio_iommu_type1"))
     elif not may_open(node):
         yield Finding("fault", "vfio", f"no permission to open {node}", f"chmod 0666 {node}")
     else:
         yield Finding("ok", "vfio", f"{node} opens")
     # without the type 1 driver the node is there and no container can be set up
-    module = root / "sys/module/vfio_iommu_type1"
+    module = machine.root / "sys/module/vfio_iommu_type1"
     if node.exists() and not module.exists():
         yield Finding("fault", "vfio", "vfio_iommu_type1 is not loaded", VFIO_REMEDY)
-    if (root / "sys/bus/mdev").exists() and not (root / "sys/module/vfio").exists():
+    if (machine.root / "sys/bus/mdev").exists() and not (machine.root / "sys/module/vfio").exists():
         yield Finding("warning", "vfio", "the vfio module is not loaded", "modprobe vfio")
 
 
-def _nodes(host: Host, root: Path) -> Iterator[Finding]:
+def _nodes(machine: Machine, host: Host) -> Iterator[Finding]:
     for mdev in host.mdevs:
-        node = sysfs.vfio_node(mdev.uuid, root)
+        node = sysfs.vfio_node(machine, mdev.uuid)
         subject = str(mdev.uuid)
         if node is None:
             yield Finding("fault", subject, "it has no IOMMU group", VFIO_REMEDY)
@@ -112,8 +112,8 @@ def _nodes(host: Host, root: Path) -> Iterator[Finding]:
             )
 
 
-def _kvm(root: Path) -> Finding:
-    node = root / "dev/kvm"
+def _kvm(machine: Machine) -> Finding:
+    node = machine.root / "dev/kvm"
     if not node.exists():
         return Finding(
             "warning", "kvm", "no /dev/kvm: guests are emulated", "modprobe kvm_intel or kvm_amd"
@@ -124,10 +124,10 @@ def _kvm(root: Path) -> Finding:
     return Finding("ok", "kvm", f"{node} opens")
 
 
-def _module(root: Path, name: str) -> str:
+def _module(machine: Machine, name: str) -> str:
     """How to get a module: load it, or first a kernel that has it."""
     release = os.uname().release
-    directory = root / "lib/modules" / release
+    directory = machine.root / "lib/modules" / release
     listed = directory / "modules.dep"
     try:
         known = f"/{name}.ko" in listed.read_text(errors="replace")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Kernel and udev events about mdevs, as one typed async iterator.
 
-Events are hints and the scan is the truth: the kernel drops events when a listener is slow, and the
-``add`` of an mdev comes before its ``mdev_type`` link. So a stream begins with :class:`Rescan`, and
-has another wherever events were lost; who sees one reads the host again.
+An event is a hint, and only a scan is the truth: the kernel drops events when a listener is slow,
+and the ``add`` of an mdev comes before its ``mdev_type`` link. So a stream begins with
+:class:`Rescan`, and has another wherever events were lost; a caller that gets one reads the host
+again.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
 from msgspec import Struct
 
 from mdev_orchestrator.errors import HostError, UuidError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import parse_uuid
 
 RECHECK = 1.0
-"""Seconds after which a condition is looked at again though no event came: some drivers send none,
+"""Seconds after which a condition is checked again though no event came: some drivers send none,
 and a change of permissions has no event at all."""
 
 
@@ -75,26 +76,27 @@ class UdevMonitor(Protocol):
         """Next device, ``None`` when none waits."""
 
 
-def udev_monitor(root: Path = Path("/")) -> UdevMonitor:
+def udev_monitor(machine: Machine) -> UdevMonitor:
     """A started monitor of udev's events, or the kernel's where no udev runs.
 
-    It has no filter: a parent announces itself in its own subsystem, which may be any.
+    It has no filter: a parent announces itself in its own subsystem, which may be any. The first
+    call takes longer than a coroutine may; :func:`events` makes it in a thread.
 
     :raise HostError: The kernel gives no event socket.
     """
     import pyudev  # slow to import, and most commands never wait
 
-    source = "udev" if (root / "run/udev/control").exists() else "kernel"
+    source = "udev" if os.path.exists(machine.path("run/udev/control")) else "kernel"
     try:
         monitor: UdevMonitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
-        monitor.start()  # type: ignore[attr-defined]  # not part of what others need
+        monitor.start()  # type: ignore[attr-defined]  # not part of the protocol
     except OSError as error:
         raise HostError(f"cannot listen to {source} events: {error}") from error
     return monitor
 
 
 def interpret(properties: Mapping[str, str]) -> Event | None:
-    """The event that a uevent's properties tell of; ``None`` for everybody else's.
+    """The event that a uevent's properties describe; ``None`` if it is of another subsystem.
 
     ``ACTION``, ``DEVPATH``, ``SUBSYSTEM`` and ``DEVNAME`` are in every uevent; ``MDEV_STATE`` is
     what the mdev core adds to the ``change`` of a parent (drivers/vfio/mdev/mdev_core.c).
@@ -120,23 +122,23 @@ def interpret(properties: Mapping[str, str]) -> Event | None:
 
 
 def _state(properties: Mapping[str, str]) -> str | None:
-    """The new state of an mdev: ``MVGPU_STATE``, or what another vendor's driver calls its own."""
+    """The new state of an mdev, from ``MVGPU_STATE`` or the variable of another vendor's driver."""
     for name in properties:
         if name.endswith("_STATE") and properties[name] in ("online", "offline"):
             return properties[name]
     return None
 
 
-async def events(
-    make_monitor: Callable[[], UdevMonitor] = udev_monitor,
-) -> AsyncGenerator[Event, None]:
+async def events(make_monitor: Callable[[], UdevMonitor]) -> AsyncGenerator[Event, None]:
     """Give every event about parents, mdevs and VFIO nodes, without end.
 
+    :param make_monitor: Gives a started monitor, such as :func:`udev_monitor`; called in a thread,
+        once at first and again whenever events were lost.
     :raise HostError: The kernel gives no event socket.
     """
     reason = "listening"
     while True:
-        monitor = make_monitor()
+        monitor = await asyncio.to_thread(make_monitor)
         yield Rescan(reason)
         try:
             while True:
@@ -148,18 +150,15 @@ async def events(
             reason = f"events were lost: {os.strerror(error.errno or 0)}"
 
 
-async def until(
-    check: Callable[[], bool],
-    root: Path = Path("/"),
-    make_monitor: Callable[[], UdevMonitor] | None = None,
-) -> None:
-    """Return as soon as ``check`` is true; looked at on every event and every ``RECHECK`` seconds.
+async def wait_until(machine: Machine, check: Callable[[], bool]) -> None:
+    """Return as soon as ``check`` is true; put a deadline around it.
 
-    Put a deadline around it.
+    :param check: Called on the event loop, on every event and every :data:`RECHECK` seconds: it
+        must be quick.
     """
     if check():
         return
-    stream = events(make_monitor or (lambda: udev_monitor(root)))
+    stream = events(lambda: udev_monitor(machine))
     async with aclosing(stream):
         ahead = asyncio.ensure_future(anext(stream))
         try:
@@ -178,7 +177,7 @@ async def until(
 async def _readable(fd: int) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    # a reader only while somebody waits: otherwise an unread event would keep the loop spinning
+    # a reader only while something waits for it: else an unread event would keep the loop spinning
     loop.add_reader(fd, _settle, ready)
     try:
         await ready

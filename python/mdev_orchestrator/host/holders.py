@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who has an mdev open, and so blocks its removal.
+"""Finds the processes that have an mdev open, and so block its removal.
 
-The kernel does not tell; ``/proc/PID/fd`` does: who uses an mdev holds ``/dev/vfio/GROUP``, or
-``/dev/vfio/devices/vfioN`` with the newer interface.
+The kernel does not tell. ``/proc/PID/fd`` does: a process that uses an mdev has ``/dev/vfio/GROUP``
+open, or ``/dev/vfio/devices/vfioN`` with the newer interface. To read it takes long on a host with
+many processes, so coroutines have it done in a thread.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from uuid import UUID
 
 from msgspec import Struct, field
 
-from mdev_orchestrator.host.sysfs import ROOT, vfio_cdev
+from mdev_orchestrator.host.sysfs import vfio_cdev
+from mdev_orchestrator.host.tree import CLASS, TYPES
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 
 _GROUP = "/dev/vfio/"
@@ -41,9 +43,9 @@ class Holder(Struct, frozen=True):
 
 
 class Holders(Struct, frozen=True):
-    """Who holds what.
+    """Processes by the mdev that they have open.
 
-    :ivar unseen: How many processes this user may not look into: as long as it is not 0, an mdev
+    :ivar unseen: How many processes this user may not look into. If there are any, an mdev
         without a holder here may have one.
     """
 
@@ -55,12 +57,29 @@ class Holders(Struct, frozen=True):
         return self.by_mdev.get(uuid, ())
 
 
-def holders(mdevs: Iterable[Mdev], root: Path = ROOT) -> Holders:
-    """Find the processes that hold any of ``mdevs``; ``proc`` stands in ``root``."""
+async def find_holders(machine: Machine, mdevs: Iterable[Mdev]) -> Holders:
+    """Find the processes that have any of ``mdevs`` open, in a thread."""
+    import asyncio  # here: a command that only reads the host does not load it
+
+    return await asyncio.to_thread(read_holders, machine, tuple(mdevs))
+
+
+async def find_creators(machine: Machine, parent: str, type_id: str) -> tuple[Holder, ...]:
+    """Find the processes that are creating an mdev of a type, in a thread.
+
+    The driver has not answered them yet.
+    """
+    import asyncio  # likewise
+
+    return await asyncio.to_thread(_read_creators, machine, parent, type_id)
+
+
+def read_holders(machine: Machine, mdevs: Iterable[Mdev]) -> Holders:
+    """Find the processes that have any of ``mdevs`` open; takes longer than a coroutine may."""
     mdevs = tuple(mdevs)
     if not mdevs:
         return Holders()
-    by_node, unseen = _open_files(os.path.join(root, "proc"), _GROUP, opened=True)
+    by_node, unseen = _open_files(machine.path("proc"), _GROUP, opened=True)
     if not by_node:
         return Holders(unseen=unseen)
     with_cdev = any(node.startswith(_CDEV) for node in by_node)
@@ -69,19 +88,18 @@ def holders(mdevs: Iterable[Mdev], root: Path = ROOT) -> Holders:
         pids = set[int]()
         if mdev.iommu_group is not None:
             pids |= by_node.get(f"{_GROUP}{mdev.iommu_group}", set())
-        if with_cdev and (name := vfio_cdev(mdev.uuid, root)) is not None:
+        if with_cdev and (name := vfio_cdev(machine, mdev.uuid)) is not None:
             pids |= by_node.get(_CDEV + name, set())
         if pids:
-            found[mdev.uuid] = tuple(_holder(pid, root) for pid in sorted(pids))
+            found[mdev.uuid] = tuple(_holder(machine, pid) for pid in sorted(pids))
     return Holders(found, unseen)
 
 
-def creators(parent: str, type_id: str, root: Path = ROOT) -> tuple[Holder, ...]:
-    """The processes that are creating an mdev of a type: a driver has not answered them yet."""
-    directory = os.path.realpath(os.path.join(root, "sys/class/mdev_bus", parent))
-    create = os.path.join(directory, "mdev_supported_types", type_id, "create")
-    pids, _ = _open_files(os.path.join(root, "proc"), create)
-    return tuple(_holder(pid, root) for pid in sorted(pids.get(create, ())))
+def _read_creators(machine: Machine, parent: str, type_id: str) -> tuple[Holder, ...]:
+    directory = os.path.realpath(machine.path(CLASS, parent))
+    create = os.path.join(directory, TYPES, type_id, "create")
+    pids, _ = _open_files(machine.path("proc"), create)
+    return tuple(_holder(machine, pid) for pid in sorted(pids.get(create, ())))
 
 
 def guest_name(arguments: list[str]) -> str | None:
@@ -140,15 +158,15 @@ def _only_names(proc: str, pid: str, descriptor: str) -> bool:
         return False  # it is not known: it may be open
 
 
-def _holder(pid: int, root: Path) -> Holder:
-    directory = root / "proc" / str(pid)
-    arguments = _read(directory / "cmdline").split("\0")
-    return Holder(pid, _read(directory / "comm").strip() or "?", guest_name(arguments))
+def _holder(machine: Machine, pid: int) -> Holder:
+    directory = machine.path("proc", str(pid))
+    arguments = _read(f"{directory}/cmdline").split("\0")
+    return Holder(pid, _read(f"{directory}/comm").strip() or "?", guest_name(arguments))
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             text = file.read(_CMDLINE_LIMIT).decode(errors="replace")
     except OSError:
         return ""  # it has ended

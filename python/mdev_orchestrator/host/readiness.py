@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When is an mdev that was just created usable by a guest?
+"""Waits until an mdev that was just created can be opened by a guest.
 
-When the kernel has linked its type and its IOMMU group, when its node in ``/dev/vfio`` is there,
-and when the one who will open it may. The last is udev's work and comes when it comes: people who
-do not wait for it sleep two seconds, or fail.
+That is when the kernel has linked its type and its IOMMU group, its node in ``/dev/vfio`` is there,
+and the user that will open the node may do so. The last is done by udev's rules, some time later.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from uuid import UUID
 
 from mdev_orchestrator.errors import DeadlineError, HostError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.host.events import wait_until
+from mdev_orchestrator.machine import Machine
 
 PERMISSION_REMEDY = (
     'udev rule: SUBSYSTEM=="vfio", OWNER="root", GROUP="kvm", MODE="0660" in '
@@ -29,18 +28,20 @@ PERMISSION_REMEDY = (
 _READ_WRITE = 0o6
 
 
-def missing(uuid: UUID, root: Path = ROOT, user: str | None = None) -> tuple[str, str] | None:
-    """What an mdev lacks to be opened by ``user`` (this process without one), and the remedy.
+def missing(machine: Machine, uuid: UUID, user: str | None = None) -> tuple[str, str] | None:
+    """Say what an mdev lacks to be opened by ``user``, and the remedy.
+
+    :param user: This process without one.
 
     :return: ``None`` when it is ready.
     :raise HostError: There is no such user.
     """
-    if not os.path.lexists(sysfs.file(uuid, "mdev_type", root)):
-        if not os.path.exists(sysfs.file(uuid, "", root)):
+    if not os.path.lexists(sysfs.file(machine, uuid, "mdev_type")):
+        if not os.path.exists(sysfs.file(machine, uuid, "")):
             remedy = "see the kernel log: its driver may have taken it back"
             return "it is not on the mdev bus", remedy
         return "the kernel has not linked its type", "see the kernel log"
-    node = sysfs.vfio_node(uuid, root)
+    node = sysfs.vfio_node(machine, uuid)
     if node is None:
         return "it has no IOMMU group", "modprobe vfio_iommu_type1, then see the kernel log"
     if may_open(node, user):
@@ -73,7 +74,7 @@ def may_open(path: str | Path, user: str | None = None) -> bool:
 
 
 async def wait_ready(
-    uuid: UUID, deadline: float, root: Path = ROOT, *, user: str | None = None
+    machine: Machine, uuid: UUID, deadline: float, *, user: str | None = None
 ) -> None:
     """Return when the mdev can be opened by ``user``, or by this process without one.
 
@@ -81,17 +82,19 @@ async def wait_ready(
     :raise DeadlineError: Something is still missing; says what, and how to mend it.
     :raise HostError: There is no such user.
     """
-    if missing(uuid, root, user) is None:
+    if missing(machine, uuid, user) is None:
         return
     try:
         async with asyncio.timeout(deadline):
-            await until(lambda: missing(uuid, root, user) is None, root)
+            await wait_until(machine, lambda: missing(machine, uuid, user) is None)
     except TimeoutError:
-        lack = missing(uuid, root, user)
+        lack = missing(machine, uuid, user)
         if lack is None:
             return
         raise DeadlineError(
-            f"mdev {uuid} is not usable after {deadline:g} s: {lack[0]}", lack[1]
+            f"mdev {uuid} is not usable after {deadline:g} s: {lack[0]}",
+            lack[1],
+            subject=f"mdev {uuid}",
         ) from None
 
 

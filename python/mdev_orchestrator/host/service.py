@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What systemd and udev are told, so that guests end with the machine and come back with it.
+"""The units of systemd and the rule of udev by which guests end with the machine and come back.
 
 ``mdo-guests.service``
     is active from boot to shutdown. Stopping it powers every guest down, before the network and
@@ -8,13 +8,13 @@
     brings back what was applied, and waits for the parents that it needs. It does not remain
     active, so it can be started again.
 ``90-mdo.rules``
-    starts it when a parent appears, however late. While it is at work, or waits, a start is no
-    start, so a hundred parents that appear at once are one process; it looks at all of them.
+    starts it when a parent appears, however late. systemd ignores a start while the service runs,
+    so a hundred parents that appear at once are one process, which handles all of them.
 
-What counts is that a parent registers with the mdev core, or is there with its types when udev adds
-it: a driver may be loaded before udev is. A ``change`` that somebody triggers is neither: systemd
-would take each for a reason to start, and bring back what an administrator has stopped. Whoever has
-stopped ``mdo-guests.service`` gets no guest by loading a driver.
+The rule reacts when a parent registers with the mdev core, or is there with its types when udev
+adds it, since a driver may be loaded before udev is. A ``change`` that an administrator triggers is
+neither: systemd would start the service for each, and bring back what was stopped. When
+``mdo-guests.service`` is stopped, no guest comes back because a driver is loaded.
 
 A guest does not end with the session or the service that started it: it has a :func:`scope` of its
 own, which a shutdown ends after ``mdo-guests.service``.
@@ -28,10 +28,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from mdev_orchestrator.errors import HostError
-from mdev_orchestrator.host.sysfs import ROOT
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.system.files import write_atomic
 
 GUESTS = "mdo-guests.service"
 RESTORE = "mdo-restore.service"
@@ -88,10 +88,10 @@ LABEL="mdo_end"
 
 
 def files(mdo: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The files to install, by their path below the root, and what is in them.
+    """The files to install: their content by their path below the root.
 
-    :param mdo: The command that is ``mdo``, with an absolute path.
-    :param environment: What it shall find in its environment.
+    :param mdo: The command that runs ``mdo``, with an absolute path.
+    :param environment: Variables to set in its environment.
     """
     values = {
         "mdo": words(mdo),
@@ -108,7 +108,7 @@ def files(mdo: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def words(argv: Sequence[str]) -> str:
-    """A command as units have it: quoted where it must be, nothing in it expanded."""
+    """A command in the syntax of units, quoted so that systemd expands nothing in it."""
     return " ".join(_word(word).replace("$", "$$") for word in argv)
 
 
@@ -119,15 +119,15 @@ def _word(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def scope(guest: str, root: Path = ROOT) -> list[str]:
-    """The words before a QEMU's command that give it a systemd scope; none where there is no need.
+def scope(machine: Machine, guest: str) -> list[str]:
+    """The words before a QEMU's command that give it a systemd scope; none if it needs none.
 
-    Else it would be of the session, or the service, in which it was started: a shutdown kills that
-    before anybody has powered the guest down. The process stays the one that it is.
+    Without one QEMU belongs to the session, or the service, in which it was started, and a shutdown
+    kills that before ``mdo-guests.service`` has powered the guest down. The process id stays.
 
-    :param guest: Its name, for whoever reads ``systemctl status``.
+    :param guest: Its name, which ``systemctl status`` shows then.
     """
-    if not (root / BOOTED).exists() or os.geteuid() or shutil.which("systemd-run") is None:
+    if not (machine.root / BOOTED).exists() or os.geteuid() or shutil.which("systemd-run") is None:
         return []
     unit = f"mdo-guest-{guest}-{os.urandom(4).hex()}"  # the one before may still be going away
     return [
@@ -136,8 +136,8 @@ def scope(guest: str, root: Path = ROOT) -> list[str]:
     ]
 
 
-def install(contents: Mapping[str, str], root: Path = ROOT) -> bool:
-    """Write the files, and have a running systemd start what they say.
+def install(machine: Machine, contents: Mapping[str, str]) -> bool:
+    """Write the files, and have a running systemd start the units.
 
     :param contents: As :func:`files` gives them.
     :return: Whether there is a running systemd.
@@ -145,31 +145,29 @@ def install(contents: Mapping[str, str], root: Path = ROOT) -> bool:
     """
     with _explained():
         for path, text in contents.items():
-            target = root / path
+            target = machine.root / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(f".{target.name}.new")
-            draft.write_text(text)
-            draft.rename(target)
-        link = root / WANTED
+            write_atomic(target, text.encode(), mode=0o644)
+        link = machine.root / WANTED
         link.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             link.symlink_to(f"../{GUESTS}")
-    return _tell(root, ["systemctl", "start", GUESTS])
+    return _reload(machine, ["systemctl", "start", GUESTS])
 
 
-def remove(root: Path = ROOT) -> bool:
-    """Remove the files again; guests that run go on running.
+def remove(machine: Machine) -> bool:
+    """Remove the files; running guests go on.
 
     :return: Whether there was anything to remove.
     :raise HostError: They cannot be removed.
     """
-    places = [root / path for path in (WANTED, *files((), {}))]
+    places = [machine.root / path for path in (WANTED, *files((), {}))]
     present = [path for path in places if path.is_symlink() or path.exists()]
     with _explained():
         for path in present:
             path.unlink(missing_ok=True)
     if present:
-        _tell(root)
+        _reload(machine)
     return bool(present)
 
 
@@ -183,9 +181,9 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _tell(root: Path, *more: list[str]) -> bool:
-    """Have systemd and udev read their files again, and do what ``more`` says; if they run."""
-    if not (root / BOOTED).exists():
+def _reload(machine: Machine, *more: list[str]) -> bool:
+    """Have a running systemd and udev read their files again, then run the commands ``more``."""
+    if not (machine.root / BOOTED).exists():
         return False
     for argv in (["systemctl", "daemon-reload"], ["udevadm", "control", "--reload"], *more):
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""mdevctl's definitions: read and written without loss, made into a spec and made from one.
+"""Reads and writes mdevctl's definitions without loss; converts them to a spec and back.
 
 mdevctl keeps a file for each device that it may start, ``/etc/mdevctl.d/PARENT/UUID``, JSON::
 
@@ -20,13 +20,13 @@ are kept: mdevctl ignores them. Observed with mdevctl 1.2, and read in its ``src
 =================  ===========================================
 :func:`read`       files -> definitions, and what is wrong with the others
 :func:`write`      definitions -> files
-:func:`to_spec`    definitions -> a spec: one pool a definition
+:func:`to_spec`    definitions -> a spec: one pool per definition
 :func:`of_spec`    a spec -> definitions
-:func:`of_mdev`    a device as it runs -> its definition
-:func:`complete`   gives the devices of a spec that say no more than a UUID what mdevctl knows
+:func:`of_mdev`    a device as it is now -> its definition
+:func:`complete`   adds what mdevctl knows to devices of a spec that have only a UUID
 =================  ===========================================
 
-A definition that was made into a spec and back is the same; so is a spec that came from
+A definition that is converted to a spec and back is the same; so is a spec that came from
 definitions.
 """
 
@@ -46,8 +46,9 @@ from msgspec import Meta, Struct
 
 from mdev_orchestrator import spec as specs
 from mdev_orchestrator.errors import HostError, RequestError, UnknownError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import GROUP_FILE, Host, Mdev, is_uuid, natural_key
-from mdev_orchestrator.spec import Document, GuestMdev, Place, Pool, Spec
+from mdev_orchestrator.spec import DecodingError, Document, GuestMdev, Place, Pool, Spec, decode
 
 MAX_BYTES = 256 * 1024
 """Of a definition; the largest that makes sense, 256 adapters and 256 domains, has 20 KiB."""
@@ -55,7 +56,7 @@ MAX_BYTES = 256 * 1024
 _SCRIPTS = "scripts.d"  # call-outs of mdevctl, beside the parents
 
 
-class Definition(msgspec.Struct, frozen=True, kw_only=True):
+class Definition(Struct, frozen=True, kw_only=True):
     """One device as mdevctl has defined it.
 
     :ivar parent: Name of the parent device, which need not be there.
@@ -96,10 +97,12 @@ class Definitions(Struct, frozen=True):
     damage: tuple[Damage, ...] = ()
 
 
-class _File(msgspec.Struct):
-    mdev_type: Annotated[str, Meta(min_length=1)]
+class _File(Struct, frozen=True):
+    """The keys of a file that mdevctl knows; it ignores any others."""
+
+    mdev_type: Annotated[str, Meta(pattern=r"^[\s\S]", extra={"fault": "must not be empty"})]
     start: Literal["auto", "manual"]
-    attrs: list[Annotated[dict[str, str], Meta(min_length=1, max_length=1)]] | None = None
+    attrs: tuple[dict[str, str], ...] | None = None
 
 
 # ---- JSON -----------------------------------------------------------------------------------
@@ -111,18 +114,15 @@ def from_json(uuid: UUID, parent: str, data: bytes) -> Definition:
     :raise ValueError: They are no definition; the message completes "the file …".
     """
     try:
-        data.decode()
-        msgspec.json.decode(data)  # all of it: what is skipped is not checked
-        known = msgspec.json.decode(data, type=_File)
-        fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        text = data.decode()
+        known = _known(msgspec.json.decode(text))
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
     except RecursionError:
         raise ValueError("is nested too deep") from None
-    except msgspec.ValidationError as error:
-        raise ValueError(f"is no definition: {error}") from None
-    except msgspec.DecodeError as error:
-        raise ValueError(f"is not JSON: {error}") from None
+    except msgspec.DecodeError:
+        raise ValueError(f"is not JSON{_faulty_line(text)}") from None
+    fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     extra = {name: raw for name, raw in fields.items() if name not in _File.__struct_fields__}
     return Definition(
         uuid=uuid,
@@ -132,6 +132,35 @@ def from_json(uuid: UUID, parent: str, data: bytes) -> Definition:
         attributes=tuple(item for attr in known.attrs or () for item in attr.items()),
         extra=_one_line(msgspec.json.encode(extra)) if extra else "",
     )
+
+
+def _known(raw: object) -> _File:
+    """What mdevctl knows of a file.
+
+    :raise ValueError: It is no definition; the message completes "the file …".
+    """
+    try:
+        known = decode(raw, _File)
+    except DecodingError as error:
+        where = f"{specs.key(error.place)}: " if error.place else ""
+        raise ValueError(f"is no definition: {where}{error.message}") from None
+    for number, attr in enumerate(known.attrs or ()):
+        if len(attr) != 1:
+            raise ValueError(f"is no definition: attrs[{number}]: must name one file")
+    return known
+
+
+def _faulty_line(text: str) -> str:
+    """Where a text ceases to be JSON, for a message; empty if that cannot be found."""
+    import json  # most commands do without it
+
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return f": line {error.lineno} cannot be read"
+    except RecursionError:
+        pass
+    return ""
 
 
 def _one_line(text: bytes) -> str:
@@ -179,21 +208,21 @@ def _sorted(definitions: Iterable[Definition]) -> list[Definition]:
 # ---- files ----------------------------------------------------------------------------------
 
 
-def directory(root: Path = Path("/")) -> Path:
+def directory(machine: Machine) -> Path:
     """Where mdevctl keeps its definitions."""
-    return root / "etc/mdevctl.d"
+    return Path(machine.path("etc", "mdevctl.d"))
 
 
-def read(where: Path) -> Definitions:
+def read(machine: Machine, where: Path | None = None) -> Definitions:
     """Read all definitions below a directory; one that is not there has none.
 
     Like mdevctl this follows no links. Does not raise for anything that stands there.
 
-    :param where: As :func:`directory` gives it.
+    :param where: The directory; mdevctl's own without it.
     """
     found: list[Definition] = []
     damage: list[Damage] = []
-    for parent in _entries(where, damage):
+    for parent in _entries(where or directory(machine), damage):
         if parent.is_symlink():
             damage.append(Damage(Path(parent.path), "is a link, which mdevctl passes over"))
         elif parent.name != _SCRIPTS and parent.is_dir(follow_symlinks=False):
@@ -206,16 +235,16 @@ def read(where: Path) -> Definitions:
     return Definitions(tuple(_sorted(found)), tuple(damage))
 
 
-def defined(root: Path = Path("/")) -> Mapping[UUID, tuple[Definition, ...]]:
-    """The definitions of a machine by their UUIDs, for each in natural order of the parents."""
-    found = sorted(read(directory(root)).found, key=lambda it: it.uuid)
+def defined(machine: Machine) -> Mapping[UUID, tuple[Definition, ...]]:
+    """Read the definitions of a machine: by UUID, for each in natural order of the parents."""
+    found = sorted(read(machine).found, key=lambda it: it.uuid)
     return {uuid: tuple(same) for uuid, same in groupby(found, key=lambda it: it.uuid)}
 
 
 def select(
     definitions: Definitions, uuids: Sequence[UUID] = (), parent: str | None = None
 ) -> Definitions:
-    """Those that are asked for: of all UUIDs when none is given, likewise of all parents.
+    """Select the definitions of some UUIDs and of one parent; without these, of all.
 
     :raise UnknownError: There is none of this UUID or this parent.
     :raise RequestError: One that is named cannot be read.
@@ -257,7 +286,7 @@ def _definition(parent: str, entry: os.DirEntry[str]) -> Definition:
     :raise ValueError: It is no definition; the message completes "the file …".
     """
     if not parent.isprintable():
-        raise ValueError("is of a parent whose name no kernel makes")
+        raise ValueError("is of a parent with a name that no kernel makes")
     if not is_uuid(entry.name):
         raise ValueError("is no definition: its name is not a UUID")
     if entry.name != entry.name.lower():
@@ -272,7 +301,7 @@ def _definition(parent: str, entry: os.DirEntry[str]) -> Definition:
 
 
 def _bytes(path: str | Path) -> bytes:
-    # without O_NONBLOCK a FIFO that nobody writes to would hold the command for ever
+    # without O_NONBLOCK a FIFO without a writer would hold the command for ever
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -294,18 +323,24 @@ def path(definition: Definition, where: Path) -> Path:
 
 
 def write(
-    definitions: Sequence[Definition], where: Path, *, force: bool = False
+    machine: Machine,
+    definitions: Sequence[Definition],
+    where: Path | None = None,
+    *,
+    force: bool = False,
 ) -> tuple[Path, ...]:
     """Write definitions to their files, with the modes that mdevctl gives them.
 
-    All are looked at before the first is written. Each is on the disk when this returns, and is
+    All files are checked before the first is written. Each is on the disk when this returns, and is
     there whole or not at all at any moment.
 
+    :param where: The directory; mdevctl's own without it.
     :param force: Replace definitions that are different, too.
-    :return: The files that were written: those that hold it already are not.
+    :return: The files that were written: those that hold their definition already are not.
     :raise RequestError: A file holds something else; nothing was written.
     :raise HostError: A file cannot be written.
     """
+    where = where or directory(machine)
     wanted = {path(definition, where): definition for definition in definitions}
     missing = {
         file: definition for file, definition in wanted.items() if not _holds(file, definition)
@@ -317,11 +352,13 @@ def write(
         try:
             _store(file, to_json(definition).encode(), where, force=force)
         except OSError as error:
-            if error.errno == errno.EEXIST:  # made by somebody else since we looked
+            if error.errno == errno.EEXIST:  # another program wrote it since the check
                 _refuse_taken(file)
             reason = os.strerror(error.errno or 0)
             hint = "run as root" if error.errno in {errno.EACCES, errno.EPERM} else ""
-            raise HostError(f"{file} cannot be written: {reason}", hint) from error
+            raise HostError(
+                f"{file} cannot be written: {reason}", hint, errno=error.errno
+            ) from error
     if missing:
         for changed in {where, *(file.parent for file in missing)}:
             _sync(changed)
@@ -344,10 +381,14 @@ def _refuse_taken(file: Path) -> None:
 
 
 def _store(file: Path, data: bytes, where: Path, *, force: bool) -> None:
-    """Put a file in its place; its name is on the disk when the directories are."""
+    """Put a file in its place; its name is on the disk when the directories are.
+
+    ``system.files.write_atomic`` would replace what another program put there meanwhile, and have
+    its draft beside the definitions, where mdevctl complains of it.
+    """
     where.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(exist_ok=True)
-    # beside the parents: there mdevctl has no word for a file that it does not know
+    # beside the parents mdevctl passes over a file that it does not know
     draft = where / f".mdo-{os.urandom(8).hex()}"
     try:
         with draft.open("xb") as stream:
@@ -374,7 +415,7 @@ def _sync(directory_: Path) -> None:
 
 
 def to_spec(definitions: Iterable[Definition]) -> tuple[Spec, tuple[RequestError, ...]]:
-    """A spec that asks for these devices: a pool for each, called by the UUID.
+    """Make a spec that asks for these devices: a pool for each, named by the UUID.
 
     :return: The spec, and why it leaves some out: their UUID is defined on several parents, or a
         spec cannot ask for what they ask for (:func:`to_pool`).
@@ -402,7 +443,7 @@ def to_spec(definitions: Iterable[Definition]) -> tuple[Spec, tuple[RequestError
 
 
 def to_pool(definition: Definition) -> Pool:
-    """What a spec says of one device.
+    """Make the pool that asks for one device.
 
     :raise RequestError: A spec cannot ask for it.
     """
@@ -426,12 +467,12 @@ def to_pool(definition: Definition) -> Pool:
 
 
 def of_spec(document: Document, host: Host) -> tuple[Definition, ...]:
-    """The definitions of the devices of a spec.
+    """Make the definitions of the devices of a spec.
 
     A definition needs a UUID, a parent and a type. What the spec leaves open is taken from the
     device, if it exists.
 
-    :raise RequestError: With file and line: it stays open.
+    :raise RequestError: With file and line: one of these is not known.
     """
     return tuple(
         _of_request(document, place, devices, host) for place, _, devices in document.spec.devices()
@@ -485,7 +526,7 @@ def of_device(
     start: Literal["auto", "manual"] = "manual",
     extra: str = "",
 ) -> Definition:
-    """The definition of a device that is set up as this project does: parameters, files, group."""
+    """Make the definition of a device that is set up as this project does: params, files, group."""
     files = [*attributes]
     if params:
         files.insert(0, (_params_file(type_), params))
@@ -507,21 +548,21 @@ def _params_file(type_: str) -> str:
 
 
 def of_mdev(mdev: Mdev, known: Iterable[Definition] = ()) -> Definition:
-    """The definition of a device as it is.
+    """Make the definition of a device as it is.
 
-    :param known: Definitions there are. One of this device that agrees with what can be read of it
-        is its definition: there are files that can be written only.
+    :param known: Definitions that exist. One of this device that agrees with what can be read of it
+        is its definition: some files can only be written.
     :raise RequestError: The device is being removed.
     """
     if mdev.type_id is None:
         raise RequestError(f"mdev {mdev.uuid} is being removed", "mdo host lists what remains")
-    seen = of_device(
+    now = of_device(
         mdev.uuid, mdev.parent, mdev.type_id, params=mdev.params or "", group=mdev.group_uuid
     )
     for definition in known:
-        if is_of(mdev, definition) and _readable(definition) == _readable(seen):
+        if is_of(mdev, definition) and _readable(definition) == _readable(now):
             return definition
-    return seen
+    return now
 
 
 def _readable(definition: Definition) -> dict[str, str]:
@@ -536,11 +577,11 @@ def _readable(definition: Definition) -> dict[str, str]:
 def complete(
     document: Document, definitions: Mapping[UUID, Sequence[Definition]], host: Host
 ) -> Document:
-    """Fill in what mdevctl knows of the devices of which a spec gives little more than the UUID.
+    """Fill in what mdevctl knows of the devices of which a spec says little more than the UUID.
 
-    One of which the spec gives a type or a condition is left as it is, and so is one that exists
-    otherwise than defined. The others get type, parent and attributes, and a guest's device its
-    group.
+    A device for which the spec says a type or a condition is left as it is, and so is one that
+    exists and is not as defined. The others get type, parent and attributes, and a guest's device
+    its group.
 
     :param definitions: As :func:`defined` gives them.
     :raise RequestError: With file and line: it is defined on several parents.
@@ -596,7 +637,7 @@ def _in_its_group(mdev: Mdev, definition: Definition) -> bool:
 
 
 def _filled(devices: GuestMdev | Pool, definition: Definition) -> GuestMdev | Pool:
-    to_pool(definition)  # which says whose fault it is that a spec cannot ask for it
+    to_pool(definition)  # its error names the definition if a spec cannot ask for it
     attributes = devices.attributes or definition.attributes
     changes: dict[str, Any] = {"type": definition.type, "parent": definition.parent}
     if isinstance(devices, GuestMdev):

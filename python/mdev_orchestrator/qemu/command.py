@@ -16,9 +16,9 @@ What a guest looks like
 * An mdev is a device with the id ``mdev-UUID``, opened by ``sysfsdev``. vfio-ccw and vfio-ap
   devices are not PCI and sit on no port.
 * Four listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
-  (looking, so that a listing need not wait for an unplug that takes a minute), ``watch`` (events,
-  for one who stays connected) and ``console`` (first serial port, whose output is kept in a log as
-  well).
+  (questions, so that a listing need not wait for an unplug that takes a minute), ``watch`` (events,
+  for a client that stays connected) and ``console`` (first serial port, whose output is kept in a
+  log as well).
 * ``-uuid`` always: NVIDIA's host plugin reads it from the command line, and it is how a later
   command knows that a process is this guest.
 
@@ -63,6 +63,14 @@ MAX_PORTS = 128
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 PCIE_MACHINES = re.compile(r"(pc-)?q35(-.*)?|virt(-.*)?")
 _DRIVER = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+REFUSED = {
+    "daemonize": "QEMU would fork, and the process that mdo has started and watches would end",
+    "uuid": "the guest has one already, by which mdo knows its process; take --uuid",
+    "chroot": "QEMU could not open the directory of an mdev that is attached later",
+}
+"""Arguments that break what mdo relies on, and why; without the dashes."""
+_REFUSED = re.compile(f"--?({'|'.join(REFUSED)})")  # QEMU takes an option with one dash or two
 
 
 class GuestMdev(Struct, frozen=True):
@@ -137,17 +145,6 @@ def port_id(number: int) -> str:
     return f"port{number}"
 
 
-def parse_size(text: str) -> int:
-    """Read an amount of memory, ``512M`` or ``2G``; without a letter it is bytes.
-
-    :raise RequestError: It is something else.
-    """
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.strip().upper())
-    if not match:
-        raise RequestError(f"{text!r} is no amount of memory", "write it like 512M or 2G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
-
-
 def parse_accel(text: str) -> Accel:
     """Read the name of an accelerator.
 
@@ -220,6 +217,19 @@ def check(spec: GuestSpec) -> None:
     if (spec.initrd or spec.append) and not spec.kernel:
         raise RequestError(f"{label}: an initrd or kernel parameters need a kernel")
     parse_accel(spec.accel)
+    for word in spec.extra:
+        if found := _REFUSED.fullmatch(word):
+            why = REFUSED[found[1]]
+            raise RequestError(f"{label}: QEMU's argument {word} cannot be used: {why}")
+    _check_mdevs(spec, label)
+    strings = [spec.append, spec.disk_format, spec.machine, spec.qemu, *spec.extra]
+    strings += map(str, (spec.kernel, spec.initrd, spec.disk, spec.firmware))
+    strings += (str(mdev.path) for mdev in spec.mdevs)
+    if any("\0" in string for string in strings):
+        raise RequestError(f"{label}: a zero byte cannot be passed to a program")
+
+
+def _check_mdevs(spec: GuestSpec, label: str) -> None:
     for mdev in spec.mdevs:
         if not _DRIVER.fullmatch(mdev.device_api):
             raise RequestError(
@@ -228,11 +238,6 @@ def check(spec: GuestSpec) -> None:
             )
     if len({mdev.uuid for mdev in spec.mdevs}) != len(spec.mdevs):
         raise RequestError(f"{label}: the same mdev is given twice")
-    strings = [spec.append, spec.disk_format, spec.machine, spec.qemu, *spec.extra]
-    strings += map(str, (spec.kernel, spec.initrd, spec.disk, spec.firmware))
-    strings += (str(mdev.path) for mdev in spec.mdevs)
-    if any("\0" in string for string in strings):
-        raise RequestError(f"{label}: a zero byte cannot be passed to a program")
 
 
 def root_port(number: int, window: int) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from mdev_orchestrator.host.doctor import Finding
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import features
+from mdev_orchestrator.system.children import run_child
 
 QEMU = "qemu-system-x86_64"
 REMEDY = "apt-get install --no-install-recommends qemu-system-x86"
@@ -58,21 +59,22 @@ def judge(path: str, version: str, devices: str) -> Iterator[Finding]:
 
 
 def judge_start(starts: bool, mdevs: Iterable[Mdev]) -> Finding:
-    """Whether a QEMU brings start groups online by itself, and whose devices have something of it.
+    """Whether a QEMU brings start groups online by itself, and for the devices of which parents.
 
-    A device without ``online`` has not: its driver starts it in the open, whatever QEMU can do.
+    A device without ``online`` does not count: its driver starts it in the open, whatever QEMU can
+    do.
     """
-    told = Counter(mdev.parent for mdev in mdevs if mdev.online is not None)
-    whose = ", ".join(f"{parent} ({count})" for parent, count in sorted(told.items()))
+    counted = Counter(mdev.parent for mdev in mdevs if mdev.online is not None)
+    parents = ", ".join(f"{parent} ({count})" for parent, count in sorted(counted.items()))
     if starts:
-        here = f", here those of the devices of {whose}" if told else ""
+        here = f", here those of the devices of {parents}" if counted else ""
         return Finding("ok", "qemu", f"it has {features.START}: it starts groups by itself{here}")
-    if not told:
+    if not counted:
         return Finding("ok", "qemu", f"it has no {features.START}, and no device here needs it")
     return Finding(
         "warning",
         "qemu",
-        f"it has no {features.START}: the devices of {whose} come online only for guests that mdo"
+        f"it has no {features.START}: the devices of {parents} come online only for guests that mdo"
         " starts, or if their driver sees to it",
         "mdo qemu build makes one that has it",
     )
@@ -81,21 +83,7 @@ def judge_start(starts: bool, mdevs: Iterable[Mdev]) -> Finding:
 async def _output(*command: str) -> str | None:
     """What a program prints, ``None`` if it does not end in time; it is killed then."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        ended = await run_child(*command, deadline=_DEADLINE, with_errors=True)
     except OSError as error:
         return f"cannot be run: {os.strerror(error.errno or 0)}"
-    try:
-        async with asyncio.timeout(_DEADLINE):
-            output, _ = await process.communicate()
-    except TimeoutError:
-        return None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return output.decode(errors="replace")
+    return None if ended is None else ended.output

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the QEMUs of all guests tell of their mdevs, as one typed async iterator.
+"""Events of the mdevs in all guests' QEMUs, as one typed async iterator.
 
-The patched QEMU sends ``VFIO_MDEV_STATE_CHANGED`` (docs/qmp.md) to whoever is connected to its
-monitor. Each guest has a monitor for this alone, ``watch.sock``: a watcher stays connected, and a
-monitor serves one client at a time. So there is one watcher of a guest; another one waits, and has
-the events from the moment at which the first has gone.
+The patched QEMU sends ``VFIO_MDEV_STATE_CHANGED`` (docs/qmp.md) to the clients of its monitors.
+Each guest has a monitor for this alone, ``watch.sock``: a watcher stays connected, and a monitor
+serves one client at a time. So there is one watcher of a guest; another one waits, and has the
+events from the moment at which the first has gone.
 
-As with those of the kernel, events are hints: what happened before :class:`Watched` and after
-:class:`Unwatched` nobody has seen, and ``mdo guest list`` tells what is.
+As with those of the kernel, events are hints: what happens before :class:`Watched` and after
+:class:`Unwatched` is not seen, and ``mdo guest list`` shows what is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from mdev_orchestrator.errors import QemuError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import RunningGuest, list_guests
 
@@ -36,7 +37,7 @@ class Watched(Struct, frozen=True):
 
 
 class Unwatched(Struct, frozen=True):
-    """They are heard no more: QEMU has ended, or told more than could be listened to."""
+    """They are heard no more: QEMU has ended, or sent more than could be read."""
 
     guest: str
 
@@ -74,45 +75,48 @@ class _Data(msgspec.Struct, frozen=True, rename="kebab"):
     reason: str = ""
 
 
-async def guest_events(
-    guests: Callable[[], list[RunningGuest]] = list_guests,
-) -> AsyncGenerator[GuestEvent, None]:
+async def guest_events(machine: Machine) -> AsyncGenerator[GuestEvent, None]:
     """Give the events of all guests, those that start later too, without end.
 
     A guest whose QEMU knows no such event, or is from before there was a monitor for it, is silent.
 
-    :param guests: Gives those that there are now.
+    :raise MdoError: The guests cannot be listed.
     """
     queue: asyncio.Queue[GuestEvent] = asyncio.Queue(1)
-    looking = asyncio.ensure_future(_look(guests, queue.put))
+    looking = asyncio.ensure_future(_look(machine, queue.put))
     try:
         while True:
-            yield await queue.get()
+            getting = asyncio.ensure_future(queue.get())
+            try:
+                await asyncio.wait((getting, looking), return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    looking.result()  # it ends by an error only
+            finally:
+                getting.cancel()
+            yield getting.result()
     finally:
         looking.cancel()
         await asyncio.wait((looking,))
 
 
-async def _look(guests: Callable[[], list[RunningGuest]], put: Put) -> None:
-    """Listen to each guest that there is."""
+async def _look(machine: Machine, put: Put) -> None:
+    """Listen to each guest that there is, without end."""
     listening: dict[int, asyncio.Task[None]] = {}
     try:
-        while True:
-            listening = {pid: task for pid, task in listening.items() if not task.done()}
-            for guest in guests():
-                record = guest.record
-                if record and record.ready and guest.alive and record.pid not in listening:
-                    listening[record.pid] = asyncio.ensure_future(_listen(guest, put))
-            await asyncio.sleep(LOOK_SECONDS)
-    finally:
-        for task in listening.values():
-            task.cancel()
-        if listening:
-            await asyncio.wait(listening.values())
+        async with asyncio.TaskGroup() as group:
+            while True:
+                listening = {pid: task for pid, task in listening.items() if not task.done()}
+                for guest in list_guests(machine):
+                    record = guest.record
+                    if record and record.ready and guest.alive and record.pid not in listening:
+                        listening[record.pid] = group.create_task(_listen(guest, put))
+                await asyncio.sleep(LOOK_SECONDS)
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _listen(guest: RunningGuest, put: Put) -> None:
-    """Pass on what one guest's QEMU tells, until it hangs up."""
+    """Pass on the events of one guest's QEMU, until it hangs up."""
     if not guest.watch_socket.exists():
         return
     watched = False

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,8 @@ import msgspec
 
 from mdev_orchestrator.errors import CommandError, MdoError
 from mdev_orchestrator.state import cache_dir, decode
+from mdev_orchestrator.system.children import run_child
+from mdev_orchestrator.system.files import write_atomic
 
 if TYPE_CHECKING:
     from mdev_orchestrator.qemu.monitor import QmpMonitor
@@ -100,26 +100,10 @@ def _key(qemu: str, driver: str) -> _Entry | None:
 
 async def _ask(qemu: str, driver: str, deadline: float) -> str | None:
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(qemu, "-device", f"{driver},help"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        ended = await run_child(qemu, "-device", f"{driver},help", deadline=deadline)
     except OSError:
         return None
-    try:
-        async with asyncio.timeout(deadline):
-            out, _ = await process.communicate()
-    except TimeoutError:
-        return None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    return out.decode(errors="replace") if process.returncode == 0 else None
+    return ended.output if ended is not None and ended.status == 0 else None
 
 
 def _read() -> list[_Entry]:
@@ -130,10 +114,8 @@ def _read() -> list[_Entry]:
 
 
 def _write(entries: list[_Entry]) -> None:
-    """Keep the answers if that can be done; who cannot asks again."""
+    """Keep the answers if that can be done; without them the binary is asked again."""
     path = cache_dir() / _CACHE
-    scratch = path.with_name(f"{_CACHE}.{os.getpid()}")
     with contextlib.suppress(OSError, MdoError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(msgspec.json.encode(entries))
-        scratch.replace(path)
+        write_atomic(path, msgspec.json.encode(entries), sync=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Attach and detach: the choreography of one device and a running guest.
+"""Attach and detach one device of a running guest.
 
 The truth about what is plugged where is QEMU's object tree (QOM), not ``query-pci``, which is empty
 behind every port until the guest's firmware has numbered the buses:
@@ -9,20 +9,24 @@ behind every port until the guest's firmware has numbered the buses:
 * a vfio device has a property ``sysfsdev``: the directory that it was opened by.
 
 **Plugged** means that QEMU has realised the device: it is open and on its bus, and the guest has
-been told by a hotplug interrupt. It says nothing about the guest.
+had a hotplug interrupt. It says nothing about the guest.
 
 **Taken** (``wait_guest``) means that the guest has numbered the bus, given every memory BAR an
-address (an I/O BAR, if the device has no other), and switched their decoding on. That is what a
-driver's probe does first, it holds for any vendor and any guest, and it can be seen from outside;
-firmware does it too for a device that is there when it runs. A guest that finds a device and has no
-driver for it assigns addresses but leaves decoding off: that device is not taken. There is no event
-for it, so it is asked for, often at first and then a few times a second.
+address (an I/O BAR, if the device has no other), and switched their decoding on. A driver's probe
+does that first, with any vendor and any guest, and it can be seen from outside; firmware does it
+too for a device that is there when it runs. A guest without a driver for the device assigns
+addresses but leaves decoding off: that device is not taken. QEMU has no event for it, so
+``query-pci`` is asked, often at first and then a few times a second.
 
 **Detached** means ``DEVICE_DELETED``: QEMU has closed the device. ``device_del`` only asks the
-guest. One without an operating system never answers, and what was asked before it booted may be
-lost, so the question is repeated; it may also refuse (``DEVICE_UNPLUG_GUEST_ERROR``). The question
-cannot be taken back: while it is open there is a mark in the guest's directory, and one that is
-left tells whoever comes later that the guest may let go yet.
+guest. A guest without an operating system never answers, and a question from before it booted may
+be lost, so the question is repeated; the guest may also refuse (``DEVICE_UNPLUG_GUEST_ERROR``). The
+question cannot be taken back. While it is open there is a mark in the guest's directory, and a mark
+that is left says that the guest may let go yet.
+
+What is known of ``device_add`` and ``device_del`` after an error is the error's outcome. After an
+unknown one, :func:`await_pending_unplug` finds out, by the monitor that the command was sent to
+(see :mod:`mdev_orchestrator.qemu.monitor`).
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -42,14 +47,18 @@ from mdev_orchestrator.errors import (
     CommandError,
     DeadlineError,
     MdoError,
+    Outcome,
     QemuError,
     RequestError,
     UnknownError,
+    before_acting,
 )
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
-from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, list_guests, time_left
+from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, time_left
 from mdev_orchestrator.qemu.remedies import remedy
+from mdev_orchestrator.system.waiting import run_to_completion
 
 if TYPE_CHECKING:
     from mdev_orchestrator.qemu.monitor import Events, QmpMonitor
@@ -62,6 +71,8 @@ ASK_AGAIN_SECONDS = 10.0
 one back; QEMU refuses to press it earlier anyway."""
 OBEY_SECONDS = 30.0
 """For a guest to let go after it was last asked to: nothing tells that it is about to."""
+LAST_LOOK_SECONDS = 1.0
+"""Beyond the deadline of a detach, to see whether the device has gone: an event may be lost."""
 LOOK_SECONDS = 0.2
 FIRST_LOOK_SECONDS = 0.02
 
@@ -210,25 +221,36 @@ async def mdevs(qmp: QmpMonitor) -> tuple[Plugged, ...]:
 async def mdevs_of(guest: RunningGuest, *, deadline: float = QUERY_SECONDS) -> tuple[Plugged, ...]:
     """Like :func:`mdevs`, by a connection of its own to the monitor for questions.
 
+    It waits for no attach or detach, so it is of no use after one with an unknown outcome.
+
+    :param deadline: Seconds for the whole.
     :raise QemuError: QEMU cannot be reached or answers nonsense.
     :raise DeadlineError: It does not answer in time.
     """
     from mdev_orchestrator.qemu.monitor import connect
 
+    end = _end_of(deadline)
+    async with connect(guest.query_socket, guest.label, deadline=None, end=end) as qmp:
+        return await mdevs(qmp)
+
+
+def _end_of(deadline: float) -> float:
+    """When so many seconds have passed, in the event loop's time."""
+    return asyncio.get_running_loop().time() + deadline
+
+
+@contextmanager
+def _known(outcome: Outcome) -> Iterator[None]:
+    """Say of the act before the block what is known, in errors that leave the block."""
     try:
-        async with (
-            asyncio.timeout(deadline),
-            connect(guest.query_socket, guest.label, deadline=deadline) as qmp,
-        ):
-            return await mdevs(qmp)
-    except TimeoutError:
-        raise DeadlineError(
-            f"{guest.label}: QEMU did not tell its devices within {deadline:g} s"
-        ) from None
+        yield
+    except MdoError as error:
+        error.outcome = outcome
+        raise
 
 
 async def _id_of(qmp: QmpMonitor, uuid: UUID) -> str:
-    """What an mdev is called in a QEMU that has it.
+    """The id that an mdev has in a QEMU that holds it.
 
     :raise UnknownError: The guest does not have it.
     :raise RequestError: It was given no id, and so cannot be unplugged.
@@ -240,7 +262,9 @@ async def _id_of(qmp: QmpMonitor, uuid: UUID) -> str:
     held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
     if uuid not in held:
         has = ", ".join(sorted(map(str, held))) or "none"
-        raise UnknownError(f"{qmp.label} has no mdev {uuid}", f"it has: {has}")
+        raise UnknownError(
+            f"{qmp.label} has no mdev {uuid}", f"it has: {has}", subject=f"mdev {uuid}"
+        )
     found = held[uuid].device_id
     if found is None:
         raise RequestError(
@@ -248,23 +272,6 @@ async def _id_of(qmp: QmpMonitor, uuid: UUID) -> str:
             "stop the guest",
         )
     return found
-
-
-async def holder_of(uuid: UUID, *, root: Path | None = None) -> RunningGuest | None:
-    """Return the running guest that has an mdev.
-
-    A guest whose QEMU does not answer is judged by what it was started with.
-    """
-    for guest in list_guests(root):
-        if not guest.alive or guest.record is None:
-            continue
-        try:
-            held = {plugged.uuid for plugged in await mdevs_of(guest)}
-        except MdoError:
-            held = set(guest.record.mdevs)
-        if uuid in held:
-            return guest
-    return None
 
 
 # ---------------------------------------------------------------- attach
@@ -280,69 +287,43 @@ def device_for(mdev: GuestMdev) -> Device:
     )
 
 
-async def attach(
-    guest: str,
-    mdev: GuestMdev,
-    *,
-    deadline: float = ATTACH_SECONDS,
-    wait_guest: bool = False,
-    root: Path | None = None,
-) -> str | None:
-    """Plug an mdev into the running guest of that name; see :func:`plug`."""
-    return await plug(
-        find_running(guest, root), device_for(mdev), deadline=deadline, wait_guest=wait_guest
-    )
-
-
-async def plug(
-    guest: RunningGuest,
-    device: Device,
-    *,
-    deadline: float = ATTACH_SECONDS,
-    wait_guest: bool = False,
-) -> str | None:
-    """Plug a device in and return the id of the port it sits in, if it is a PCI device.
-
-    :param deadline: Seconds for everything, waiting for the guest included.
-    :param wait_guest: Return only when the guest has *taken* it.
-    :raise RequestError: No port is free, or the guest has such a device already.
-    :raise CommandError: QEMU refused it; with its own words and what to do.
-    :raise QemuError: QEMU cannot be reached, or the device is not there although QEMU took it.
-    :raise DeadlineError: Not plugged in time, or not taken in time: then it stays plugged, and
-        the message says so.
-    """
-    from mdev_orchestrator.qemu.monitor import connect
-
-    end = asyncio.get_running_loop().time() + deadline
-    async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
-        return await plug_by(qmp, device, end, wait_guest=wait_guest)
-
-
 async def plug_by(
     qmp: QmpMonitor, device: Device, end: float, *, wait_guest: bool = False
 ) -> str | None:
-    """What :func:`plug` does, by a connection that is there.
+    """Plug a device in by a connection to a guest's ``qmp.sock``.
 
-    :param end: When it must have come to its end, in the event loop's time.
+    :param end: When this has ended, in the event loop's time.
+    :param wait_guest: Return only when the guest has *taken* the device.
+    :return: The id of the port that it sits in, if it is a PCI device.
+    :raise RequestError: No port is free, or the guest has such a device already.
+    :raise CommandError: QEMU refused it; with its own words and what to do.
+    :raise QemuError: The connection ended, or QEMU accepted the device but does not list it: the
+        outcome is unknown.
+    :raise DeadlineError: QEMU did not answer in time: the outcome is unknown. Or the guest has not
+        taken the device in time: it is plugged (the outcome is "done"), and the message says so.
     """
-    there = await _children(qmp, PERIPHERAL)
-    if device.id in there:
-        raise RequestError(f"{qmp.label} has {device.id} already")
-    arguments: dict[str, object] = {
-        "driver": device.driver,
-        "id": device.id,
-        **device.properties,
-    }
-    port = None
-    if device.needs_port:
-        port = await _free_port(qmp, _port_names(there))
-        arguments |= {"bus": port, "addr": "0"}  # only slot 0 of a PCIe link leads anywhere
-    left = end - asyncio.get_running_loop().time()
-    await _add(qmp, device, arguments, max(left, 0.1))
-    if device.id not in await _children(qmp, PERIPHERAL):
-        raise QemuError(f"{qmp.label}: QEMU took {device.id}, but does not list it")
+    with qmp.until(end):
+        with before_acting():
+            there = await _children(qmp, PERIPHERAL)
+            if device.id in there:
+                raise RequestError(f"{qmp.label} has {device.id} already", subject=qmp.label)
+            arguments: dict[str, object] = {
+                "driver": device.driver,
+                "id": device.id,
+                **device.properties,
+            }
+            port = None
+            if device.needs_port:
+                port = await _free_port(qmp, _port_names(there))
+                # only slot 0 of a PCIe link leads anywhere
+                arguments |= {"bus": port, "addr": "0"}
+        await _add(qmp, device, arguments)
+        with _known(Outcome.UNKNOWN):
+            if device.id not in await _children(qmp, PERIPHERAL):
+                raise QemuError(f"{qmp.label}: QEMU took {device.id}, but does not list it")
     if wait_guest:
-        await _until_taken(qmp, device.id, end)
+        with _known(Outcome.DONE):
+            await _until_taken(qmp, device.id, end)
     return port
 
 
@@ -357,21 +338,36 @@ async def _free_port(qmp: QmpMonitor, names: Sequence[str]) -> str:
     )
 
 
-async def _add(
-    qmp: QmpMonitor, device: Device, arguments: Mapping[str, object], deadline: float
-) -> None:
-    """``device_add``. What has begun is seen to its end even when the caller is cancelled."""
-    adding = asyncio.ensure_future(qmp.execute("device_add", object, arguments, deadline=deadline))
+async def _add(qmp: QmpMonitor, device: Device, arguments: Mapping[str, object]) -> None:
+    """Run ``device_add``, to its end even when the caller is cancelled.
+
+    A cancellation carries a note then, unless QEMU has refused the device.
+    """
+    there = "may have"
+
+    async def adding() -> None:
+        nonlocal there
+        try:
+            await qmp.execute("device_add", object, arguments, deadline=None)
+        except CommandError:
+            there = ""
+            raise
+        there = "has"
+
     try:
-        await asyncio.shield(adding)
+        await run_to_completion(adding())
     except asyncio.CancelledError as error:
-        await asyncio.wait((adding,))
-        if not adding.exception():
-            error.add_note(f"{qmp.label} has {device.id} by now; mdo detach takes it back")
+        if there:
+            error.add_note(f"{qmp.label} {there} {device.id} by now; mdo detach takes it back")
         raise
     except CommandError as error:
         if error.description.startswith("Duplicate device ID"):
-            raise RequestError(f"{qmp.label} has {device.id} already") from error
+            raise RequestError(
+                f"{qmp.label} has {device.id} already",
+                outcome=Outcome.NO_EFFECT,
+                subject=qmp.label,
+            ) from error
+        error.subject = qmp.label
         error.hint = remedy(error.description)
         raise
 
@@ -379,13 +375,16 @@ async def _add(
 async def wait_taken(guest: RunningGuest, uuid: UUID, deadline: float = ATTACH_SECONDS) -> None:
     """Return when the guest has taken an mdev that is plugged.
 
-    :raise DeadlineError: It has not; the device stays plugged.
+    :param deadline: Seconds for the whole.
+    :raise DeadlineError: It has not; the device stays plugged, and the outcome of the attach is
+        "done".
     """
     from mdev_orchestrator.qemu.monitor import connect
 
-    end = asyncio.get_running_loop().time() + deadline
-    async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
-        await _until_taken(qmp, device_id(uuid), end)
+    end = _end_of(deadline)
+    with _known(Outcome.DONE):
+        async with connect(guest.qmp_socket, guest.label, deadline=None, end=end) as qmp:
+            await _until_taken(qmp, device_id(uuid), end)
 
 
 async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
@@ -393,20 +392,20 @@ async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
     loop = asyncio.get_running_loop()
     pause = FIRST_LOOK_SECONDS
     with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device) as events:
-        while True:
-            buses = await qmp.execute("query-pci", list[_PciBus])
+        while (left := end - loop.time()) > 0:
+            with qmp.until(end):
+                buses = await qmp.execute("query-pci", list[_PciBus])
             found = next((one for one in _functions(buses) if one.qdev_id == device), None)
             if found and taken(found.regions):
                 return
-            left = end - loop.time()
-            if left <= 0:
-                raise DeadlineError(
-                    f"{qmp.label} has not taken {device} in time; it stays plugged",
-                    "the guest may still boot or lack a driver; see mdo guest console, or detach",
-                )
             if await events.next(min(pause, left)):
                 raise QemuError(f"{qmp.label}: {device} was unplugged while waiting for the guest")
             pause = min(1.5 * pause, LOOK_SECONDS)
+    raise DeadlineError(
+        f"{qmp.label} has not taken {device} in time; it stays plugged",
+        "the guest may still boot or lack a driver; see mdo guest console, or detach",
+        subject=qmp.label,
+    )
 
 
 def _functions(buses: Sequence[_PciBus]) -> Iterator[_PciDevice]:
@@ -430,38 +429,28 @@ def taken(regions: Sequence[_Region]) -> bool:
 
 
 async def detach(
-    guest: str, uuid: UUID, deadline: float = DETACH_SECONDS, *, root: Path | None = None
+    machine: Machine, guest_name: str, uuid: UUID, deadline: float = DETACH_SECONDS
 ) -> None:
-    """Take an mdev out of the running guest of that name; see :func:`unplug`.
+    """Take an mdev out of a running guest and return when QEMU has closed it.
 
+    :param deadline: Seconds for the whole.
     :raise UnknownError: There is no such guest, or it has no such mdev.
-    :raise RequestError: The mdev was given no id.
-    """
-    from mdev_orchestrator.qemu.monitor import connect
-
-    found = find_running(guest, root)
-    end = asyncio.get_running_loop().time() + deadline
-    async with connect(found.qmp_socket, found.label, deadline=deadline) as qmp:
-        device = await _id_of(qmp, uuid)
-        with _asking(found, uuid) as mark:
-            await _unplug(qmp, device, end, deadline, mark)
-
-
-async def unplug(guest: RunningGuest, device_id: str, deadline: float = DETACH_SECONDS) -> None:
-    """Take a device out of a guest and return when QEMU has closed it.
-
-    :raise UnknownError: The guest has no such device.
+    :raise RequestError: The mdev has no id in QEMU.
     :raise BusyError: The guest refused.
-    :raise DeadlineError: It did not let go in time; the device is still there.
+    :raise DeadlineError: The guest did not let go in time. Its outcome is unknown if the guest was
+        asked: it may let go yet, and the mark in its directory says so.
     :raise QemuError: QEMU cannot be reached, refused, or ended meanwhile.
     """
     from mdev_orchestrator.qemu.monitor import connect
 
-    end = asyncio.get_running_loop().time() + deadline
-    async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
-        if device_id not in await _children(qmp, PERIPHERAL):
-            raise UnknownError(f"{guest.label} has no device {device_id}")
-        await _unplug(qmp, device_id, end, deadline)
+    end = _end_of(deadline)
+    with before_acting():
+        guest = find_running(machine, guest_name)
+    async with connect(guest.qmp_socket, guest.label, deadline=None, end=end) as qmp:
+        with before_acting():
+            device = await _id_of(qmp, uuid)
+        with _asking(guest, uuid) as mark:
+            await _unplug(qmp, device, end, deadline, mark)
 
 
 def _mark(guest: RunningGuest, uuid: UUID) -> Path:
@@ -474,45 +463,76 @@ def _leave(mark: Path) -> None:
         mark.touch()
 
 
-@contextlib.contextmanager
+@contextmanager
 def _asking(guest: RunningGuest, uuid: UUID) -> Iterator[Path]:
-    """Take the mark away when the guest has answered or was waited for; not when interrupted."""
+    """Take the mark away when no question is open any more: the guest has answered, or refused.
+
+    It stays after an interruption and after an unknown outcome.
+    """
     mark = _mark(guest, uuid)
     try:
         yield mark
-    except Exception:  # not CancelledError
-        mark.unlink(missing_ok=True)
+    except MdoError as error:
+        if error.outcome is Outcome.NO_EFFECT:
+            mark.unlink(missing_ok=True)
         raise
     mark.unlink(missing_ok=True)
 
 
 async def await_pending_unplug(
-    guest: RunningGuest, uuid: UUID, *, deadline: float = QUERY_SECONDS
+    guest: RunningGuest, uuid: UUID, *, deadline: float = OBEY_SECONDS + QUERY_SECONDS
 ) -> bool:
-    """Whether a guest has an mdev, and will keep it.
+    """Whether a guest has an mdev, and will keep it; for use after an unknown outcome as well.
 
-    One that was asked to let go by somebody who was interrupted meanwhile is waited for.
+    It asks by ``qmp.sock``, so a ``device_add`` or ``device_del`` that was sent before has ended
+    when QEMU answers. If a detach left its mark, the guest's answer is waited for.
 
-    :param deadline: Seconds for QEMU to answer.
+    :param deadline: Seconds for the whole; QEMU has to greet within
+        :data:`~mdev_orchestrator.qemu.monitor.GREETING_SECONDS` of them.
     :raise QemuError: QEMU cannot be reached, or ended meanwhile.
+    :raise DeadlineError: QEMU did not answer in time; or the time was over before
+        :data:`OBEY_SECONDS` had passed since the guest was asked, and it may let go yet.
     """
     from mdev_orchestrator.qemu.monitor import connect
 
-    mark = _mark(guest, uuid)
-    held = {plugged.uuid: plugged for plugged in await mdevs_of(guest, deadline=deadline)}
-    kept = uuid in held
-    left = time_left(mark, OBEY_SECONDS)
-    if left is None:
-        return kept
-    device = held[uuid].device_id if kept else None
-    if device is not None and left > 0:
-        async with connect(guest.qmp_socket, guest.label, deadline=deadline) as qmp:
-            with _answers(qmp, device) as events, contextlib.suppress(BusyError):
-                kept = device in await _children(qmp, PERIPHERAL) and not await _gone(
-                    qmp, device, events, left
-                )
+    mark, end = _mark(guest, uuid), _end_of(deadline)
+    async with connect(guest.qmp_socket, guest.label, end=end) as qmp:
+        held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
+        kept = uuid in held
+        left = time_left(mark, OBEY_SECONDS)
+        if left is None:
+            return kept
+        device = held[uuid].device_id if kept else None
+        if device is not None and left > 0:
+            kept = await _keeps(qmp, device, left, end)
     mark.unlink(missing_ok=True)
     return kept
+
+
+async def _keeps(qmp: QmpMonitor, device_id: str, seconds: float, end: float) -> bool:
+    """Whether a guest that was asked to let go keeps a device.
+
+    :param seconds: For its answer; it keeps the device if it has not answered then.
+    :param end: When this has ended, in the event loop's time.
+    :raise DeadlineError: That was too early to know.
+    """
+    patience = min(seconds, end - asyncio.get_running_loop().time())
+    with _answers(qmp, device_id) as events:
+        if device_id not in await _children(qmp, PERIPHERAL):
+            return False
+        try:
+            if await _gone(qmp, device_id, events, patience):
+                return False
+        except BusyError:
+            return True
+    if patience < seconds:
+        raise DeadlineError(
+            f"{qmp.label} was asked to let go of {device_id} and may do so yet",
+            f"try again in {seconds - patience:.0f} s",
+            outcome=Outcome.UNKNOWN,
+            subject=qmp.label,
+        )
+    return device_id in await _children(qmp, PERIPHERAL)
 
 
 def _answers(qmp: QmpMonitor, device_id: str) -> contextlib.AbstractContextManager[Events]:
@@ -524,30 +544,40 @@ def _answers(qmp: QmpMonitor, device_id: str) -> contextlib.AbstractContextManag
 async def _unplug(
     qmp: QmpMonitor, device_id: str, end: float, deadline: float, mark: Path | None = None
 ) -> None:
+    """Ask the guest to let go of a device, again and again, until it has answered."""
     loop = asyncio.get_running_loop()
-    with _answers(qmp, device_id) as events:
-        while await _ask_to_let_go(qmp, device_id, mark):
-            left = end - loop.time()
-            if await _gone(qmp, device_id, events, max(min(left, ASK_AGAIN_SECONDS), 0)):
+    with _answers(qmp, device_id) as events, qmp.until(end):
+        pending = await _ask_to_let_go(qmp, device_id, mark)
+        while pending and (left := end - loop.time()) > 0:
+            if await _gone(qmp, device_id, events, min(left, ASK_AGAIN_SECONDS)):
                 return
             if left <= ASK_AGAIN_SECONDS:
                 break
-        if device_id not in await _children(qmp, PERIPHERAL):
-            return
+            with _known(Outcome.UNKNOWN):  # whatever becomes of this question, the first is open
+                pending = await _ask_to_let_go(qmp, device_id, mark)
+    has = "it still has the device"
+    try:
+        with qmp.until(loop.time() + LAST_LOOK_SECONDS):
+            if device_id not in await _children(qmp, PERIPHERAL):
+                return
+    except MdoError:
+        has = "QEMU does not say whether it still has the device"
     raise DeadlineError(
-        f"{qmp.label} did not let go of {device_id} within {deadline:g} s; it still has the device",
+        f"{qmp.label} did not let go of {device_id} within {deadline:g} s; {has}",
         "a guest answers only when it has booted; try again, or stop the guest",
+        outcome=Outcome.UNKNOWN,
+        subject=qmp.label,
     )
 
 
 async def _ask_to_let_go(qmp: QmpMonitor, device_id: str, mark: Path | None) -> bool:
-    """``device_del``; whether there is anything to wait for."""
+    """Run ``device_del``; whether there is anything to wait for."""
     if mark is not None:
         _leave(mark)
     try:
-        await qmp.execute("device_del", object, {"id": device_id})
+        await qmp.execute("device_del", object, {"id": device_id}, deadline=None)
     except CommandError as error:
-        if error.error_class == "DeviceNotFound":
+        if error.qmp_class == "DeviceNotFound":
             return False  # it went between two questions
         if "in the process of unplug" not in error.description:
             raise
@@ -555,13 +585,19 @@ async def _ask_to_let_go(qmp: QmpMonitor, device_id: str, mark: Path | None) -> 
 
 
 async def _gone(qmp: QmpMonitor, device_id: str, events: Events, seconds: float) -> bool:
-    """Wait for what the guest does about it."""
-    event = await events.next(seconds)
+    """Wait for the guest's answer to ``device_del``; whether the device has gone.
+
+    :raise BusyError: The guest refuses.
+    """
+    with _known(Outcome.UNKNOWN):
+        event = await events.next(seconds)
     if event is None:
         return False
     if event.event == "DEVICE_UNPLUG_GUEST_ERROR":
         raise BusyError(
             f"{qmp.label} refuses to let go of {device_id}",
             "stop using it in the guest and try again",
+            outcome=Outcome.NO_EFFECT,
+            subject=qmp.label,
         )
     return True

@@ -1,27 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QMP with deadlines and typed replies.
+"""QMP with deadlines, typed replies, and what is known of a command that failed.
 
-Everything that can wait has a deadline, in seconds. A monitor serves one client at a time and
-does not even greet the next one, so a connection that is not greeted in time is reported as a
-busy monitor.
+A monitor serves one client at a time and does not even greet the next one, so a connection that
+is not greeted in time is reported as a busy monitor.
 
-Errors::
+Errors, and the :class:`~mdev_orchestrator.errors.Outcome` of the command:
 
-    QemuError            the monitor cannot be reached, hung up, or broke the protocol
-    └── CommandError     QEMU understood a command and refused it; carries its words
-    DeadlineError        no greeting or no reply in time
+* the monitor cannot be reached, does not greet or does not negotiate in time: ``NO_EFFECT``,
+  because no command was sent;
+* QEMU understood the command and refused it (:exc:`CommandError`): ``NO_EFFECT``;
+* no reply in time, a connection that ends, a reply that makes no sense: ``UNKNOWN``. QEMU may have
+  run the command, or may run it later.
+
+**How to find out.** A connection to the *same* socket is served only after the commands of the
+earlier one: QEMU takes the commands of all monitors one after the other, drops what a client that
+has gone had not yet brought to that queue, and accepts the next client only then. So the answer to
+a question on a new connection to ``qmp.sock`` comes after a ``device_add`` that was sent there
+before, or after it was dropped. A question on another monitor may overtake it.
 
 One :func:`connect` is one connection with a client of its own: after an end of file a qemu.qmp
-client cannot be used again. Whatever the connection died of is reported once, by the call that
-was waiting, and never as an exception that nobody retrieved.
-
-What a command did is unknown after a :exc:`DeadlineError`: it may still run later. Ask again.
+client cannot be used again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import textwrap
 import traceback
@@ -31,12 +36,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate, protocol, qmp_client
+from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate, StateError
 from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message
-from qemu.qmp.util import pretty_traceback
 
-from mdev_orchestrator.errors import CommandError, DeadlineError, QemuError
+from mdev_orchestrator.errors import CommandError, DeadlineError, Outcome, QemuError
+from mdev_orchestrator.system.waiting import readable, run_to_completion
 
 T = TypeVar("T")
 
@@ -48,18 +53,7 @@ MAX_EVENTS = 64
 """Events that wait to be looked at; a listener hears one device's, so a flood is a fault."""
 
 # qemu.qmp logs what it also raises; without a handler, logging would print it twice.
-_LOG = logging.getLogger("qemu.qmp")
-_LOG.addHandler(logging.NullHandler())
-
-
-def _traceback(prefix: str = "  | ") -> str:
-    return pretty_traceback(prefix) if _LOG.isEnabledFor(logging.DEBUG) else ""
-
-
-# It formats a traceback for each connection that it loses, whether anybody reads its log or not:
-# Python parses the source again for that, and the memory of a process that lives long gets holes.
-for _module in (protocol, qmp_client):
-    vars(_module)["pretty_traceback"] = _traceback
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class QmpEvent(msgspec.Struct, frozen=True):
@@ -120,12 +114,25 @@ class QmpMonitor:
     """An open connection to a guest's QEMU. Made by :func:`connect`.
 
     :ivar label: How messages name it, for instance ``guest render-1``.
+    :ivar end: When a command is given up at the latest, in the event loop's time.
     """
 
-    def __init__(self, client: QMPClient, sock: socket.socket, label: str) -> None:
+    def __init__(
+        self, client: QMPClient, sock: socket.socket, label: str, end: float = math.inf
+    ) -> None:
         self._client = client
         self._sock = sock
         self.label = label
+        self.end = end
+
+    @contextmanager
+    def until(self, end: float) -> Iterator[None]:
+        """Give up commands inside the block at ``end``, in the event loop's time."""
+        before, self.end = self.end, end
+        try:
+            yield
+        finally:
+            self.end = before
 
     async def execute(
         self,
@@ -133,37 +140,55 @@ class QmpMonitor:
         reply: type[T],
         arguments: Mapping[str, object] | None = None,
         *,
-        deadline: float = REPLY_SECONDS,
+        deadline: float | None = REPLY_SECONDS,
     ) -> T:
         """Run a command and return its value as ``reply``, any type that msgspec converts to.
 
-        :raise CommandError: QEMU refused it.
+        :param deadline: Seconds to wait for the reply, but not beyond :attr:`end`; ``None`` for
+            no other limit than that.
+        :raise CommandError: QEMU refused it, so it had no effect.
         :raise QemuError: The connection ended, or the value is no ``reply``.
-        :raise DeadlineError: There was no reply in time.
+        :raise DeadlineError: There was no reply in time; or no time was left to send it.
         """
+        left = self.end - asyncio.get_running_loop().time()
+        seconds = left if deadline is None else min(deadline, left)
+        if seconds <= 0:
+            raise DeadlineError(
+                f"{self.label}: no time was left for {command}",
+                "try again with a longer deadline",
+                outcome=Outcome.NO_EFFECT,
+                subject=self.label,
+            )
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
                 value = await self._client.execute(command, arguments)
         except TimeoutError:
             raise DeadlineError(
-                f"{self.label}: no reply to {command} within {deadline:g} s",
+                f"{self.label}: no reply to {command} within {seconds:.3g} s",
                 "QEMU may be stopped, or busy; whether the command took effect is not known",
+                outcome=Outcome.UNKNOWN,
+                subject=self.label,
             ) from None
         except ExecuteError as error:
             raise CommandError(
                 f"{self.label}: {command}: {error.error.error.desc}",
                 command=command,
-                error_class=error.error_class,
+                qmp_class=error.error_class,
                 description=error.error.error.desc,
             ) from error
         except QMPError as error:
+            unsent = isinstance(error, StateError)  # the connection had ended before
             cause = _cause(await _close(self._client, self._sock))
             _forget_frames(error)
-            raise QemuError(f"{self.label}: {command}: {cause}") from error
+            raise QemuError(
+                f"{self.label}: {command}: {cause}",
+                outcome=Outcome.NO_EFFECT if unsent else Outcome.UNKNOWN,
+                subject=self.label,
+            ) from error
         return _convert(value, reply, command, self.label)
 
     async def quit(self, *, deadline: float = REPLY_SECONDS) -> None:
-        """Tell QEMU to end at once. Its hanging up instead of a reply is the expected answer.
+        """Have QEMU end at once. Its hanging up instead of a reply is the expected answer.
 
         :raise DeadlineError: It did neither.
         """
@@ -212,33 +237,47 @@ def _convert(value: object, wanted: type[T], what: str, label: str) -> T:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
         shown = textwrap.shorten(repr(value), 80, placeholder=" ...")
-        raise QemuError(f"{label}: {what} answered something odd: {error}: {shown}") from error
+        raise QemuError(
+            f"{label}: {what} answered something odd: {error}: {shown}",
+            outcome=Outcome.UNKNOWN,
+            subject=label,
+        ) from error
 
 
 async def _open(path: Path, label: str) -> socket.socket:
-    """Connect. A Unix stream socket connects at once, or not before somebody else is served.
+    """Connect and wait for the greeting; closes the socket if there is none.
 
-    QEMU lets one client wait beside the one it serves. For room in that queue the kernel has no
-    event (a blocking connect could not be cancelled), so it is tried again.
+    QEMU lets some clients wait beside the one that it serves. For room in that queue the kernel
+    has no event (a blocking connect could not be cancelled), so it is tried again.
+
+    The greeting is waited for here and not by qemu.qmp: until it comes there is only a socket,
+    which can be given up at any moment, as often as the caller is cancelled.
     """
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.connect(str(path))
+            await readable(sock.fileno())
         except BlockingIOError:
             sock.close()
             await asyncio.sleep(RETRY_SECONDS)
         except OSError as error:
             sock.close()
             raise QemuError(
-                f"{label}: cannot reach its monitor: {error.strerror or error}"
+                f"{label}: cannot reach its monitor: {error.strerror or error}",
+                outcome=Outcome.NO_EFFECT,
+                subject=label,
+                errno=error.errno,
             ) from error
+        except BaseException:
+            sock.close()
+            raise
         else:
             return sock
 
 
 class _Client(QMPClient):
-    """A client that does not write every message into a log that nobody keeps.
+    """A client that does not write every message into a log that nothing keeps.
 
     The library's own puts it into words for that first, which takes longer than to send it.
     """
@@ -259,20 +298,15 @@ async def _close(client: QMPClient, sock: socket.socket) -> BaseException | None
         except OSError:
             return  # it is closed already, which is all that is wanted
 
-    closing = asyncio.ensure_future(client.disconnect())
     guard = asyncio.get_running_loop().call_later(CLOSE_SECONDS, hang_up)
     try:
-        await asyncio.wait((closing,))
-    except asyncio.CancelledError:
-        hang_up()
-        await asyncio.wait((closing,))
-        raise
+        await run_to_completion(client.disconnect())
+    except Exception as error:  # noqa: BLE001 - whatever the reader or the writer died of
+        _forget_frames(error)
+        return error
     finally:
         guard.cancel()
-        error = closing.exception() if closing.done() else None
-    if error is not None:
-        _forget_frames(error)
-    return error
+    return None
 
 
 def _forget_frames(error: BaseException) -> None:
@@ -286,43 +320,51 @@ def _forget_frames(error: BaseException) -> None:
 
 @asynccontextmanager
 async def connect(
-    path: Path, label: str, *, deadline: float | None = GREETING_SECONDS
+    path: Path, label: str, *, deadline: float | None = GREETING_SECONDS, end: float = math.inf
 ) -> AsyncIterator[QmpMonitor]:
     """Connect to the monitor that listens on the Unix socket ``path``.
 
-    :param label: How messages shall name it.
-    :param deadline: Seconds for greeting and negotiation; ``None`` to wait for a turn, however
-        long somebody else holds the connection.
-    :raise QemuError: Nobody listens there, or what answers is no QMP.
+    :param label: How messages name it.
+    :param deadline: Seconds for greeting and negotiation, but not beyond ``end``; ``None`` for no
+        other limit than that: another client may hold the connection for long.
+    :param end: When all that the connection is used for is given up, in the event loop's time.
+    :raise QemuError: No process listens there, or what answers is no QMP.
     :raise DeadlineError: It did not greet in time.
     """
     client = _Client()
     client.events.event_filter = lambda _event: False  # it would keep every event for ever
+    left = end - asyncio.get_running_loop().time()
+    seconds = left if deadline is None else min(deadline, left)
     try:
-        async with asyncio.timeout(deadline):
+        async with asyncio.timeout(None if seconds == math.inf else max(seconds, 0)):
             sock = await _open(path, label)
             await _greet(client, sock, label)
     except TimeoutError:
         raise DeadlineError(
-            f"{label}: its monitor did not answer within {deadline:g} s",
+            f"{label}: its monitor did not answer within {max(seconds, 0):.3g} s",
             "another program may hold the connection, or QEMU is stopped; try again",
+            outcome=Outcome.NO_EFFECT,
+            subject=label,
         ) from None
     try:
-        yield QmpMonitor(client, sock, label)
+        yield QmpMonitor(client, sock, label, end)
     finally:
         await _close(client, sock)
 
 
 async def _greet(client: QMPClient, sock: socket.socket, label: str) -> None:
-    """Greeting and negotiation. Closes the socket if they fail."""
+    """Read the greeting and negotiate. Closes the socket if that fails."""
     try:
         await client.connect(sock)
     except (QMPError, EOFError, OSError) as error:
         # The latter two are what it finds when it is given up at the moment of a hang-up.
-        raise QemuError(f"{label}: {_cause(error)}") from error
+        raise QemuError(
+            f"{label}: {_cause(error)}", outcome=Outcome.NO_EFFECT, subject=label
+        ) from error
     except AssertionError as error:
         # It hung up right after the greeting, and qemu.qmp asserts that it did not.
-        raise QemuError(f"{label}: {_cause(await _close(client, sock))}") from error
+        cause = _cause(await _close(client, sock))
+        raise QemuError(f"{label}: {cause}", outcome=Outcome.NO_EFFECT, subject=label) from error
     finally:
         if client.runstate is Runstate.IDLE:
             sock.close()

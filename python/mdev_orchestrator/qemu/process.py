@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A guest as a process: start it, find it again, stop it.
 
-A guest outlives the command that started it. All that later commands know stands in a directory
-of its own, ``guests/NAME`` below the state directory (mode 0700)::
+A guest outlives the command that started it. All that later commands know is in a directory of its
+own, ``guests/NAME`` below the state directory (mode 0700)::
 
-    record.json    what was started: pid, start time, UUID, command line (see Record)
-    qmp.sock       monitor for changes        query.sock     monitor for looking
+    record.json    what was started: pid, start time, UUID, command line (see ProcessRecord)
+    qmp.sock       monitor for changes        query.sock     monitor for questions
     watch.sock     monitor for events         qemu.log       what QEMU itself printed
     console.sock   first serial port          console.log    what the guest printed there
     started/       start groups that came online for this guest, one file each (see engine)
@@ -15,11 +15,16 @@ pid *and* the recorded start time, in the boot that was recorded, *and* the gues
 its command line. Signals go through a pidfd that was opened before these checks, so they can never
 reach a process that got the number later.
 
-The directory is claimed by ``mkdir`` and a lock (flock) on it, which whoever starts the guest or
-removes the directory holds meanwhile. QEMU is forked behind a gate: a shell that waits for one line
-before it becomes QEMU. The record is on disk before that line is sent, so there is no moment at
-which a starter that is killed leaves a QEMU that nobody can find; and if it dies before, the shell
+The directory is claimed by ``mkdir`` and a lock (flock) on it, which is held while the guest is
+started and while the directory is removed. QEMU is forked behind a gate: a shell that waits for one
+line before it becomes QEMU. The record is on disk before that line is sent, so at no moment does a
+starter that is killed leave a QEMU that cannot be found; and if the starter dies before, the shell
 reads end of file and ends.
+
+A program that forks QEMU and ends itself breaks this contract: the recorded process has ended, and
+a QEMU runs on. Arguments that have QEMU do so are refused (:func:`command.check`). For what a
+script in QEMU's place does, a guest whose process has ended is looked for by its ``-uuid`` and the
+path of its console log (:func:`_strays`) before its directory is believed to be free.
 """
 
 from __future__ import annotations
@@ -29,7 +34,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import select
 import shutil
 import signal
 import socket
@@ -50,22 +54,28 @@ from mdev_orchestrator.errors import (
     DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     QemuError,
     RequestError,
     UnknownError,
+    before_acting,
 )
 from mdev_orchestrator.host.service import scope
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
     GuestSpec,
     Sockets,
     check,
     check_name,
+    escape,
     guest_argv,
 )
 from mdev_orchestrator.qemu.remedies import remedy
-from mdev_orchestrator.state import decode, private_dir, state_dir
+from mdev_orchestrator.state import decode, private_dir
+from mdev_orchestrator.system.files import write_atomic
 from mdev_orchestrator.system.processes import boot_id, has_ended, reap, start_time
+from mdev_orchestrator.system.waiting import readable, run_to_completion
 
 Around = Callable[[Path], contextlib.AbstractAsyncContextManager[object]]
 """Takes a guest's directory; what must be true before QEMU begins, and is undone if it fails."""
@@ -79,7 +89,14 @@ PRESS_AGAIN_SECONDS = 10.0
 """Between two presses of a guest's power button."""
 OBEY_SECONDS = 30.0
 """For a guest to end after its button was pressed: nothing tells that it is about to."""
+REFUSED_SECONDS = 1.0
+"""For a guest to end whose monitor could not be told to: it may be ending already."""
+QUIT_SECONDS = 2.0
+"""For QEMU to end by ``quit``, connecting to its monitor included."""
+TERM_SECONDS = 3.0
+"""For QEMU to end by SIGTERM."""
 KILL_SECONDS = 15.0
+"""For the kernel to end a process after SIGKILL."""
 LOCK_SECONDS = 10.0
 MAX_SUN_PATH = 107
 MAX_PID = 1 << 22
@@ -87,6 +104,8 @@ MAX_TIME = 253402300799.0
 """The last second that has a date."""
 MAX_WORDS = 16384
 """Bytes of QEMU's own output that are looked at."""
+LAST_LINES = 4
+"""Lines of it that an error quotes."""
 
 RECORD = "record.json"
 QMP = "qmp.sock"
@@ -97,8 +116,8 @@ CONSOLE_LOG = "console.log"
 QEMU_LOG = "qemu.log"
 STARTED = "started"
 ASKED = "asked"
-"""A file in a guest's directory that is touched before its power button is pressed, and goes when
-whoever waits for it gives up: one that is left is of somebody who was interrupted."""
+"""A file in a guest's directory that is touched before its power button is pressed. It goes when it
+is known that the guest runs on: one that is left says that the guest may power down yet."""
 
 # $0 is shown by ps while the gate is closed. The shell becomes QEMU, with the same pid.
 GATE = 'cd / && read -r _ && exec "$@" </dev/null'
@@ -115,7 +134,7 @@ class State(StrEnum):
     """Its record cannot be used."""
 
 
-class Record(msgspec.Struct, frozen=True):
+class ProcessRecord(msgspec.Struct, frozen=True):
     """``record.json``: what was started.
 
     :ivar pid: Process id of QEMU.
@@ -149,7 +168,7 @@ class RunningGuest(Struct, frozen=True):
     name: str
     directory: Path
     state: State
-    record: Record | None = None
+    record: ProcessRecord | None = None
     damage: str = ""
 
     @property
@@ -159,7 +178,7 @@ class RunningGuest(Struct, frozen=True):
 
     @property
     def qmp_socket(self) -> Path:
-        """Monitor for whatever changes something; one client at a time."""
+        """Monitor for commands that change something; one client at a time."""
         return self.directory / QMP
 
     @property
@@ -211,15 +230,10 @@ class Ended(Struct, frozen=True):
 # ---------------------------------------------------------------- finding
 
 
-def guests_dir() -> Path:
-    """Directory with one directory per guest; not created here."""
-    return state_dir() / "guests"
-
-
-def list_guests(root: Path | None = None) -> list[RunningGuest]:
-    """Return all guests of this state directory, by name; damaged ones too."""
-    root = root or guests_dir()
-    reap(_children)  # who lives long would have a zombie of each
+def list_guests(machine: Machine) -> list[RunningGuest]:
+    """Return all guests of the machine's state directory, by name; damaged ones too."""
+    root = machine.guests_dir
+    reap(_children)  # a process that lives long would have a zombie of each
     try:
         names = sorted(
             entry.name
@@ -229,34 +243,42 @@ def list_guests(root: Path | None = None) -> list[RunningGuest]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise HostError(f"cannot read {root}: {error.strerror}") from error
+        raise HostError(f"cannot read {root}: {error.strerror}", errno=error.errno) from error
     found = (_look(root / name) for name in names)
     return [guest for guest in found if guest]
 
 
-def find(name: str, root: Path | None = None) -> RunningGuest:
+def find(machine: Machine, name: str) -> RunningGuest:
     """Return the guest called ``name``, in whatever state.
 
     :raise UnknownError: There is none.
     """
     check_name(name)
-    root = root or guests_dir()
-    if guest := _look(root / name):
+    if guest := _look(machine.guests_dir / name):
         return guest
-    known = ", ".join(guest.name for guest in list_guests(root))
-    raise UnknownError(f"no guest is called {name}", f"there are: {known}" if known else "")
+    known = ", ".join(guest.name for guest in list_guests(machine))
+    raise UnknownError(
+        f"no guest is called {name}",
+        f"there are: {known}" if known else "",
+        subject=f"guest {name}",
+    )
 
 
-def find_running(name: str, root: Path | None = None) -> RunningGuest:
+def find_running(machine: Machine, name: str) -> RunningGuest:
     """Return the guest called ``name`` if its process is alive.
 
     :raise UnknownError: There is no such guest.
     :raise RequestError: It does not run.
     """
-    guest = find(name, root)
+    guest = find(machine, name)
     if not guest.alive:
         what = guest.damage if guest.state is State.DAMAGED else "its process has ended"
-        raise RequestError(f"{guest.label} does not run: {what}", f"mdo guest stop {name}")
+        force = "--force " if guest.state is State.DAMAGED else ""
+        raise RequestError(
+            f"{guest.label} does not run: {what}",
+            f"mdo guest stop {force}{name} removes what it left",
+            subject=guest.label,
+        )
     return guest
 
 
@@ -280,13 +302,13 @@ def _look(directory: Path) -> RunningGuest | None:
     return RunningGuest(name, directory, State.RUNNING if record.ready else State.STARTING, record)
 
 
-def _read_record(directory: Path) -> Record:
+def _read_record(directory: Path) -> ProcessRecord:
     """Read and check a record.
 
     :raise ValueError: It is none of this guest's.
     :raise OSError: It cannot be read.
     """
-    record = decode((directory / RECORD).read_bytes(), Record)
+    record = decode((directory / RECORD).read_bytes(), ProcessRecord)
     if record.name != directory.name:
         raise ValueError(f"it is of guest {record.name!r}")
     return record
@@ -318,7 +340,7 @@ def _release(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _is_guest(record: Record) -> bool:
+def _is_guest(record: ProcessRecord) -> bool:
     """Whether the recorded process is alive and still the one that was recorded."""
     if record.boot_id != boot_id() or start_time(record.pid) != record.start_time:
         return False
@@ -336,7 +358,7 @@ def _is_guest(record: Record) -> bool:
 
 
 @contextlib.contextmanager
-def _pidfd(record: Record) -> Iterator[int | None]:
+def _pidfd(record: ProcessRecord) -> Iterator[int | None]:
     """A pidfd of the guest's process, or ``None`` if it has ended.
 
     Opened first and checked afterwards: what passes the check is what the descriptor holds.
@@ -366,21 +388,16 @@ def _reap(descriptor: int) -> int | None:
 
 
 _children: set[int] = set()
-"""QEMUs that this process has started, whose exit status nobody has collected."""
+"""QEMUs that this process has started, whose exit status has not been collected."""
 
 
 async def _ended(descriptor: int, seconds: float | None) -> bool:
     """Wait until the process behind a pidfd ends; whether it did in time."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(descriptor, ended.set)
     try:
         async with asyncio.timeout(seconds):
-            await ended.wait()
+            await readable(descriptor)
     except TimeoutError:
         return False
-    finally:
-        loop.remove_reader(descriptor)
     return True
 
 
@@ -392,50 +409,128 @@ async def wait_ended(guest: RunningGuest, seconds: float | None = None) -> bool:
         return descriptor is None or await _ended(descriptor, seconds)
 
 
-def _kill_now(descriptor: int) -> None:
-    """SIGKILL and wait, without the event loop: this runs while a task is being cancelled."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    poll.poll(KILL_SECONDS * 1000)
+def is_stopped(guest: RunningGuest) -> bool:
+    """Whether the guest's process is stopped, by SIGSTOP or a debugger: it answers nothing then."""
+    if guest.record is None:
+        return False
+    try:
+        stat = Path(f"/proc/{guest.record.pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(b")")[2].split()[0] in {b"T", b"t"}
+
+
+async def _kill(descriptor: int) -> bool:
+    """SIGKILL, and wait for the end, past a cancellation; whether the process has ended."""
+    _signal(descriptor, signal.SIGKILL)
+    ended = await run_to_completion(_ended(descriptor, KILL_SECONDS))
     _reap(descriptor)
+    return ended
+
+
+def _strays(machine: Machine, directory: Path, uuid: UUID | None) -> list[int]:
+    """Processes that run with a guest's console log, and its ``-uuid`` if that is known.
+
+    It reads the command line of every process, so it is for a thread.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(machine.path("proc"))]
+    except OSError:
+        return []
+    pids = filter(str.isdecimal, names)
+    return [int(pid) for pid in pids if _is_stray(machine, pid, directory, uuid)]
+
+
+def _is_stray(machine: Machine, pid: str, directory: Path, uuid: UUID | None) -> bool:
+    try:
+        line = Path(machine.path("proc", pid, "cmdline")).read_bytes()
+    except OSError:
+        return False
+    arguments = line.split(b"\0")
+    log = os.fsencode(f"logfile={escape(directory / CONSOLE_LOG)}")
+    if not any(argument.endswith(log) for argument in arguments):
+        return False
+    pairs = itertools.pairwise(arguments)
+    return uuid is None or (b"-uuid", str(uuid).encode()) in pairs
+
+
+async def find_strays(machine: Machine, guest: RunningGuest) -> list[int]:
+    """Return the QEMUs that run as this guest although its recorded process has ended.
+
+    :return: Their process ids.
+    """
+    uuid = guest.record.uuid if guest.record else None
+    return await asyncio.to_thread(_strays, machine, guest.directory, uuid)
+
+
+async def _kill_strays(
+    machine: Machine, directory: Path, uuid: UUID | None, *, patience: float = 0
+) -> list[int]:
+    """End the QEMUs that :func:`_strays` finds; those that do not end.
+
+    :param patience: Seconds to wait for each to end by itself.
+    """
+    left = []
+    for pid in await asyncio.to_thread(_strays, machine, directory, uuid):
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if not _is_stray(machine, str(pid), directory, uuid):
+                continue
+            if not await _ended(descriptor, patience) and not await _kill(descriptor):
+                left.append(pid)
+        finally:
+            os.close(descriptor)
+    return left
 
 
 # ---------------------------------------------------------------- starting
 
 
-@contextlib.contextmanager
-def _claim(name: str, root: Path) -> Iterator[Path]:
-    """Create the guest's directory and hold its lock; remove it if the block fails."""
-    directory = private_dir(root) / name
+@contextlib.asynccontextmanager
+async def _claim(machine: Machine, name: str) -> AsyncIterator[Path]:
+    """Create the guest's directory and hold its lock; remove it if the block fails.
+
+    It stays if something of the guest is still there: its process, because the kernel holds it
+    even after SIGKILL, or a group that has to be stopped.
+    """
+    with before_acting(), contextlib.ExitStack() as claiming:
+        directory = await _claimed(machine, name, claiming)
+        stack = claiming.pop_all()
+    with stack:
+        try:
+            yield directory
+        except BaseException:
+            left = _look(directory)
+            if left and not left.alive and not has_started(left):
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+
+async def _claimed(machine: Machine, name: str, stack: contextlib.ExitStack) -> Path:
+    """Create the guest's directory and lock it, until the stack is closed."""
+    directory = private_dir(machine.guests_dir) / name
     while True:
         try:
             directory.mkdir(mode=0o700)
         except FileExistsError:
-            _clear_way(name, directory)
+            await _clear_way(machine, name, directory)
             continue
         except OSError as error:
-            raise HostError(f"cannot create {directory}: {error.strerror}") from error
-        try:
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue  # somebody took it for a remnant before it was locked
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_same(descriptor, directory):
-                continue
+            raise HostError(
+                f"cannot create {directory}: {error.strerror}", errno=error.errno
+            ) from error
+        with contextlib.ExitStack() as attempt:
             try:
-                yield directory
-            except BaseException:
-                left = _look(directory)
-                # else the kernel holds it even after SIGKILL, or a group is still to be stopped
-                if left and not left.alive and not has_started(left):
-                    shutil.rmtree(directory, ignore_errors=True)
-                raise
-            return
-        finally:
-            _release(descriptor)
+                descriptor = attempt.enter_context(_descriptor(directory))
+            except FileNotFoundError:
+                continue  # another process took it for a remnant before it was locked
+            await _lock(descriptor, fcntl.LOCK_EX, f"guest {name}", LOCK_SECONDS)
+            if _is_same(descriptor, directory):
+                stack.push(attempt.pop_all())
+                return directory
 
 
 def _is_same(descriptor: int, directory: Path) -> bool:
@@ -446,28 +541,50 @@ def _is_same(descriptor: int, directory: Path) -> bool:
     return os.path.samestat(os.fstat(descriptor), status)
 
 
-def _clear_way(name: str, directory: Path) -> None:
+async def _clear_way(machine: Machine, name: str, directory: Path) -> None:
     """Remove what an ended guest of this name left, or say why that cannot be done."""
     guest = _look(directory)
     if guest is None:
         return
     if guest.state is State.GONE:
+        if strays := await find_strays(machine, guest):
+            raise _runs_on(guest, strays)
         remove(guest)
     elif guest.alive and guest.record:
         raise BusyError(
             f"{guest.label} runs already, as process {guest.record.pid}",
             f"mdo guest stop {name}, or take another name",
+            subject=guest.label,
         )
     elif guest.state is State.STARTING:
-        raise BusyError(f"{guest.label} is being started by somebody else", "take another name")
+        raise BusyError(
+            f"{guest.label} is being started by another process",
+            "take another name",
+            subject=guest.label,
+        )
     else:
-        raise RequestError(f"{guest.label}: {guest.damage}", f"mdo guest stop --force {name}")
+        raise RequestError(
+            f"{guest.label}: {guest.damage}",
+            f"mdo guest stop --force {name}",
+            subject=guest.label,
+        )
+
+
+def _runs_on(guest: RunningGuest, strays: list[int]) -> BusyError:
+    pids = ", ".join(map(str, strays))
+    was = f"process {guest.record.pid}" if guest.record else "its process"
+    return BusyError(
+        f"{guest.label}: {was} has ended, but a QEMU of it runs on as process {pids}",
+        f"mdo guest stop --force {guest.name} ends it",
+        outcome=Outcome.NO_EFFECT,
+        subject=guest.label,
+    )
 
 
 def remove(guest: RunningGuest) -> None:
     """Remove the directory of a guest whose process has ended. Nothing to do is no error.
 
-    :raise BusyError: Somebody else is starting or removing it.
+    :raise BusyError: Another process is starting or removing it.
     :raise RequestError: A start group of it has not been stopped.
     """
     try:
@@ -482,11 +599,17 @@ def remove(guest: RunningGuest) -> None:
                 )
             _remove_tree(guest.directory)
     except BlockingIOError:
-        raise BusyError(f"{guest.label} is being started or removed by somebody else") from None
+        raise BusyError(
+            f"{guest.label} is being started or removed by another process",
+            "try again",
+            subject=guest.label,
+        ) from None
     except FileNotFoundError:
         return
     except OSError as error:
-        raise HostError(f"cannot remove {guest.directory}: {error.strerror}") from error
+        raise HostError(
+            f"cannot remove {guest.directory}: {error.strerror}", errno=error.errno
+        ) from error
 
 
 def _remove_tree(directory: Path) -> None:
@@ -504,9 +627,9 @@ def has_started(guest: RunningGuest) -> bool:
 
 @contextlib.asynccontextmanager
 async def attaching(guest: RunningGuest) -> AsyncIterator[None]:
-    """Keep others from tidying up after a guest while the block gives it something.
+    """Keep other processes from tidying up after a guest while the block gives it something.
 
-    :raise BusyError: Somebody is tidying up, and does not end.
+    :raise BusyError: Another process is tidying up, and does not end.
     :raise RequestError: The guest has gone meanwhile.
     """
     with contextlib.ExitStack() as stack:
@@ -514,14 +637,14 @@ async def attaching(guest: RunningGuest) -> AsyncIterator[None]:
             descriptor = stack.enter_context(_descriptor(guest.directory))
         except FileNotFoundError:
             raise RequestError(f"{guest.label} has gone") from None
-        await _lock(descriptor, fcntl.LOCK_SH, guest, LOCK_SECONDS)
+        await _lock(descriptor, fcntl.LOCK_SH, guest.label, LOCK_SECONDS)
         if not _is_same(descriptor, guest.directory):
             raise RequestError(f"{guest.label} has gone")
         yield
 
 
-async def _lock(descriptor: int, kind: int, guest: RunningGuest, seconds: float) -> None:
-    """Wait for a lock that others hold for a moment; the kernel has no event for that."""
+async def _lock(descriptor: int, kind: int, label: str, seconds: float) -> None:
+    """Wait for a lock that another process holds for a moment; the kernel has no event for that."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while True:
@@ -530,8 +653,9 @@ async def _lock(descriptor: int, kind: int, guest: RunningGuest, seconds: float)
         except BlockingIOError:
             if loop.time() >= end:
                 raise BusyError(
-                    f"{guest.label} is being started, changed or removed by somebody else",
+                    f"{label} is being started, changed or removed by another process",
                     "try again",
+                    subject=label,
                 ) from None
             await asyncio.sleep(0.05)
         else:
@@ -540,21 +664,21 @@ async def _lock(descriptor: int, kind: int, guest: RunningGuest, seconds: float)
 
 @contextlib.asynccontextmanager
 async def tidying(guest: RunningGuest, seconds: float = LOCK_SECONDS) -> AsyncIterator[bool]:
-    """Hold the lock of a guest's directory: nobody starts, removes or gives it anything meanwhile.
+    """Hold the lock of a guest's directory: it is not started, removed or given anything meanwhile.
 
     :param seconds: To wait for the lock.
     :return: Whether its process is alive.
-    :raise BusyError: Somebody else has the lock, and keeps it.
+    :raise BusyError: Another process has the lock, and keeps it.
     :raise FileNotFoundError: The directory has gone.
     """
     with _descriptor(guest.directory) as descriptor:
-        await _lock(descriptor, fcntl.LOCK_EX, guest, seconds)
+        await _lock(descriptor, fcntl.LOCK_EX, guest.label, seconds)
         if not _is_same(descriptor, guest.directory):
             raise FileNotFoundError(guest.directory)
         try:
             record = _read_record(guest.directory)
         except FileNotFoundError:
-            yield False  # whoever began to start it has ended, and its gate with it
+            yield False  # its starter has ended, and its gate with it
         except (OSError, ValueError):
             yield _is_listening(guest.qmp_socket)
         else:
@@ -579,14 +703,10 @@ def _listen(path: Path) -> socket.socket:
     return sock
 
 
-def _write_record(directory: Path, record: Record) -> None:
-    """Replace the record as a whole: a reader sees the old one or the new one."""
-    scratch = directory / f"{RECORD}.new"
-    with scratch.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(directory / RECORD)
+async def _write_record(directory: Path, record: ProcessRecord) -> None:
+    """Replace the record, on the disk; to its end even when the caller is cancelled."""
+    data = msgspec.json.format(msgspec.json.encode(record)) + b"\n"
+    await run_to_completion(asyncio.to_thread(write_atomic, directory / RECORD, data))
 
 
 def _spawn(argv: list[str], inherit: list[int], log: Path) -> tuple[int, int]:
@@ -625,14 +745,26 @@ def _spawn(argv: list[str], inherit: list[int], log: Path) -> tuple[int, int]:
 
 def qemu_words(log: Path) -> str:
     """Return what QEMU printed, on one line, the last part if it is long."""
+    return "; ".join(_lines(log))
+
+
+def _lines(log: Path) -> list[str]:
+    """What QEMU printed, the last part if it is long."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - MAX_WORDS))
             text = file.read().decode("utf-8", "replace")
     except OSError:
-        return ""
+        return []
     lines = (line.strip() for line in text.splitlines())
-    return "; ".join("".join(c for c in line if c.isprintable()) for line in lines if line)
+    return ["".join(c for c in line if c.isprintable()) for line in lines if line]
+
+
+def _last_words(log: Path, program: str) -> str:
+    """What QEMU said last, without its warnings and its own name in front."""
+    lines = [line.removeprefix(f"{Path(program).name}: ") for line in _lines(log)]
+    reasons = [line for line in lines if not line.startswith("warning:")]
+    return "; ".join((reasons or lines)[-LAST_LINES:])
 
 
 def _program(name: str) -> str:
@@ -657,61 +789,66 @@ def _absolute(spec: GuestSpec) -> GuestSpec:
 
 
 async def start(
+    machine: Machine,
     spec: GuestSpec,
     *,
     deadline: float = START_SECONDS,
-    root: Path | None = None,
     around: Around | None = None,
 ) -> RunningGuest:
     """Start a guest and return once its monitor answers.
 
-    It does not start the mdevs that it gives: ``engine.lifecycle.launch`` does.
+    It does not start the groups of its mdevs: ``around`` is for that.
 
-    Whatever goes wrong, cancellation included, ends the process and removes its files.
+    Whatever goes wrong, cancellation included, ends the process and removes its files. The outcome
+    of an error is unknown only if a process could not be ended.
 
-    :param deadline: Seconds until the monitor must have answered.
-    :param root: Where guests live; :func:`guests_dir` if not given.
+    :param deadline: Seconds for the whole, what ``around`` does before included.
     :param around: Entered when the guest's directory is claimed and before QEMU begins, left when
         QEMU answers or has been ended.
     :raise RequestError: The specification is faulty; a :exc:`BusyError` if the guest runs already.
-    :raise QemuError: QEMU ended or broke the protocol; the message carries its own words, the hint
-        its command line.
+    :raise QemuError: QEMU ended or broke the protocol; the message carries its own words, the
+        details its command line.
     :raise DeadlineError: The monitor did not answer in time.
     :raise HostError: No QEMU, or no place for its files.
     """
-    check(spec)
-    spec = _absolute(spec)
-    with _claim(spec.name, root or guests_dir()) as directory:
-        async with around(directory) if around else contextlib.nullcontext():
-            try:
-                return await _start(spec, directory, deadline)
-            except OSError as error:
-                why = error.strerror or str(error)
-                raise HostError(
-                    f"guest {spec.name} was not started: {why}", f"its files go to {directory}"
-                ) from error
+    began = asyncio.get_running_loop().time()
+    with before_acting():
+        check(spec)
+        spec = _absolute(spec)
+    async with (
+        _claim(machine, spec.name) as directory,
+        around(directory) if around else contextlib.nullcontext(),
+    ):
+        return await _start(machine, spec, directory, began, deadline)
 
 
-async def _start(spec: GuestSpec, directory: Path, deadline: float) -> RunningGuest:
+async def _start(
+    machine: Machine, spec: GuestSpec, directory: Path, began: float, deadline: float
+) -> RunningGuest:
+    label = f"guest {spec.name}"
     with contextlib.ExitStack() as stack:
-        qmp, query, watch, console = listeners = [
-            stack.enter_context(_listen(directory / name)) for name in (QMP, QUERY, WATCH, CONSOLE)
-        ]
-        sockets = Sockets(
-            qmp=qmp.fileno(),
-            query=query.fileno(),
-            watch=watch.fileno(),
-            console=console.fileno(),
-            console_log=directory / CONSOLE_LOG,
-        )
-        argv = guest_argv(spec, sockets)
-        numbers = [listener.fileno() for listener in listeners]
-        pid, opener = _spawn(scope(spec.name) + argv, numbers, directory / QEMU_LOG)
+        try:
+            qmp, query, watch, console = listeners = [
+                stack.enter_context(_listen(directory / name))
+                for name in (QMP, QUERY, WATCH, CONSOLE)
+            ]
+            sockets = Sockets(
+                qmp=qmp.fileno(),
+                query=query.fileno(),
+                watch=watch.fileno(),
+                console=console.fileno(),
+                console_log=directory / CONSOLE_LOG,
+            )
+            argv = guest_argv(spec, sockets)
+            numbers = [listener.fileno() for listener in listeners]
+            pid, opener = _spawn(scope(machine, spec.name) + argv, numbers, directory / QEMU_LOG)
+        except OSError as error:
+            raise _not_started(label, directory, error) from error
         stack.callback(os.close, opener)
         process = os.pidfd_open(pid)
         stack.callback(os.close, process)
         try:
-            record = Record(
+            record = ProcessRecord(
                 name=spec.name,
                 uuid=spec.uuid,
                 pid=pid,
@@ -723,26 +860,52 @@ async def _start(spec: GuestSpec, directory: Path, deadline: float) -> RunningGu
                 memory=spec.memory,
                 cpus=spec.cpus,
             )
-            _write_record(directory, record)
+            await _write_record(directory, record)
             os.write(opener, b"\n")
             for listener in listeners:
                 listener.close()  # so that a connection fails as soon as QEMU is gone
-            await _until_ready(directory, spec.name, process, argv, deadline)
+            await _until_ready(label, directory, process, argv, began, deadline)
             record = msgspec.structs.replace(record, ready=True)
-            _write_record(directory, record)
-        except BaseException:
-            _kill_now(process)
+            await _write_record(directory, record)
+        except BaseException as error:
+            failure = _not_started(label, directory, error) if isinstance(error, OSError) else error
+            gone = await run_to_completion(_end_all(machine, process, directory, spec.uuid))
+            if isinstance(failure, MdoError):
+                failure.subject = label
+                failure.outcome = Outcome.NO_EFFECT if gone else Outcome.UNKNOWN
+            if not gone:
+                failure.add_note(f"a QEMU of {label} does not end even by SIGKILL; see dmesg")
+            if failure is not error:
+                raise failure from error
             raise
-        _children.add(pid)  # from now on nobody waits for its status
+        _children.add(pid)  # from now on nothing waits for its status
     return RunningGuest(spec.name, directory, State.RUNNING, record)
 
 
+async def _end_all(machine: Machine, process: int, directory: Path, uuid: UUID) -> bool:
+    """End the process that was started, and what it has left behind; whether all have ended."""
+    ended = await _kill(process)
+    return not await _kill_strays(machine, directory, uuid) and ended
+
+
+def _not_started(label: str, directory: Path, error: OSError) -> HostError:
+    return HostError(
+        f"{label} was not started: {error.strerror or error}",
+        f"its files go to {directory}",
+        outcome=Outcome.NO_EFFECT,
+        subject=label,
+        errno=error.errno,
+    )
+
+
 async def _until_ready(
-    directory: Path, name: str, process: int, argv: list[str], deadline: float
+    label: str, directory: Path, process: int, argv: list[str], began: float, deadline: float
 ) -> None:
-    """Return once QEMU answers at its monitor; raise with its own words if it ends instead."""
-    label = f"guest {name}"
-    asking = asyncio.ensure_future(_ask(directory / QMP, label, deadline))
+    """Return once QEMU answers at its monitor; raise with its own words if it ends instead.
+
+    :param began: When the deadline of so many seconds began, in the event loop's time.
+    """
+    asking = asyncio.ensure_future(_ask(directory / QMP, label, began + deadline))
     dying = asyncio.ensure_future(_ended(process, None))
     try:
         await asyncio.wait((asking, dying), return_when=asyncio.FIRST_COMPLETED)
@@ -758,11 +921,12 @@ async def _until_ready(
         status = _reap(process)
         raise _failed(label, "ended" if status is None else _status(status), directory, argv)
     if isinstance(failure, DeadlineError):
-        words = qemu_words(directory / QEMU_LOG)
+        words = _last_words(directory / QEMU_LOG, argv[0])
         raise DeadlineError(
             f"{label}: QEMU's monitor did not answer within {deadline:g} s"
             + (words and f": {words}"),
-            _run_as(argv),
+            "give it a longer --deadline, or see with --debug how it was run",
+            details=_run_as(argv),
         ) from failure
     if isinstance(failure, MdoError):
         raise _failed(label, failure.message, directory, argv) from failure
@@ -770,11 +934,11 @@ async def _until_ready(
         raise failure
 
 
-async def _ask(path: Path, label: str, deadline: float) -> None:
+async def _ask(path: Path, label: str, end: float) -> None:
     from mdev_orchestrator.qemu import monitor
 
-    async with monitor.connect(path, label, deadline=deadline) as qmp:
-        await qmp.execute("query-status", dict[str, object], deadline=deadline)
+    async with monitor.connect(path, label, deadline=None, end=end) as qmp:
+        await qmp.execute("query-status", dict[str, object], deadline=None)
 
 
 def _status(status: int) -> str:
@@ -784,14 +948,15 @@ def _status(status: int) -> str:
 def _run_as(argv: list[str]) -> str:
     import shlex
 
-    return f"it was run as: {shlex.join(argv)}"
+    return f"QEMU was run as: {shlex.join(argv)}"
 
 
 def _failed(label: str, what: str, directory: Path, argv: list[str]) -> QemuError:
-    words = qemu_words(directory / QEMU_LOG)
-    hints = [remedy(words), _run_as(argv)]
+    words = _last_words(directory / QEMU_LOG, argv[0])
     return QemuError(
-        f"{label}: QEMU {what}: {words or 'it said nothing'}", "; ".join(filter(None, hints))
+        f"{label}: QEMU {what}: {words or 'it said nothing'}",
+        remedy(words) or "--debug shows how QEMU was run",
+        details=_run_as(argv),
     )
 
 
@@ -799,6 +964,7 @@ def _failed(label: str, what: str, directory: Path, argv: list[str]) -> QemuErro
 
 
 async def stop(
+    machine: Machine,
     guest: RunningGuest,
     *,
     deadline: float = STOP_SECONDS,
@@ -808,22 +974,34 @@ async def stop(
     """End a guest and remove its directory.
 
     Asks it to power down and waits. Only with ``force``, and at the deadline: QEMU's ``quit``, then
-    SIGTERM, then SIGKILL. A guest that has ended already only has its directory removed.
+    SIGTERM, then SIGKILL. That takes at most :data:`QUIT_SECONDS`, :data:`TERM_SECONDS` and
+    :data:`KILL_SECONDS` beyond the deadline. A QEMU that is stopped (SIGSTOP) obeys none but the
+    last: with ``force`` it gets SIGKILL at once. A guest that has ended already only has its
+    directory removed.
 
     :param deadline: Seconds for the guest to power down; 0 with ``force`` does not ask it.
     :param release: Called when the process has ended and before the directory is removed.
-    :raise DeadlineError: The guest did not power down; it still runs, and nothing was removed.
+    :raise DeadlineError: The guest did not power down; it still runs, and nothing was removed. The
+        outcome is unknown if its button was pressed: it may power down yet.
+    :raise BusyError: Its process has ended, but another one runs as this guest, and ``force`` was
+        not given.
     :raise RequestError: Its record is damaged and ``force`` was not given.
     """
     if guest.record is None:
-        return await _stop_damaged(guest, force=force, release=release)
-    how = "gone"
-    with _pidfd(guest.record) as process:
-        if process is not None:
-            how = await _end(guest, process, deadline, force=force)
+        how = await _end_damaged(machine, guest, force=force)
+    else:
+        how = "gone"
+        with _pidfd(guest.record) as process:
+            if process is not None:
+                how = await _end(guest, process, deadline, force=force)
+        if how == "gone" and (strays := await find_strays(machine, guest)):
+            if not force:
+                raise _runs_on(guest, strays)
+            await _end_strays(machine, guest)
+            how = "killed"
     if release:
         await release(guest)
-    with contextlib.suppress(BusyError):  # whoever starts or stops it too removes it
+    with contextlib.suppress(BusyError):  # another process that starts or stops it removes it
         remove(guest)
     return Ended(guest.name, how)
 
@@ -834,91 +1012,154 @@ def time_left(mark: Path, seconds: float) -> float | None:
         passed = time.time() - mark.stat().st_mtime
     except FileNotFoundError:
         return None
-    return min(seconds, seconds - passed)  # a clock that was set back makes nobody wait for longer
+    return min(seconds, seconds - passed)  # a clock that was set back does not prolong it
 
 
-async def await_pending_shutdown(guest: RunningGuest) -> bool:
-    """Wait whether a guest ends because somebody asked it to; ``False`` at once if nobody did.
+async def await_pending_shutdown(guest: RunningGuest, *, deadline: float = OBEY_SECONDS) -> bool:
+    """Wait whether a guest ends whose button was pressed; ``False`` at once if it was not.
 
-    A button cannot be taken back: who comes after one that was killed while he waited, or undoes
-    what he did, must know whether the guest will run on.
+    A press cannot be taken back: after a stop that was interrupted or has an unknown outcome, only
+    this tells whether the guest will run on.
+
+    :param deadline: Seconds to wait.
+    :raise DeadlineError: They were over before :data:`OBEY_SECONDS` had passed since the press, and
+        the guest may power down yet.
     """
     asked = guest.directory / ASKED
     left = time_left(asked, OBEY_SECONDS)
     if left is None:
         return False
-    if await wait_ended(guest, left):
+    if await wait_ended(guest, max(min(left, deadline), 0)):
         return True
+    if deadline < left:
+        raise DeadlineError(
+            f"{guest.label} was asked to power down and may do so yet",
+            f"try again in {left - deadline:.0f} s",
+            outcome=Outcome.UNKNOWN,
+            subject=guest.label,
+        )
     asked.unlink(missing_ok=True)
     return False
 
 
 async def _end(guest: RunningGuest, process: int, deadline: float, *, force: bool) -> str:
     """Escalate until the process has ended; return what it took."""
-    from mdev_orchestrator.qemu import monitor
-
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline
-    refusal = ""
-    while not refusal and (left := end - loop.time()) > 0:
+    asked = guest.directory / ASKED
+    trouble: MdoError | None = None
+    pressed = asked.exists()  # by an earlier command
+    while trouble is None and end > loop.time() and not (force and is_stopped(guest)):
         with contextlib.suppress(OSError):  # on a full disk it is stopped all the same
-            (guest.directory / ASKED).touch()
+            asked.touch()
         try:
-            async with (
-                asyncio.timeout(left),
-                monitor.connect(guest.qmp_socket, guest.label, deadline=left) as qmp,
-            ):
-                await qmp.execute("system_powerdown", object)
-        except (MdoError, TimeoutError) as error:
-            refusal = str(error)
-        # one that boots does not feel its button yet
-        patience = 1 if refusal else PRESS_AGAIN_SECONDS
+            await _press(guest, end)
+        except MdoError as error:
+            trouble = error
+        pressed = pressed or trouble is None or trouble.outcome is not Outcome.NO_EFFECT
+        # a guest that boots does not feel its button yet
+        patience = PRESS_AGAIN_SECONDS if trouble is None else REFUSED_SECONDS
         if await _ended(process, max(min(end - loop.time(), patience), 0)):
             return "powerdown"
-    if not force:
-        (guest.directory / ASKED).unlink(missing_ok=True)
-        raise DeadlineError(
-            f"{guest.label} did not power down within {deadline:g} s"
-            + (refusal and f": {refusal}"),
-            f"it still runs; mdo guest stop --force {guest.name} ends it without asking",
-        )
-    try:
-        async with monitor.connect(guest.qmp_socket, guest.label, deadline=2) as qmp:
-            await qmp.quit(deadline=2)
-        if await _ended(process, 5):
+    if force:
+        return await _force(guest, process)
+    if not pressed:
+        asked.unlink(missing_ok=True)
+    raise DeadlineError(
+        f"{guest.label} did not power down within {deadline:g} s{_why(guest, trouble)}",
+        f"it still runs; mdo guest stop --force {guest.name} ends it without asking",
+        outcome=Outcome.UNKNOWN if pressed else Outcome.NO_EFFECT,
+        subject=guest.label,
+    )
+
+
+def _why(guest: RunningGuest, trouble: MdoError | None) -> str:
+    """Why a guest did not power down, as the end of a message; empty if there is nothing to say."""
+    if guest.record and is_stopped(guest):
+        pid = guest.record.pid
+        return f": its QEMU is stopped (SIGSTOP); kill -CONT {pid} lets it go on"
+    return f": {str(trouble).removeprefix(f'{guest.label}: ')}" if trouble else ""
+
+
+async def _press(guest: RunningGuest, end: float) -> None:
+    """Press the guest's power button."""
+    from mdev_orchestrator.qemu import monitor
+
+    async with monitor.connect(guest.qmp_socket, guest.label, deadline=None, end=end) as qmp:
+        await qmp.execute("system_powerdown", object)
+
+
+async def _force(guest: RunningGuest, process: int) -> str:
+    """End a guest's process without asking the guest; return what it took."""
+    if not is_stopped(guest):
+        if await _quit(guest, process):
             return "quit"
-    except MdoError:
-        pass  # what it cannot be told it is made to do
-    for number, how in ((signal.SIGTERM, "terminated"), (signal.SIGKILL, "killed")):
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, number)
-        if await _ended(process, KILL_SECONDS if number == signal.SIGKILL else 3):
-            return how
+        _signal(process, signal.SIGTERM)
+        if await _ended(process, TERM_SECONDS):
+            return "terminated"
+    if await _kill(process):
+        return "killed"
     raise DeadlineError(
         f"{guest.label}: process {guest.record.pid if guest.record else '?'} does not end "
         f"{KILL_SECONDS:g} s after SIGKILL",
         "the kernel holds it, perhaps in a driver; see dmesg",
+        outcome=Outcome.UNKNOWN,
+        subject=guest.label,
     )
 
 
-async def _stop_damaged(guest: RunningGuest, *, force: bool, release: Release | None) -> Ended:
-    """End what can only be reached by its monitor, then remove its directory."""
+async def _quit(guest: RunningGuest, process: int) -> bool:
+    """Have QEMU end by itself; whether it has."""
+    from mdev_orchestrator.qemu import monitor
+
+    loop = asyncio.get_running_loop()
+    end = loop.time() + QUIT_SECONDS
+    with contextlib.suppress(MdoError):  # a QEMU that cannot be told is killed
+        async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
+            await qmp.quit()
+    return await _ended(process, max(end - loop.time(), 0))
+
+
+def _signal(process: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)
+
+
+async def _end_strays(machine: Machine, guest: RunningGuest, patience: float = 0) -> None:
+    """End the QEMUs that run as a guest without being its recorded process."""
+    uuid = guest.record.uuid if guest.record else None
+    if left := await _kill_strays(machine, guest.directory, uuid, patience=patience):
+        raise DeadlineError(
+            f"{guest.label}: process {left[0]} does not end {KILL_SECONDS:g} s after SIGKILL",
+            "the kernel holds it, perhaps in a driver; see dmesg",
+            outcome=Outcome.UNKNOWN,
+            subject=guest.label,
+        )
+
+
+async def _end_damaged(machine: Machine, guest: RunningGuest, *, force: bool) -> str:
+    """End a guest whose record does not say which process it is; return what it took."""
     from mdev_orchestrator.qemu import monitor
 
     if not force:
         raise RequestError(
             f"{guest.label}: {guest.damage}",
-            f"mdo guest stop --force {guest.name} ends whatever answers at its monitor",
+            f"mdo guest stop --force {guest.name} ends the QEMU that uses its directory",
+            outcome=Outcome.NO_EFFECT,
+            subject=guest.label,
         )
     how = "gone"
     if _is_listening(guest.qmp_socket):
-        async with monitor.connect(guest.qmp_socket, guest.label) as qmp:
-            await qmp.quit()
         how = "quit"
-    if release:
-        await release(guest)
-    remove(guest)
-    return Ended(guest.name, how)
+        with contextlib.suppress(MdoError):  # a QEMU that cannot be told is killed
+            end = asyncio.get_running_loop().time() + QUIT_SECONDS
+            async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
+                await qmp.quit()
+        await _end_strays(machine, guest, patience=TERM_SECONDS)
+    elif await find_strays(machine, guest):
+        await _end_strays(machine, guest)
+        how = "killed"
+    return how
 
 
 def _is_listening(path: Path) -> bool:
@@ -933,6 +1174,6 @@ def _is_listening(path: Path) -> bool:
     return True
 
 
-def created(record: Record) -> datetime:
+def created(record: ProcessRecord) -> datetime:
     """When the guest was started."""
     return datetime.fromtimestamp(record.created, UTC)

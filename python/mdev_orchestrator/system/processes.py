@@ -50,20 +50,11 @@ def has_ended(pid: int) -> bool:
 
 
 def reap(children: set[int]) -> None:
-    """Collect those that have ended, without waiting; they are taken out of the set."""
+    """Reap those that have ended, without waiting; they are taken out of the set."""
     for pid in [*children]:
         try:
             ended, _ = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # of the process that forked us, or somebody was quicker
+        except ChildProcessError:  # of the process that forked us, or other code has reaped it
             ended = pid
         if ended:
             children.discard(pid)
-
-
-def idle_seconds() -> float:
-    """For how long all processors together have had nothing to do, since the kernel began."""
-    descriptor = os.open("/proc/uptime", os.O_RDONLY)  # a tenth of what Path.read_text takes
-    try:
-        return float(os.read(descriptor, 100).split()[1])
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,20 @@ async def poll_until(check: Callable[[], bool], seconds: float, *, every: float 
     return True
 
 
+async def readable(descriptor: int) -> None:
+    """Return when there is something to read from a descriptor, or its other end has gone.
+
+    A pidfd is readable when its process has ended.
+    """
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
 async def run_to_completion(work: Awaitable[T], *, patience: float | None = None) -> T:
     """Wait for ``work`` to end, even if the caller is cancelled meanwhile.
 

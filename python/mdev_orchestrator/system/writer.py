@@ -1,524 +1,663 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes to sysfs that may block for ever, from processes that can be left behind.
+"""Writes to sysfs that may block for ever, by child processes that can be left behind.
 
-``remove`` of an mdev that a guest holds blocks its writer in the kernel, uninterruptibly, until the
-guest lets go; a vendor's ``create`` may take as long as it likes. A thread would not do: a process
-does not end before its last thread does. So such writes are made by children that share nothing
-with us but the file they write.
+``remove`` of an mdev that a guest holds blocks the process that writes it, uninterruptibly, until
+the guest closes the device; a driver's ``create`` may take any time. A thread would not do, because
+a process does not end before its last thread does. So the writes are made by children that share
+nothing with this process but the file that they write to.
 
-A child writes one thing after the other, as it is told, and says how long it slept meanwhile,
-waiting for the driver. There are more of them, up to :data:`CHILDREN`, only when that saves more
-time than a child costs, which in an emulated machine is that of several devices; or when no answer
-has come within :data:`PATIENCE`. Who sleeps while every processor is at work may not wait for the
-driver but for others, such as udev in the kernel's locks, where more children only make it worse;
-only a part of that counts. For the same reason a child is told several writes at once as long as
-they go fast, and gives back what it has not begun when one was slow.
+The writes of one *lane* (a parent device, whose driver usually has one lock) share a few children:
+:data:`CHILDREN`, and one more, up to :data:`MOST_CHILDREN`, whenever no answer has come for
+:data:`LATE_SECONDS` while a write waits. A child has up to :data:`DEPTH` writes in the queue of its
+socket, makes them in order, and answers each. This process has both ends of the socket, and takes
+back from the queue what the child has not begun: when the child is late, when it has died, and when
+a batch is stopped. So it is known of each write whether a child has begun it, and a child that dies
+leaves the outcome of one write unknown and no more.
 
-A child outlives a parent that is killed, and who repairs things after that must not be overtaken by
-its write. It first opens a descriptor that names the file (``O_PATH``, which opens nothing), then
-looks whether its parent is there still, and only then writes. So whoever comes after the parent's
-death sees in ``/proc`` all that may still be written.
+**Crash safety.** A child outlives a parent that is killed, and what a recovery decides must not be
+changed by a late write of that child. The child first opens a descriptor that names the file
+(``O_PATH``, which does not call the driver), then checks that its parent is alive, and only then
+writes. After the parent's death each write is therefore in one of two states: the descriptor is
+visible in ``/proc/PID/fd`` until the write ends, or the check is still to come and the child ends
+without writing.
+
+**Process ids.** A child is signalled and reaped by its pidfd alone. If other code of the process
+reaps it, its id may name another process; a pidfd never does, and still tells of the child's end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import os
+import select
 import signal
 import socket
 import struct
 import time
+import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, finalize, ref
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
-from mdev_orchestrator.system.processes import idle_seconds, reap
+from msgspec import Struct
 
-if TYPE_CHECKING:
-    import asyncio
+from mdev_orchestrator.errors import Outcome
 
-Writer = Callable[[str, bytes], Awaitable[int]]
-"""Takes a path and the data, gives 0 or the kernel's errno."""
+CHILDREN = 2
+"""Children of a lane as long as none is late; a driver's lock makes more of them pointless."""
+MOST_CHILDREN = 16
+"""Children of a lane."""
+DEPTH = 8
+"""Writes that are given to one child at a time."""
+LATE_SECONDS = 0.1
+"""Without an answer while a write waits, until the lane gets one more child."""
+IDLE_SECONDS = 10.0
+"""Without a write, until a child ends."""
+KILL_SECONDS = 1.0
+"""For a killed child to end; a driver may hold it longer."""
+CLOSE_SECONDS = 1.0
+"""For idle children to end when the writer is closed."""
 
-CHILDREN = 16
-"""Writes at the same time; a driver's own lock makes more of them pointless."""
-FINE = frozenset((0,))
-"""The result of a write that was not refused."""
-AT_ONCE = 16
-"""Writes that a child is told in one message."""
-PATIENCE = 0.1
-"""Seconds without an answer until there are twice as many children for what waits."""
-BUSY_PATIENCE = 1.0
-"""The same while every processor is at work: they may just be the reason."""
-
-_AT_ONCE_BYTES = 1 << 15
 _MAX_FD = 1 << 20
 _MAX_MESSAGE = 1 << 16
-_UNKNOWN = 255  # no errno
-_SLEPT = struct.Struct("=d")
-"""What an answer begins with: the seconds that a child slept; results follow."""
-_DEARER = 2  # than its fork is a child in all: it copies the pages that it touches, and its answers
-_DOUBT = 4.0
-"""One part in so many of the sleep while every processor is at work is taken for the driver's."""
-_IDLE_SECONDS = 0.5
-"""Without work until only one child stays."""
-_LAST_SECONDS = 60.0
-"""Until that one goes too: to have it is worth more than half of what else an unplugging takes."""
-_KILL_SECONDS = 1.0  # for a killed child to end, so that what it did is known; a driver may hold it
+_SERIAL = struct.Struct("=Q")
+"""What a message to a child begins with; the path, a null byte and the data follow."""
+_ANSWER = struct.Struct("=Qi")
+"""A child's answer: the serial number of the write, and 0 or its errno."""
 
 
-async def write_apart(path: str, data: bytes) -> int:
-    """Write ``data`` to the existing file ``path`` with one ``write`` of a child process.
+class WriteResult(Struct, frozen=True):
+    """What is known of one write that has ended.
 
-    Cancelling leaves the child behind: it ends when the kernel lets it, with no descriptor of ours,
-    in a session of its own.
-
-    :return: 0, or the errno of the failed ``open`` or ``write``.
+    :ivar outcome: ``DONE``; ``NO_EFFECT`` with the errno; ``UNKNOWN`` if the child ended without an
+        answer.
+    :ivar errno: The error number of the failed ``open`` or ``write``, 0 without one.
     """
-    return await _write(path, data, kill=False)
+
+    outcome: Outcome
+    errno: int = 0
 
 
-async def write_or_kill(path: str, data: bytes) -> int:
-    """Like :func:`write_apart`, but cancelling kills the child.
+_DONE = WriteResult(Outcome.DONE)
+_UNKNOWN = WriteResult(Outcome.UNKNOWN)
 
-    For a write that may be given up halfway, such as a start: a driver that waits killably ends it
-    then.
+ResultCallback = Callable[[int, WriteResult], None]
+"""Takes a write's index in its batch, and its result."""
+
+
+def _ignore(_index: int, _result: WriteResult) -> None:
+    pass
+
+
+class SysfsWriter:
+    """Makes writes through children, which it starts when they are needed.
+
+    It can be used from one event loop after another, and from several at once; each loop has
+    children of its own.
     """
-    return await _write(path, data, kill=True)
+
+    def __init__(self) -> None:
+        self._lanes: dict[asyncio.AbstractEventLoop, dict[str, _Lane]] = {}
+
+    async def write(
+        self, path: str, data: bytes, *, lane: str, kill_if_cancelled: bool = False
+    ) -> WriteResult:
+        """Write ``data`` to the existing file ``path`` with one ``write`` of a child.
+
+        When this is cancelled, a write that has not begun never begins. One that has begun is left
+        to its child, which ends when the kernel lets it.
+
+        :param lane: Name of the parent device.
+        :param kill_if_cancelled: Kill the child instead, for a write that may be given up halfway,
+            such as a start: a driver that waits killably ends it then.
+        """
+        batch = self.batch([(path, data)], _ignore, lane=lane)
+        batch.begin()
+        try:
+            await asyncio.shield(batch.ended)
+        except asyncio.CancelledError:
+            batch.stop()
+            try:
+                if kill_if_cancelled:
+                    batch.kill()
+                    await asyncio.wait((batch.ended,), timeout=KILL_SECONDS)
+            finally:
+                batch.leave()
+            raise
+        return batch.results[0] or WriteResult(Outcome.NO_EFFECT, errno.ECANCELED)
+
+    def batch(
+        self,
+        lines: Sequence[tuple[str, bytes]],
+        on_result: ResultCallback,
+        *,
+        lane: str,
+        accepted: frozenset[int] = frozenset((0,)),
+    ) -> WriteBatch:
+        """Prepare writes that do not depend on each other; see :class:`WriteBatch`.
+
+        :param lines: Path and data of each.
+        :param on_result: Called on the event loop with each result as it becomes known.
+        :param lane: Name of the parent device.
+        :param accepted: Error numbers that are no refusal.
+        :raise ValueError: A path has a null byte, or path and data together are too long.
+        """
+        loop = asyncio.get_running_loop()
+        for other in [other for other in self._lanes if other.is_closed()]:
+            for old in self._lanes.pop(other).values():
+                old.abandon()
+        lanes = self._lanes.setdefault(loop, {})
+        if lane not in lanes:
+            lanes[lane] = _Lane(loop)
+        return WriteBatch(lanes[lane], lines, on_result, accepted)
+
+    async def close(self) -> None:
+        """End the children of this event loop, and those of loops that are closed.
+
+        Writes that wait never begin; those that a child is at are left behind, with an unknown
+        outcome. The writer can be used again.
+        """
+        loop = asyncio.get_running_loop()
+        ends: list[int] = []
+        for other in [other for other in self._lanes if other is loop or other.is_closed()]:
+            for lane in self._lanes.pop(other).values():
+                ends += lane.close() if other is loop else lane.abandon()
+        await _wait_ended(ends, CLOSE_SECONDS)
+        _reap_left()
 
 
-async def _write(path: str, data: bytes, *, kill: bool) -> int:
-    import asyncio  # here, because who only reads the host does without it
-
-    batch = Batch([(path, data)])
-    batch.begin()
-    try:
-        await asyncio.shield(batch.ended)
-    except asyncio.CancelledError:
-        if not batch.stop() and kill and not batch.ended.done():
-            batch.kill()
-            await asyncio.wait((batch.ended,), timeout=_KILL_SECONDS)
-        raise
-    number = batch.results[0]
-    return _UNKNOWN if number is None else number
-
-
-class Writes:
-    """Several writes that do not need each other; the first that is refused is the last.
+class WriteBatch:
+    """Several writes that do not depend on each other; after one is refused, no more begin.
 
     Those that have begun by then come to their end too.
 
-    :ivar results: 0 or an errno for each that has ended; ``None`` for one that has not, or never
-        begun.
-    :ivar ended: Done when nothing of it is under way, and nothing more will begin.
+    :ivar results: The result of each that has ended. ``None`` for one that has not, or never began.
+    :ivar ended: Done when no write of it is under way and none will begin.
+    :ivar callback_error: The first exception that ``on_result`` has raised.
     """
-
-    ended: asyncio.Future[Any]
 
     def __init__(
         self,
+        lane: _Lane,
         lines: Sequence[tuple[str, bytes]],
-        told: Callable[[int, int], None] = lambda _index, _number: None,
-        fine: frozenset[int] = FINE,
+        on_result: ResultCallback,
+        accepted: frozenset[int],
     ) -> None:
-        """Prepare writes.
-
-        :param lines: Path and data of each; no data has a null byte.
-        :param told: Called on the event loop with a write's index and result, as it becomes known.
-        :param fine: Results that are no refusal.
-        """
-        self.results: list[int | None] = [None] * len(lines)
-        self._told = told
-        self._fine = fine
-        self._waiting = deque(range(len(lines)))
-        self._under_way: dict[int, float] = {}
+        self.messages = [_message(path, data) for path, data in lines]
+        self.results: list[WriteResult | None] = [None] * len(lines)
+        self.ended: asyncio.Future[None] = lane.loop.create_future()
+        self.callback_error: Exception | None = None
+        self.waiting = deque(range(len(lines)))
+        self._lane = lane
+        self._on_result = on_result
+        self._accepted = accepted
+        self._stopped = False
+        self._heard = time.monotonic()
 
     def begin(self) -> None:
-        """Have it done."""
-        raise NotImplementedError
+        """Give the writes to the children of the lane."""
+        self._heard = time.monotonic()
+        self._lane.add(self)
+        self.settle()
 
     def stop(self) -> bool:
-        """Let nothing more begin; whether nothing of it is under way."""
-        self._waiting.clear()
-        return not self._under_way
+        """Let no more writes begin; return whether none is under way.
+
+        Afterwards every write without a result either has begun, and is in :attr:`unknown`, or
+        never will.
+        """
+        self.halt()
+        self._lane.take_back(self)
+        self.settle()
+        return not self.unknown
+
+    def halt(self) -> None:
+        """Let none begin of those that no child was given."""
+        self._stopped = True
+        self.waiting.clear()
+
+    def kill(self) -> None:
+        """Kill the children that are at a write of this batch."""
+        for child in self._lane.busy(self):
+            child.kill()
+
+    def leave(self) -> None:
+        """Leave the children that are at a write of this batch to themselves.
+
+        The outcome of these writes is unknown then. The lane forgets the children, and starts
+        others when it needs them.
+        """
+        for child in self._lane.busy(self):
+            for index in self._lane.leave(child):
+                self.result(index, _UNKNOWN)
 
     @property
     def unknown(self) -> frozenset[int]:
-        """Those that were begun, and of which no result is known."""
-        return frozenset(self._under_way)
+        """Indices of the writes that were given to a child and are not answered.
+
+        A child may not have begun all of them; after :meth:`stop` it has.
+        """
+        return frozenset(index for child in self._lane.children for index in child.given_of(self))
 
     @property
     def longest(self) -> float:
-        """For how many seconds something of it waits for an answer."""
-        raise NotImplementedError
+        """Seconds that the oldest unanswered write has taken.
 
-    def _result(self, index: int, number: int) -> None:
-        self.results[index] = number
-        self._told(index, number)
+        If no child is at a write of this batch: seconds since the last answer to it.
+        """
+        since = (child.since for child in self._lane.busy(self))
+        return time.monotonic() - min(since, default=self._heard)
 
-
-class Batch(Writes):
-    """Writes by children that are told several at once."""
-
-    def __init__(
-        self,
-        lines: Sequence[tuple[str, bytes]],
-        told: Callable[[int, int], None] = lambda _index, _number: None,
-        fine: frozenset[int] = FINE,
-    ) -> None:
-        import asyncio
-
-        super().__init__(lines, told, fine)
-        if any(b"\0" in data for _, data in lines):
-            raise ValueError("data with a null byte")
-        loop = asyncio.get_running_loop()
-        self.lines = [os.fsencode(path) + b"\0" + data for path, data in lines]
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self._since = time.monotonic()
-        self._slept = 0.0  # all children together, in seconds
-        self._answers = 0
-        self._idle = idle_seconds()
-        self._stopped = False
-        self._size = 1
-        self._pool = _pool_of(loop)
-
-    def begin(self) -> None:
-        """Have it done: at once if a child is free, soon by a new one otherwise."""
-        if self.lines:
-            self._pool.give(self)
-        else:
-            self._end()
-
-    def stop(self) -> bool:
-        """Let nothing more begin; whether nothing of it is under way."""
-        self._let_no_more_begin()
-        self._end()
-        return not self._under_way
-
-    def kill(self) -> None:
-        """Kill the children that are at it."""
-        self._pool.kill(self)
-
-    @property
-    def longest(self) -> float:
-        """For how many seconds a write is under way, or waits for a child and none has a moment."""
-        return time.monotonic() - min(self._under_way.values(), default=self._since)
-
-    @property
-    def has_more(self) -> bool:
-        """Whether something is left for a child to do."""
-        return bool(self._waiting)
-
-    def gain(self, children: int) -> float:
-        """How many seconds sooner it would be done if there were one more child."""
-        if not self._answers or not self._waiting:
-            return 0.0
-        idle = min(self._slept, children * (idle_seconds() - self._idle))
-        sure = self._slept / _DOUBT if self._answers > 1 else 0.0
-        each = max(idle, sure) / self._answers
-        return len(self._waiting) * each / (children * (children + 1))
-
-    def take(self, children: int) -> tuple[int, ...]:
-        """What one of so many children is to do next; few at first, more when that goes fast."""
-        taken: list[int] = []
-        size = 0
-        most = min(self._size, -(-len(self._waiting) // children))
-        while len(taken) < most:
-            size += len(self.lines[self._waiting[0]])
-            if taken and size > _AT_ONCE_BYTES:
-                break
-            taken.append(self._waiting.popleft())
-        self._under_way.update(dict.fromkeys(taken, time.monotonic()))
-        return tuple(taken)
-
-    def give_back(self, taken: Sequence[int]) -> None:
-        """What a child has not begun."""
-        self._forget(taken)
+    def put_back(self, index: int) -> None:
+        """Have a write wait again that no child has begun."""
         if not self._stopped:
-            self._waiting.extendleft(reversed(taken))
+            self.waiting.appendleft(index)
 
-    def answered(self, taken: Sequence[int], answer: bytes) -> None:
-        """Note what a child says of each that it has written; nothing when it died."""
-        self._since = time.monotonic()
-        results = answer[_SLEPT.size :] or bytes([_UNKNOWN]) * len(taken)
-        if answer:
-            self._slept += _SLEPT.unpack_from(answer)[0]
-            self._answers += len(results)
-        done, rest = taken[: len(results)], taken[len(results) :]
-        self._size = max(len(done), 1) if rest else min(4 * self._size, AT_ONCE)
-        self._forget(done)
-        if not self._fine.issuperset(results):
-            self._let_no_more_begin()
-        self.give_back(rest)
-        for index, number in zip(done, results, strict=False):
-            self._result(index, number)
-        self._end()
+    def result(self, index: int, result: WriteResult) -> None:
+        """Take the result of a write."""
+        self._heard = time.monotonic()
+        self.results[index] = result
+        refused = result.outcome is Outcome.NO_EFFECT and result.errno not in self._accepted
+        if refused and not self._stopped:
+            self.stop()
+        try:
+            self._on_result(index, result)
+        except Exception as error:  # noqa: BLE001 - an observer's bug must not stop the others
+            self.callback_error = self.callback_error or error
+        self.settle()
 
-    def _forget(self, indices: Sequence[int]) -> None:
-        for index in indices:
-            del self._under_way[index]
-
-    def _let_no_more_begin(self) -> None:
-        self._stopped = True
-        self._waiting.clear()
-
-    def _end(self) -> None:
-        if not self._waiting and not self._under_way and not self.ended.done():
+    def settle(self) -> None:
+        """Note the end if no write is under way and none will begin."""
+        if not self.waiting and not self.unknown and not self.ended.done():
             self.ended.set_result(None)
 
 
-class Separately(Writes):
-    """Writes by a writer that makes one at a time."""
-
-    def __init__(
-        self,
-        write: Writer,
-        lines: Sequence[tuple[str, bytes]],
-        told: Callable[[int, int], None],
-        fine: frozenset[int] = FINE,
-    ) -> None:
-        super().__init__(lines, told, fine)
-        self.lines = lines
-        self._write = write
-
-    def begin(self) -> None:
-        """Have it done, so many at a time as there would be children."""
-        import asyncio
-
-        self.ended = asyncio.gather(*(self._work() for _ in range(CHILDREN)))
-
-    @property
-    def longest(self) -> float:
-        """For how many seconds a write is under way; none ever waits for long."""
-        now = time.monotonic()
-        return now - min(self._under_way.values(), default=now)
-
-    async def _work(self) -> None:
-        while self._waiting:
-            index = self._waiting.popleft()
-            self._under_way[index] = time.monotonic()
-            number = await self._write(*self.lines[index])
-            del self._under_way[index]
-            if number not in self._fine:
-                self._waiting.clear()
-            self._result(index, number)
+def _message(path: str, data: bytes) -> bytes:
+    name = os.fsencode(path)
+    message = name + b"\0" + data
+    if b"\0" in name or len(message) > _MAX_MESSAGE - _SERIAL.size:
+        raise ValueError(f"no file of sysfs has such a path or value: {path[:80]!r}")
+    return message
 
 
-class _Pool:
-    """The children of one event loop, and what waits for them.
-
-    :ivar close: Lets the children go; nothing can be given to it any more.
-    """
+class _Lane:
+    """The children of one parent device on one event loop, and the batches that wait for them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.call_later = loop.call_later
-        self.add_reader = loop.add_reader
-        self.remove_reader = loop.remove_reader
-        self.waiting: deque[Batch] = deque()
-        self.idle: list[int] = []
-        self.working: dict[int, _Task] = {}
-        self.pids: dict[int, int] = {}
-        self.cost = 0.0  # of a child, in seconds
-        self.growing: asyncio.TimerHandle | None = None
-        self.resting: asyncio.TimerHandle | None = None
-        self.close = finalize(self, _close_all, self.pids)
+        self.loop = loop
+        self.children: list[_Child] = []
+        self._batches: deque[WriteBatch] = deque()
+        self._serial = 0
+        self._heard = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def give(self, batch: Batch) -> None:
-        """Have a batch done."""
-        self.waiting.append(batch)
-        if not self.pids:
-            self._fork()
-        self._next()
+    # ---- for batches ----
 
-    def kill(self, batch: Batch) -> None:
-        """Kill the children that are at a batch."""
-        for child, task in self.working.items():
-            if task.batch is batch:
-                os.kill(self.pids[child], signal.SIGKILL)  # it is not reaped before its end of file
+    def add(self, batch: WriteBatch) -> None:
+        """Have a batch done after those that wait already."""
+        if batch.waiting:
+            self._batches.append(batch)
+            self._hand_out()
 
-    def _next(self) -> None:
-        while self.waiting and self.idle:
-            batch = self.waiting[0]
-            if not batch.has_more:
-                self.waiting.popleft()
-                continue
-            child, taken = self.idle.pop(), batch.take(len(self.pids))
+    def take_back(self, batch: WriteBatch) -> None:
+        """Take from the children what they have not begun, because of a batch that is stopped."""
+        for child in [child for child in self.children if child.given_of(batch)]:
+            self._take_back(child)
+        self._hand_out()
+
+    def busy(self, batch: WriteBatch) -> list[_Child]:
+        """The children that are at a write of a batch."""
+        return [child for child in self.children if child.batch is batch]
+
+    def leave(self, child: _Child) -> list[int]:
+        """Forget a child, which ends when it has made the write that it is at.
+
+        :return: The index of that write.
+        """
+        self._take_back(child)
+        indices = [index for _, index in child.given.values()]
+        self._forget(child)
+        self._hand_out()
+        return indices
+
+    def close(self) -> list[int]:
+        """Let all children end; give the pidfds of those that have no write under way."""
+        if self._timer is not None:
+            self._timer.cancel()
+        given = [write for child in self.children for write in child.given.values()]
+        batches = {*self._batches, *(batch for batch, _ in given)}
+        for batch in batches:
+            batch.halt()
+        ends, lost = [], []
+        for child in [*self.children]:
+            self._take_back(child)
+            if not child.given:
+                ends.append(child.pidfd)
+            lost += [*child.given.values()]
+            self._forget(child)
+        for batch, index in lost:
+            batch.result(index, _UNKNOWN)
+        for batch in batches:
+            batch.settle()
+        return ends
+
+    def abandon(self) -> list[int]:
+        """Let all children end after the event loop was closed; give their pidfds."""
+        ends = [child.pidfd for child in self.children if not child.given]
+        for child in self.children:
+            child.close()
+        self.children.clear()
+        return ends
+
+    # ---- the work ----
+
+    def _hand_out(self) -> None:
+        """Give waiting writes to children that have room, and start children if there are few."""
+        while (batch := self._next()) is not None:
             try:
-                os.write(child, b"\0".join([batch.lines[index] for index in taken]))
-            except OSError:  # it was killed from outside; its end of file says so too
-                batch.give_back(taken)
+                child = self._with_room()
+            except OSError as error:  # no process, descriptor or memory is left
+                if self.children:
+                    break
+                batch.result(
+                    batch.waiting.popleft(),
+                    WriteResult(Outcome.NO_EFFECT, error.errno or errno.EAGAIN),
+                )
                 continue
-            self.working[child] = _Task(batch, taken)
-        while self.waiting and not self.waiting[0].has_more:
-            self.waiting.popleft()
-        if self.waiting and self.growing is None and len(self.pids) < CHILDREN:
-            self.growing = self.call_later(PATIENCE, self._grow)
-        if self.resting is not None:
-            self.resting.cancel()
-        busy = self.waiting or self.working
-        self.resting = None if busy else self.call_later(_IDLE_SECONDS, self._rest, 1)
+            if child is None:
+                break
+            self._give(child, batch)
+        self._watch()
 
-    def _grow(self) -> None:
-        self.growing = None
-        if not self.waiting:
+    def _next(self) -> WriteBatch | None:
+        while self._batches and not self._batches[0].waiting:
+            self._batches.popleft()
+        return self._batches[0] if self._batches else None
+
+    def _with_room(self) -> _Child | None:
+        room = [child for child in self.children if child.has_room]
+        if room:
+            return min(room, key=lambda child: len(child.given))
+        return self._start() if len(self.children) < CHILDREN else None
+
+    def _give(self, child: _Child, batch: WriteBatch) -> None:
+        index = batch.waiting.popleft()
+        self._serial += 1
+        try:
+            os.write(child.ours, _SERIAL.pack(self._serial) + batch.messages[index])
+        except OSError as error:
+            if isinstance(error, BlockingIOError) and child.given:
+                child.full = True  # the socket's buffer is
+                batch.waiting.appendleft(index)
+            else:
+                batch.result(index, WriteResult(Outcome.NO_EFFECT, error.errno or errno.EIO))
             return
-        if all(task.is_late for task in self.working.values()):
-            for _ in range(min(len(self.pids) or 1, CHILDREN - len(self.pids))):
-                self._fork()
-        self._next()
+        now = time.monotonic()
+        if not any(other.given for other in self.children):
+            self._heard = now
+        if not child.given:
+            child.since = now
+        child.given[self._serial] = batch, index
 
-    def _rest(self, stay: int) -> None:
-        """Let all children go but so many."""
-        while len(self.idle) > stay:
-            self._close(self.idle.pop())
-        self.resting = self.call_later(_LAST_SECONDS, self._rest, 0) if stay else None
-        self.call_later(_IDLE_SECONDS, reap, _children)
+    def _watch(self) -> None:
+        """Have the timer run while a write waits and one more child would be of use."""
+        waits = bool(self._batches) and len(self.children) < MOST_CHILDREN
+        queued = any(len(child.given) > 1 for child in self.children)
+        if self._timer is None and (waits or queued):
+            left = self._heard + LATE_SECONDS - time.monotonic()
+            self._timer = self.loop.call_later(max(left, 0.0), self._look)
 
-    def _fork(self) -> None:
-        """Make a child: it has one end of a socket, and nothing else of ours."""
-        reap(_children)
-        ours, theirs = (
+    def _look(self) -> None:
+        """Start one more child if no answer has come for long."""
+        self._timer = None
+        if time.monotonic() - self._heard >= LATE_SECONDS:
+            for child in [child for child in self.children if child.given]:
+                self._take_back(child)
+                child.full = bool(child.given)
+            if self._next() is not None and len(self.children) < MOST_CHILDREN:
+                with contextlib.suppress(OSError):  # then those that there are must do
+                    self._start()
+            self._heard = time.monotonic()
+        self._hand_out()
+
+    def _take_back(self, child: _Child) -> None:
+        """Have the writes wait again that a child has not begun."""
+        batches: list[WriteBatch] = []
+        for batch, index in reversed(child.take_back()):
+            batch.put_back(index)
+            if batch.waiting and batch not in batches and batch not in self._batches:
+                batches.append(batch)
+        self._batches.extendleft(batches)
+
+    def _start(self) -> _Child:
+        child = _Child()
+        self.children.append(child)
+        self.loop.add_reader(child.ours, self._answered, child)
+        self.loop.add_reader(child.pidfd, self._ended, child)
+        return child
+
+    def _answered(self, child: _Child) -> None:
+        """Take the answers of a child."""
+        try:
+            for (batch, index), number in child.answers():
+                self._heard = time.monotonic()
+                outcome = Outcome.NO_EFFECT if number else Outcome.DONE
+                batch.result(index, WriteResult(outcome, number) if number else _DONE)
+        finally:
+            self._hand_out()
+
+    def _ended(self, child: _Child) -> None:
+        """Take what a child has answered, and note that its last write has no answer."""
+        self._answered(child)
+        if child not in self.children:  # a callback has closed the writer
+            return
+        self._take_back(child)
+        lost = [*child.given.values()]
+        self._forget(child)
+        _reap_left()
+        for batch, index in lost:
+            batch.result(index, _UNKNOWN)
+        self._hand_out()
+
+    def _forget(self, child: _Child) -> None:
+        self.children.remove(child)
+        self.loop.remove_reader(child.ours)
+        self.loop.remove_reader(child.pidfd)
+        child.close()
+
+
+class _Child:
+    """A process that writes what it is given, one write after the other.
+
+    :ivar pidfd: Readable when it has ended.
+    :ivar ours: Our end of its socket; messages go in, answers come out.
+    :ivar given: What it was given and has not answered, by serial number, in order.
+    :ivar since: When it came to the first of these, of :func:`time.monotonic`.
+    :ivar full: Whether it is given nothing more before it has answered.
+    """
+
+    def __init__(self) -> None:
+        """Start it.
+
+        :raise OSError: There is no process, descriptor or memory left.
+        """
+        _reap_left()
+        self.given: dict[int, tuple[WriteBatch, int]] = {}
+        self.since = 0.0
+        self.full = False
+        self.ours = self.theirs = self.pidfd = -1
+        self.ours, self.theirs = (
             end.detach() for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         )
-        parent, began = os.getpid(), time.monotonic()
-        # fork and not exec: the child makes a handful of system calls and takes no lock, and
-        # starting an interpreter costs a hundred times as much inside an emulated machine.
-        pid = os.fork()
-        if pid == 0:
-            _child(theirs, parent)
-        self.cost = _DEARER * (time.monotonic() - began)
-        os.close(theirs)
-        _children.add(pid)
-        self.pids[ours] = pid
-        self.idle.append(ours)
-        self.add_reader(ours, self._told, ours)
+        try:
+            os.set_blocking(self.ours, False)
+            os.set_blocking(self.theirs, False)
+            self.pidfd = os.pidfd_open(_fork(self.theirs))
+        except OSError:
+            self.close()
+            raise
 
-    def _told(self, child: int) -> None:
-        """A child has an answer, or has ended."""
-        answer = os.read(child, _MAX_MESSAGE)
-        task = self.working.pop(child, None)
-        if answer:
-            self.idle.append(child)
-        else:
-            if child in self.idle:
-                self.idle.remove(child)
-            pid = self.pids[child]
-            self._close(child)
-            os.waitpid(pid, 0)  # it has closed its files: nothing can keep it any more
-            _children.discard(pid)
-        if task is not None:
-            task.batch.answered(task.taken, answer)
-            while 0 < len(self.pids) < CHILDREN and task.batch.gain(len(self.pids)) > self.cost:
-                self._fork()
-            if task.batch.has_more and task.batch not in self.waiting:
-                self.waiting.appendleft(task.batch)
-        if self.waiting and not self.pids:
-            self._fork()
-        self._next()
-
-    def _close(self, child: int) -> None:
-        self.remove_reader(child)
-        os.close(child)
-        del self.pids[child]
-
-
-class _Task:
-    """What a child is at."""
-
-    def __init__(self, batch: Batch, taken: tuple[int, ...]) -> None:
-        self.batch = batch
-        self.taken = taken
-        self.since = time.monotonic()
-        self.idle = idle_seconds()
+    def __del__(self) -> None:
+        """Let it end if its lane has gone with a closed event loop."""
+        self.close()
 
     @property
-    def is_late(self) -> bool:
-        waited = time.monotonic() - self.since
-        idle = idle_seconds() - self.idle
-        return waited >= (PATIENCE if idle >= PATIENCE / 2 else BUSY_PATIENCE)
+    def batch(self) -> WriteBatch | None:
+        """The batch of the write that it is at."""
+        return next((batch for batch, _ in self.given.values()), None)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given one more write."""
+        return not self.full and len(self.given) < DEPTH
+
+    def given_of(self, batch: WriteBatch) -> list[int]:
+        """Indices of a batch's writes that it was given and has not answered."""
+        return [index for of, index in self.given.values() if of is batch]
+
+    def take_back(self) -> list[tuple[WriteBatch, int]]:
+        """Take what it has not begun out of its queue, in order."""
+        taken = []
+        with contextlib.suppress(BlockingIOError):
+            while message := os.read(self.theirs, _MAX_MESSAGE):
+                taken.append(self.given.pop(_SERIAL.unpack_from(message)[0]))
+        return taken
+
+    def answers(self) -> Iterator[tuple[tuple[WriteBatch, int], int]]:
+        """Give what it has answered, each time one write and 0 or the errno."""
+        with contextlib.suppress(BlockingIOError):
+            while self.ours >= 0:
+                serial, number = _ANSWER.unpack(os.read(self.ours, _ANSWER.size))
+                self.since = time.monotonic()
+                self.full = False
+                yield self.given.pop(serial), number
+
+    def kill(self) -> None:
+        """Kill it, if it has not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Hang up: it ends when it is at no write (any more), and is reaped later."""
+        if self.theirs >= 0:
+            self.take_back()  # else it would read this before it sees that we have hung up
+        for end in (self.ours, self.theirs):
+            if end >= 0:
+                os.close(end)
+        if self.pidfd >= 0:
+            _left.append(self.pidfd)
+        self.ours = self.theirs = self.pidfd = -1
 
 
-_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, ref[_Pool]] = WeakKeyDictionary()
-"""A pool lives as long as its loop listens to a child of it, or a batch waits."""
-_children: set[int] = set()
+_left: list[int] = []
+"""Pidfds of children that were hung up on and may not have ended."""
 
 
-def _pool_of(loop: asyncio.AbstractEventLoop) -> _Pool:
-    """The pool of an event loop; those of loops that were closed go."""
-    for other, its in [*_pools.items()]:
-        if (pool := its()) is None:
-            del _pools[other]
-        elif other is loop:
-            return pool
-        elif other.is_closed():
-            pool.close()
-    pool = _Pool(loop)
-    _pools[loop] = ref(pool)
-    return pool
+def _reap_left() -> None:
+    """Reap the children that have ended of those that were hung up on."""
+    for pidfd in [*_left]:
+        try:
+            ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is not None
+        except ChildProcessError:  # other code of this process was quicker, or we are a fork of it
+            ended = True
+        if ended and pidfd in _left:
+            _left.remove(pidfd)
+            os.close(pidfd)
 
 
-def _close_all(pids: dict[int, int]) -> None:
-    """Of a loop that has gone: its children read end of file, and end."""
-    for child in pids:
-        with contextlib.suppress(OSError):
-            os.close(child)
-    reap(_children)
-
-
-def _child(channel: int, parent: int) -> None:
+async def _wait_ended(pidfds: Sequence[int], seconds: float) -> None:
+    """Wait until processes have ended, or the time is up."""
+    loop = asyncio.get_running_loop()
+    ends = {pidfd: loop.create_future() for pidfd in pidfds}
+    for pidfd, end in ends.items():
+        loop.add_reader(pidfd, _set, end)
     try:
-        os.setsid()  # the terminal's ctrl-C is for the parent: it decides what to undo
+        if ends:
+            await asyncio.wait(ends.values(), timeout=seconds)
+    finally:
+        for pidfd in ends:
+            loop.remove_reader(pidfd)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+# ---- in the child -------------------------------------------------------------------------------
+
+
+def _fork(channel: int) -> int:
+    """Start a child that serves a socket; give its process id.
+
+    It is forked and does not run a program: it makes a handful of system calls, and the start of an
+    interpreter costs a hundred times as much inside an emulated machine.
+    """
+    parent = os.getpid()
+    # A signal before the child has put back the handlers would be told to the parent's event loop.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        with warnings.catch_warnings():
+            # Since 3.12 Python warns of a fork beside other threads: a lock that one of them holds
+            # stays locked in the child. The child takes no lock, it makes system calls only.
+            warnings.filterwarnings("ignore", r".*use of fork\(\)", DeprecationWarning)
+            pid = os.fork()
+            if pid == 0:
+                _serve(channel, parent, mask)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def _serve(channel: int, parent: int, mask: set[signal.Signals | int]) -> NoReturn:
+    """Make the writes that come through a socket, until it is closed or quiet for long."""
+    try:
+        os.setsid()  # the terminal's ctrl-C is for the parent, which decides what to undo
         os.closerange(0, channel)
         os.closerange(channel + 1, _MAX_FD)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        sleep = _Sleep()
-        while message := os.read(channel, _MAX_MESSAGE):
-            os.write(channel, _perform(message, parent, sleep))
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        arrives = select.poll()
+        arrives.register(channel, select.POLLIN)
+        while arrives.poll(IDLE_SECONDS * 1000):
+            with contextlib.suppress(BlockingIOError):  # the parent took the message back
+                message = os.read(channel, _MAX_MESSAGE)
+                if not message:
+                    break
+                (serial,) = _SERIAL.unpack_from(message)
+                path, _, data = message[_SERIAL.size :].partition(b"\0")
+                os.write(channel, _ANSWER.pack(serial, _perform(path, data, parent)))
     finally:
         os._exit(0)
 
 
-class _Sleep:
-    """For how long this process has slept; what it ran, or waited for a processor, is no sleep."""
-
-    def __init__(self) -> None:
-        self._file = -1
-        with contextlib.suppress(OSError):  # a kernel without it: then all that is no work is sleep
-            self._file = os.open("/proc/self/schedstat", os.O_RDONLY)
-
-    def seconds(self) -> float:
-        """Since some moment."""
-        # schedstat's own time of work is as old as the last tick, and a tick is many writes long
-        waiting = os.pread(self._file, 100, 0).split()[1] if self._file >= 0 else 0
-        return time.monotonic() - time.process_time() - int(waiting) / 1e9
-
-
-def _perform(message: bytes, parent: int, sleep: _Sleep) -> bytes:
-    """Write one thing after the other, up to the first that is refused, or was slow."""
-    results = bytearray()
-    began, before = time.monotonic(), sleep.seconds()
-    words = message.split(b"\0")
-    for path, data in zip(words[::2], words[1::2], strict=True):
-        results.append(_perform_one(path, data, parent))
-        if results[-1] or time.monotonic() - began > PATIENCE / 2:
-            break
-    return _SLEPT.pack(max(sleep.seconds() - before, 0.0)) + results
-
-
-def _perform_one(path: bytes, data: bytes, parent: int) -> int:
-    opened = []
+def _perform(path: bytes, data: bytes, parent: int) -> int:
+    """Write a file if the parent is alive after the file was named; give 0 or the errno."""
     try:
-        opened.append(os.open(path, os.O_PATH))
+        name = os.open(path, os.O_PATH)
+    except OSError as error:
+        return error.errno or errno.EIO
+    try:
         if os.getppid() != parent:
             os._exit(0)
-        opened.append(os.open(path, os.O_WRONLY))
-        os.write(opened[-1], data)
-    except OSError as error:
-        return error.errno or _UNKNOWN
-    else:
-        return 0
+        return _write_file(os.fsdecode(path), data)
     finally:
-        for descriptor in opened:
-            os.close(descriptor)
+        os.close(name)
+
+
+def _write_file(path: str, data: bytes) -> int:
+    """Open a file and write it with one ``write``; give 0 or the errno."""
+    try:
+        file = os.open(path, os.O_WRONLY)
+        try:
+            os.write(file, data)
+        finally:
+            os.close(file)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0

@@ -88,3 +88,32 @@ def test_what_was_found_is_drawn_and_the_base_is_not() -> None:
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     bench.write(tmp_path / "bench/x.json", RESULT)
     assert json.loads((tmp_path / "bench/x.json").read_text()) == RESULT
+
+
+def test_a_bench_that_is_interrupted_keeps_the_rows_that_it_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "VERSIONS", {})
+    figures = bench.Figures("x", 2, ("a",))
+    with pytest.raises(KeyboardInterrupt):
+        measure(figures)
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["seconds"] == {"first": {"a": [1.0] * 2, "b": [1.0] * 2}}
+    page = publish.with_table(PLACE, "x", bench.table(result))
+    assert "| first | 1.00 s (1) | 1.00 s (1) |" in page
+    assert "interrupted" in page
+    figures.report()
+    assert "interrupted" not in bench.table(json.loads((tmp_path / "x.json").read_text()))
+
+
+PLACE = "<!-- table: x -->\n<!-- end of table -->\n"
+
+
+def measure(figures: bench.Figures) -> None:
+    """Two rows, of which the second is interrupted in its last round."""
+    for row in ("first", "second"):
+        for way in figures.turns(row, "ab"):
+            figures.note(row, way, 1.0)
+            if len(figures.seconds.get("second", {}).get("a", ())) == 2:
+                raise KeyboardInterrupt

@@ -151,7 +151,7 @@ def test_a_host_without_parents(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MDO_ROOT", str(tmp_path))
         assert mdo_plan(system, SPEC) == 2
-    assert "this host has no parent" in capsys.readouterr().err
+    assert "there is no parent" in capsys.readouterr().err
 
 
 # ---- devices that are there already ----

@@ -124,7 +124,7 @@ def test_a_group_goes_whole_or_not_at_all() -> None:
 
 
 ONE = {
-    "no host": (want("x"), (), "this host has no parent; mdo doctor says what is missing"),
+    "no host": (want("x"), (), "there is no parent; mdo doctor says what is missing"),
     "unknown type": (
         want("mvgpu-512"),
         (drivers.igd,),
@@ -152,7 +152,7 @@ ONE = {
         (drivers.grid,),
         "no type has framebuffer <1G and num_heads 4 at once; loosen one of them",
     ),
-    "an attribute that nobody has": (
+    "an attribute that no type has": (
         want(conditions=(("ports", CountCondition("4")),)),
         (drivers.grid,),
         "no type says its ports; ask by type; mdo host lists them",
@@ -162,7 +162,7 @@ ONE = {
         (drivers.igd,),
         "only 2 can be created on igd0; ask for 2",
     ),
-    "a group that nobody can take": (
+    "a group that no parent can take": (
         want("mdpy-hd", 5, group="g"),
         (drivers.mdpy,),
         GROUP.format(4, "mdpy"),

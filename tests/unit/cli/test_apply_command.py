@@ -29,7 +29,8 @@ from mdev_orchestrator.engine import apply as module
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Managed, read_managed
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.records import Managed
 from unit.fakesys import FakeSystem
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

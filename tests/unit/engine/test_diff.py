@@ -31,13 +31,7 @@ from mdev_orchestrator.engine.diff import (
     without,
 )
 from mdev_orchestrator.engine.executor import Planned
-from mdev_orchestrator.engine.journal_db import (
-    Change,
-    DeviceRecord,
-    GuestRecord,
-    Managed,
-    SpecRecord,
-)
+from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition
@@ -429,7 +423,7 @@ def test_more_memory_needs_a_restart_which_keeps_the_devices(world: World) -> No
     world.apply(spec(ONE))
     before = world.of("guest:a")
     changes = world.apply(spec(ONE.replace("mdev", 'memory = "1G"\nmdev')))
-    assert changes.restarts == {"a": "memory changes from 536870912 to 1073741824"}
+    assert changes.restarts == {"a": "memory changes from 512M to 1G"}
     assert kinds(changes) == "stop launch"
     assert world.of("guest:a") == before
     assert list(world.running["a"].mdevs) == before

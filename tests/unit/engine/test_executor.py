@@ -25,7 +25,7 @@ from mdev_orchestrator.engine import executor, recovery
 from mdev_orchestrator.engine.context import Context, UnsettledError
 from mdev_orchestrator.engine.executor import Observer, Planned, StepEvent, StepEventKind, execute
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord
+from mdev_orchestrator.engine.records import Change, DeviceRecord
 from mdev_orchestrator.engine.steps import Create, Remove, encode
 from mdev_orchestrator.errors import BusyError, DeadlineError, HostError, MdoError, UuidError
 from unit.fakesys import FakeSystem

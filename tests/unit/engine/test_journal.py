@@ -26,13 +26,8 @@ from hypothesis import strategies as st
 from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import KEPT, Entry, Journal, Process, Progress, Run
-from mdev_orchestrator.engine.journal_db import (
-    Change,
-    DeviceRecord,
-    GuestRecord,
-    SpecRecord,
-    read_managed,
-)
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, SpecRecord
 from mdev_orchestrator.engine.steps import Create, Launch, decode, encode
 from mdev_orchestrator.errors import BusyError, HostError
 

@@ -25,14 +25,8 @@ from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.executor import Planned, StepEvent, StepEventKind, execute
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress
-from mdev_orchestrator.engine.journal_db import (
-    Change,
-    DeviceRecord,
-    GuestRecord,
-    Managed,
-    SpecRecord,
-    read_managed,
-)
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.recovery import Recovered
 from mdev_orchestrator.engine.steps import Create, Launch, Remove, encode
 from mdev_orchestrator.errors import HostError

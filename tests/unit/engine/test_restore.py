@@ -17,7 +17,8 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord, SpecRecord, read_managed
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.records import Change, DeviceRecord, SpecRecord
 from mdev_orchestrator.engine.restore import Need, Restored, needs, power_down, restore
 from mdev_orchestrator.errors import DeadlineError, HostError, UnknownError
 from mdev_orchestrator.interop.mdevctl import Definition

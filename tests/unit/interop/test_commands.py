@@ -12,9 +12,10 @@ import pytest
 
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.journal import Journal
-from mdev_orchestrator.engine.journal_db import Change, DeviceRecord
+from mdev_orchestrator.engine.records import Change, DeviceRecord
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine as Handle
 from mdev_orchestrator.spec import load
 from unit.fakesys import FakeSystem
 
@@ -38,7 +39,8 @@ class Machine:
 
     def __init__(self, system: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
         self.system = system
-        self.where = mdevctl.directory(system.root)
+        self.handle = Handle(system.root)
+        self.where = mdevctl.directory(self.handle)
         self.capsys = capsys
         self.err = ""
 
@@ -63,7 +65,7 @@ def machine(
 
 
 def test_a_definition_as_a_spec(machine: Machine) -> None:
-    mdevctl.write([FIRST, SECOND], machine.where)
+    mdevctl.write(machine.handle, [FIRST, SECOND])
     assert machine.mdo("import", str(U1)) == (
         f"""\
 [[pool]]
@@ -72,11 +74,20 @@ uuid = "{U1}"
 type = "mvgpu-128M"
 parent = "igd0"
 attributes = [
-    ["vgpu_params", "a=1"],
-    ["vgpu_params", "a=2"],
-    ["group_uuid", "{GROUP}"],
+    [
+        "vgpu_params",
+        "a=1",
+    ],
+    [
+        "vgpu_params",
+        "a=2",
+    ],
+    [
+        "group_uuid",
+        "{GROUP}",
+    ],
 ]
-mdevctl = '{{"note":"for Anna"}}'
+mdevctl = "{{\\"note\\":\\"for Anna\\"}}"
 """
     )
     assert machine.mdo("import", "--parent", "grid0") == (
@@ -93,7 +104,7 @@ start = "manual"
 
 @pytest.mark.parametrize("name", ["all.toml", "all.json"])
 def test_there_and_back(machine: Machine, tmp_path: Path, name: str) -> None:
-    mdevctl.write([FIRST, SECOND], machine.where)
+    mdevctl.write(machine.handle, [FIRST, SECOND])
     file = tmp_path / name
     assert machine.mdo("import", "-o", str(file)) == ""
     assert file.read_text().startswith("{" if name.endswith("json") else "[[pool]]")
@@ -112,16 +123,16 @@ def test_there_and_back(machine: Machine, tmp_path: Path, name: str) -> None:
 
 
 def test_import_as_json(machine: Machine) -> None:
-    mdevctl.write([SECOND], machine.where)
+    mdevctl.write(machine.handle, [SECOND])
     (pool,) = json.loads(machine.mdo("import", "--json"))["pool"]
     assert pool["uuid"] == str(U2)
 
 
 def test_bad_definitions_are_named_and_the_others_imported(machine: Machine) -> None:
-    mdevctl.write([FIRST, SECOND], machine.where)
+    mdevctl.write(machine.handle, [FIRST, SECOND])
     bad = machine.where / "igd0" / str(U3)
     bad.write_text("{")
-    mdevctl.write([Definition(uuid=U2, parent="igd0", type="t")], machine.where)
+    mdevctl.write(machine.handle, [Definition(uuid=U2, parent="igd0", type="t")])
     text = machine.mdo("import", code=1)
     assert text.count("[[pool]]") == 1
     first, second, last = machine.err.splitlines()
@@ -184,7 +195,7 @@ def test_ours_are_exported_as_they_were_made(machine: Machine) -> None:
         {"written_only": "5"},
         {"written_only": "6"},
     ]
-    (path / "vgpu_params").write_text("a=3\n")  # by somebody else, so it is not as we made it
+    (path / "vgpu_params").write_text("a=3\n")  # by another program, so it is not as we made it
     (dump,) = json.loads(machine.mdo("export"))
     assert dump["igd0"][0][str(U1)]["attrs"] == [{"vgpu_params": "a=3"}]
 
@@ -204,7 +215,7 @@ def test_devices_that_exist(machine: Machine) -> None:
         "grid0": [str(U2)],
         "igd0": [str(U1)],
     }
-    mdevctl.write([FIRST], machine.where)  # which says how it came to be as it is
+    mdevctl.write(machine.handle, [FIRST])  # which says how it came to be as it is
     assert json.loads(machine.mdo("export", str(U1))) == mdevctl.to_plain(FIRST) | {
         "note": "for Anna"
     }
@@ -232,9 +243,9 @@ def test_devices_that_exist(machine: Machine) -> None:
     (path / "vgpu_params").write_text("a=3\n")
     machine.mdo("export", str(U1), "--to", where, code=2)
     assert f"{where}/igd0/{U1} defines the device {U1} otherwise \u2014 --force" in machine.err
-    assert mdevctl.read(machine.where).found == (SECOND, FIRST)
+    assert mdevctl.read(machine.handle).found == (SECOND, FIRST)
     machine.mdo("export", "--to", where, "--force", str(U1))
-    assert mdevctl.read(machine.where).found[1].attributes[0] == ("vgpu_params", "a=3")
+    assert mdevctl.read(machine.handle).found[1].attributes[0] == ("vgpu_params", "a=3")
 
 
 def test_what_cannot_be_exported(machine: Machine, tmp_path: Path) -> None:
@@ -252,6 +263,6 @@ def test_a_plan_knows_what_mdevctl_has_defined(machine: Machine, tmp_path: Path)
     spec = tmp_path / "s.toml"
     spec.write_text(f'[[guest]]\nname = "a"\nmdev = [{{uuid = "{U1}"}}]\n')
     machine.mdo("plan", str(spec), code=2)
-    mdevctl.write([FIRST], machine.where)
+    mdevctl.write(machine.handle, [FIRST])
     (placement,) = json.loads(machine.mdo("plan", str(spec), "--json"))["placements"]
     assert (placement["parent"], placement["type"]) == ("igd0", "mvgpu-128M")

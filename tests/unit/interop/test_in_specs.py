@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.diff import Changes, ObservedState, diff
-from mdev_orchestrator.engine.journal_db import DeviceRecord, Managed
+from mdev_orchestrator.engine.records import DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.spec import Document, parse
 from unit.fakesys import FakeSystem
 
@@ -36,7 +37,7 @@ def machine(system: FakeSystem) -> FakeSystem:
         system.parent(parent)
         system.type(parent, "mvgpu-128M", 8)
         system.groups_of(parent, 3)
-    mdevctl.write([DEFINED], mdevctl.directory(system.root))
+    mdevctl.write(Machine(system.root), [DEFINED])
     return system
 
 
@@ -47,7 +48,7 @@ def run(machine: FakeSystem, group: UUID | None = GROUP, parent: str = "igd0") -
 
 def changes(machine: FakeSystem, document: Document, *ours: DeviceRecord) -> Changes:
     owned = Managed(devices={device.uuid: device for device in ours})
-    seen = ObservedState(scan(machine.root), owned, {}, mdevctl.defined(machine.root))
+    seen = ObservedState(scan(machine.root), owned, {}, mdevctl.defined(Machine(machine.root)))
     return diff(document, seen)
 
 
@@ -79,7 +80,7 @@ def test_once_made_there_is_nothing_to_make(machine: FakeSystem, text: str) -> N
 
 def test_what_mdevctl_has_forgotten_stays_as_it_was_made(machine: FakeSystem) -> None:
     device = made(changes(machine, parse(POOL)))
-    (mdevctl.directory(machine.root) / "igd0" / str(U1)).unlink()
+    (mdevctl.directory(Machine(machine.root)) / "igd0" / str(U1)).unlink()
     assert made(changes(machine, parse(POOL), device)) == device  # after a reboot
     run(machine)
     again = changes(machine, parse(POOL), device)
@@ -91,7 +92,7 @@ def test_a_definition_that_was_changed_is_for_the_next_time(machine: FakeSystem,
     device = made(changes(machine, parse(text)))
     for attribute in (("vgpu_params", "a=3"), ("x", "1")):
         modified = msgspec.structs.replace(DEFINED, attributes=(attribute,))
-        mdevctl.write([modified], mdevctl.directory(machine.root), force=True)
+        mdevctl.write(Machine(machine.root), [modified], force=True)
         after_a_reboot = made(changes(machine, parse(text), device))
         assert after_a_reboot.attributes == (attribute,)
         assert after_a_reboot.group is None
@@ -120,7 +121,7 @@ def test_it_is_not_borrowed_when_it_is_another(machine: FakeSystem) -> None:
 
 def test_of_several_definitions_the_spec_must_choose(machine: FakeSystem) -> None:
     other = msgspec.structs.replace(DEFINED, parent="igd1")
-    mdevctl.write([other], mdevctl.directory(machine.root))
+    mdevctl.write(Machine(machine.root), [other])
     with pytest.raises(RequestError, match=r"uuid: mdevctl defines .* on igd0 and on igd1"):
         changes(machine, parse(POOL))
     assert made(changes(machine, parse(POOL + 'parent = "igd1"\n'))).parent == "igd1"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.lab import debian, machine, systemd
+from mdev_lab import kernels, l1, systemd
 
-KERNEL = debian.Kernel("6.12", "6.12.1-amd64", Path("/odd place/a,b"))
+KERNEL = kernels.Kernel("6.12", "6.12.1-amd64", Path("/odd place/a,b"))
 
 
 @pytest.mark.parametrize("with_systemd", [False, True])
 def test_init_is_a_script(with_systemd: bool) -> None:
-    script = machine.init_script(KERNEL, ["insmod", "/odd $place/m.ko"], with_systemd=with_systemd)
+    script = l1.init_script(KERNEL, ["insmod", "/odd $place/m.ko"], with_systemd=with_systemd)
     done = subprocess.run(["sh", "-n"], input=script, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     first = script.splitlines()[-1]

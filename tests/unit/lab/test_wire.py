@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdev_orchestrator.lab import wire
+from mdev_lab import wire
 
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=16)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from mdev_orchestrator.machine import Machine
+
 GREETING = b'{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}\n'
 
 Script = Callable[["Peer"], Awaitable[None]]
@@ -102,6 +104,13 @@ def processes_of(directory: Path) -> dict[int, str]:
 
 
 @pytest.fixture
+def machine(place: Path) -> Machine:
+    """This machine, with its guests in an empty directory with a short name."""
+    (place / "guests").mkdir(mode=0o700)
+    return Machine(state=place)
+
+
+@pytest.fixture
 def serve(place: Path) -> Serve:
     """Start a fake monitor that runs a script for each client."""
 
@@ -128,7 +137,7 @@ def serve(place: Path) -> Serve:
             server.close()
             if tasks:
                 await asyncio.wait(tasks, timeout=5)
-            path.unlink()
+            path.unlink(missing_ok=True)  # Python 3.13 does it when the server closes
 
     return serve
 
@@ -146,7 +155,7 @@ def qemu() -> str:
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No task may die unheard."""
+    """Fail a test in which the exception of a task is not retrieved."""
     yield
     gc.collect()
     noise = [

@@ -24,7 +24,6 @@ from mdev_orchestrator.qemu.command import (
     guest_argv,
     option,
     parse_accel,
-    parse_size,
 )
 
 GUEST = UUID("c0ffee00-0000-4000-8000-000000000001")
@@ -240,22 +239,6 @@ def test_a_name_that_passes_is_a_file_name_and_an_option(name: str) -> None:
         return
     assert Path(name).name == name
     assert option("x", guest=name) == f"x,guest={name}"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("512M", 512 << 20), ("2g", 2 << 30), ("4096", 4096), (" 1K ", 1024)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@given(st.text())
-def test_other_sizes_are_refused(text: str) -> None:
-    try:
-        size = parse_size(text)
-    except RequestError:
-        return
-    assert size >= 0
 
 
 def test_accelerators() -> None:

@@ -27,10 +27,12 @@ from mdev_orchestrator.errors import (
     DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     QemuError,
     RequestError,
     UnknownError,
 )
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
@@ -45,6 +47,7 @@ from mdev_orchestrator.qemu.process import (
 )
 from mdev_orchestrator.qemu.status import check_console_free, look, look_all
 from mdev_orchestrator.system.processes import has_ended, start_time
+from mdev_orchestrator.system.waiting import poll_until
 from unit.qemu.conftest import processes_of
 
 UUID1 = UUID("c0ffee00-0000-4000-8000-000000000001")
@@ -64,50 +67,52 @@ def spec(qemu: str, name: str = "g", *extra: str) -> GuestSpec:
 
 
 @asynccontextmanager
-async def started(place: Path, what: GuestSpec) -> AsyncIterator[RunningGuest]:
-    guest = await start(what, root=place)
+async def started(machine: Machine, what: GuestSpec) -> AsyncIterator[RunningGuest]:
+    guest = await start(machine, what)
     try:
         yield guest
     finally:
-        left = [one for one in list_guests(place) if one.name == what.name]
+        left = [one for one in list_guests(machine) if one.name == what.name]
         for one in left:
-            await stop(one, deadline=0, force=True)
+            await stop(machine, one, deadline=0, force=True)
 
 
-def fake_qemu(place: Path, body: str) -> str:
+def fake_qemu(machine: Machine, body: str) -> str:
     """A program that is started as if it were QEMU."""
-    path = place / "fake-qemu"
+    path = machine.state_dir / "fake-qemu"
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
     return str(path)
 
 
-async def test_start_find_stop(qemu: str, place: Path) -> None:
+async def test_start_find_stop(qemu: str, machine: Machine) -> None:
     what = spec(qemu)
-    guest = await start(what, root=place)
+    guest = await start(machine, what)
     assert guest.state is State.RUNNING
-    assert find("g", place) == find_running("g", place) == guest
-    assert list_guests(place) == [guest]
+    assert find(machine, "g") == find_running(machine, "g") == guest
+    assert list_guests(machine) == [guest]
     assert guest.record
     assert guest.record.uuid == what.uuid
-    assert guest.record.pid in processes_of(place)
+    assert guest.record.pid in processes_of(machine.state_dir)
     report = await look(guest)
     assert (report.status, report.mdevs, report.damage) == ("prelaunch", (), "")
-    ended = await stop(guest, deadline=0, force=True)
+    ended = await stop(machine, guest, deadline=0, force=True)
     assert ended.how == "quit"
-    assert list_guests(place) == []
-    assert list(place.iterdir()) == []
+    assert list_guests(machine) == []
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_its_files_are_private(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
+async def test_its_files_are_private(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest:
         assert stat.S_IMODE(guest.directory.stat().st_mode) == 0o700
         for name in (process.QMP, process.QUERY, process.WATCH, process.CONSOLE):
             assert stat.S_IMODE((guest.directory / name).stat().st_mode) == 0o600
 
 
-async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
+async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(
+    qemu: str, machine: Machine
+) -> None:
+    async with started(machine, spec(qemu)) as guest:
         assert guest.record
         pid = guest.record.pid
         assert os.getsid(pid) == pid
@@ -119,12 +124,12 @@ async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(qemu: str, p
 
 
 async def test_it_outlives_who_started_it_and_another_process_stops_it(
-    qemu: str, place: Path
+    qemu: str, machine: Machine
 ) -> None:
-    environment = {**os.environ, "MDO_STATE_DIR": str(place), "MDO_ACCEL": "tcg"}
+    environment = {**os.environ, "MDO_STATE_DIR": str(machine.state_dir), "MDO_ACCEL": "tcg"}
     mdo = [sys.executable, "-m", "mdev_orchestrator.cli.main"]
     subprocess.run([*mdo, "guest", "start", "g", "--arg", "-S"], env=environment, check=True)
-    guest = find("g", place / "guests")
+    guest = find(machine, "g")
     assert guest.state is State.RUNNING
     out = subprocess.run(
         [*mdo, "guest", "list", "--json"], env=environment, check=True, capture_output=True
@@ -138,30 +143,30 @@ async def test_it_outlives_who_started_it_and_another_process_stops_it(
     )
     assert again.returncode == 2
     assert "guest g runs already" in again.stderr
-    assert (await stop(guest, deadline=0, force=True)).how == "quit"
+    assert (await stop(machine, guest, deadline=0, force=True)).how == "quit"
     out = subprocess.run(
         [*mdo, "guest", "list", "--json"], env=environment, check=True, capture_output=True
     ).stdout
     assert msgspec.json.decode(out) == {"guests": []}
 
 
-async def test_the_monitor_can_be_connected_to_again(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
+async def test_the_monitor_can_be_connected_to_again(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest:
         for _ in range(3):
             async with connect(guest.qmp_socket, guest.label) as qmp:
                 await qmp.execute("query-status", object)
 
 
-async def test_a_busy_monitor(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
+async def test_a_busy_monitor(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
         with pytest.raises(DeadlineError, match="another program may hold"):
             async with connect(guest.qmp_socket, guest.label, deadline=0.3):
                 pass
         assert (await look(guest)).status == "prelaunch"  # by the other monitor
 
 
-async def test_a_console_takes_one(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
+async def test_a_console_takes_one(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest:
         await check_console_free(guest)
         _, writer = await asyncio.open_unix_connection(guest.console_socket)
         with pytest.raises(BusyError, match="console"):
@@ -170,49 +175,49 @@ async def test_a_console_takes_one(qemu: str, place: Path) -> None:
         await writer.wait_closed()
 
 
-async def test_a_second_start_of_a_running_guest(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
+async def test_a_second_start_of_a_running_guest(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest:
         with pytest.raises(BusyError, match="guest g runs already, as process"):
-            await start(spec(qemu), root=place)
-        assert find("g", place) == guest
+            await start(machine, spec(qemu))
+        assert find(machine, "g") == guest
 
 
-async def test_many_starts_at_once(qemu: str, place: Path) -> None:
+async def test_many_starts_at_once(qemu: str, machine: Machine) -> None:
     results = await asyncio.gather(
-        *(start(spec(qemu), root=place) for _ in range(5)), return_exceptions=True
+        *(start(machine, spec(qemu)) for _ in range(5)), return_exceptions=True
     )
     won = [result for result in results if isinstance(result, RunningGuest)]
     assert len(won) == 1
     assert all(isinstance(result, RunningGuest | BusyError) for result in results)
-    assert find("g", place) == won[0]
-    assert len(processes_of(place)) == 1
-    await stop(won[0], deadline=0, force=True)
+    assert find(machine, "g") == won[0]
+    assert len(processes_of(machine.state_dir)) == 1
+    await stop(machine, won[0], deadline=0, force=True)
 
 
-async def test_two_guests(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu, "a")) as a, started(place, spec(qemu, "b")) as b:
-        reports = await look_all(list_guests(place))
+async def test_two_guests(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu, "a")) as a, started(machine, spec(qemu, "b")) as b:
+        reports = await look_all(list_guests(machine))
         assert [(one.guest, one.status) for one in reports] == [(a, "prelaunch"), (b, "prelaunch")]
 
 
 # ---------------------------------------------------------------- what goes wrong at the start
 
 
-async def test_qemu_says_no(qemu: str, place: Path) -> None:
+async def test_qemu_says_no(qemu: str, machine: Machine) -> None:
     with pytest.raises(QemuError, match="'nonsense' is not a valid device") as caught:
-        await start(spec(qemu, "g", "-device", "nonsense"), root=place)
+        await start(machine, spec(qemu, "g", "-device", "nonsense"))
     assert caught.value.exit_code == 3
     assert "ended with status 1" in caught.value.message
-    assert "-device nonsense" in caught.value.hint
-    assert list(place.iterdir()) == []
+    assert "-device nonsense" in caught.value.details
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_an_mdev_that_is_not_there(qemu: str, place: Path) -> None:
+async def test_an_mdev_that_is_not_there(qemu: str, machine: Machine) -> None:
     mdev = GuestMdev(UUID1, Path("/sys/bus/mdev/devices") / str(UUID1))
     with pytest.raises(QemuError, match="no such host device") as caught:
-        await start(replace(spec(qemu), mdevs=(mdev,)), root=place)
+        await start(machine, replace(spec(qemu), mdevs=(mdev,)))
     assert "mdo host" in caught.value.hint
-    assert list(place.iterdir()) == []
+    assert list(machine.guests_dir.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -224,56 +229,57 @@ async def test_an_mdev_that_is_not_there(qemu: str, place: Path) -> None:
         ("printf 'a\\033[2Jb\\377\\n'; exit 1", "ended with status 1: a"),
     ],
 )
-async def test_something_that_is_no_qemu(place: Path, body: str, said: str) -> None:
+async def test_something_that_is_no_qemu(machine: Machine, body: str, said: str) -> None:
     with pytest.raises(QemuError, match=said) as caught:
-        await start(spec(fake_qemu(place, body)), root=place / "guests")
+        await start(machine, spec(fake_qemu(machine, body)))
     assert caught.value.message.isprintable()
-    assert list((place / "guests").iterdir()) == []
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_a_qemu_that_never_answers(place: Path) -> None:
-    qemu = fake_qemu(place, "echo thinking; exec sleep 1000")
+async def test_a_qemu_that_never_answers(machine: Machine) -> None:
+    qemu = fake_qemu(machine, "echo thinking; exec sleep 1000")
     with pytest.raises(DeadlineError, match=r"did not answer within 0\.5 s: thinking"):
-        await start(spec(qemu), root=place / "guests", deadline=0.5)
-    assert list((place / "guests").iterdir()) == []
+        await start(machine, spec(qemu), deadline=0.5)
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_no_qemu(place: Path) -> None:
+async def test_no_qemu(machine: Machine) -> None:
     with pytest.raises(HostError, match="no program no-such-qemu"):
-        await start(spec("no-such-qemu"), root=place)
-    assert list(place.iterdir()) == []
+        await start(machine, spec("no-such-qemu"))
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_no_kernel(qemu: str, place: Path) -> None:
+async def test_no_kernel(qemu: str, machine: Machine) -> None:
     with pytest.raises(RequestError, match=r"its kernel .*nowhere does not exist"):
-        await start(replace(spec(qemu), kernel=Path("nowhere")), root=place)
+        await start(machine, replace(spec(qemu), kernel=Path("nowhere")))
 
 
-async def test_a_path_too_long_for_a_socket(qemu: str, place: Path) -> None:
+async def test_a_path_too_long_for_a_socket(qemu: str, machine: Machine) -> None:
+    deep = Machine(state=machine.state_dir / ("x" * 100))
     with pytest.raises(HostError, match="more than 107 bytes") as caught:
-        await start(spec(qemu), root=place / ("x" * 100))
+        await start(deep, spec(qemu))
     assert "MDO_STATE_DIR" in caught.value.hint
-    assert list((place / ("x" * 100)).iterdir()) == []
+    assert list(deep.guests_dir.iterdir()) == []
 
 
 # ---------------------------------------------------------------- interrupted
 
 
 @pytest.mark.parametrize("steps", range(0, 40, 3))
-async def test_cancelled_after_some_steps(qemu: str, place: Path, steps: int) -> None:
-    task = asyncio.ensure_future(start(spec(qemu), root=place))
+async def test_cancelled_after_some_steps(qemu: str, machine: Machine, steps: int) -> None:
+    task = asyncio.ensure_future(start(machine, spec(qemu)))
     for _ in range(steps):
         await asyncio.sleep(0)
     if task.cancel():
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert list(place.iterdir()) == []
-    assert processes_of(place) == {}
+    assert list(machine.guests_dir.iterdir()) == []
+    assert processes_of(machine.state_dir) == {}
 
 
-async def mdo_start(place: Path) -> tuple[asyncio.subprocess.Process, int]:
+async def mdo_start(machine: Machine) -> tuple[asyncio.subprocess.Process, int]:
     """An ``mdo guest start`` whose QEMU has begun and will never answer, and that QEMU's pid."""
-    told = place / "told"
+    told = machine.state_dir / "told"
     os.mkfifo(told)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -283,8 +289,8 @@ async def mdo_start(place: Path) -> tuple[asyncio.subprocess.Process, int]:
         "start",
         "g",
         "--qemu",
-        fake_qemu(place, f"echo $$ > {told}; read -r _ < {told}"),
-        env={**os.environ, "MDO_STATE_DIR": str(place)},
+        fake_qemu(machine, f"echo $$ > {told}; read -r _ < {told}"),
+        env={**os.environ, "MDO_STATE_DIR": str(machine.state_dir)},
         stderr=subprocess.PIPE,
     )
     pid = int(await asyncio.to_thread(told.read_text))
@@ -292,162 +298,184 @@ async def mdo_start(place: Path) -> tuple[asyncio.subprocess.Process, int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-async def test_interrupted_while_qemu_starts(place: Path, number: signal.Signals) -> None:
-    command, pid = await mdo_start(place)
+async def test_interrupted_while_qemu_starts(machine: Machine, number: signal.Signals) -> None:
+    command, pid = await mdo_start(machine)
     command.send_signal(number)
     _, errors = await command.communicate()
     assert b"Traceback" not in errors
     assert command.returncode == 128 + number
     assert not Path(f"/proc/{pid}").exists()
-    assert list((place / "guests").iterdir()) == []
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_killed_while_qemu_starts(place: Path) -> None:
-    command, pid = await mdo_start(place)
+async def test_killed_while_qemu_starts(machine: Machine) -> None:
+    command, pid = await mdo_start(machine)
     command.kill()
     await command.communicate()
-    [guest] = list_guests(place / "guests")
+    [guest] = list_guests(machine)
     assert guest.state is State.STARTING
     assert guest.record
     assert guest.record.pid == pid
     with pytest.raises(BusyError, match="runs already"):
-        await start(spec("/bin/true"), root=place / "guests")
-    assert (await stop(guest, deadline=0, force=True)).how == "terminated"
-    assert list((place / "guests").iterdir()) == []
+        await start(machine, spec("/bin/true"))
+    assert (await stop(machine, guest, deadline=0, force=True)).how == "terminated"
+    assert list(machine.guests_dir.iterdir()) == []
 
 
 async def test_a_guest_that_ends_by_itself_leaves_its_starter_no_zombie(
-    qemu: str, place: Path
+    qemu: str, machine: Machine
 ) -> None:
     """Found by the soak: a service that lives long had one for each QEMU that died."""
-    async with started(place, spec(qemu)) as guest:
+    async with started(machine, spec(qemu)) as guest:
         assert guest.record
         os.kill(guest.record.pid, signal.SIGKILL)
         while not has_ended(guest.record.pid):
             await asyncio.sleep(0.01)
         assert Path(f"/proc/{guest.record.pid}").exists()
-        assert [one.state for one in list_guests(place)] == [State.GONE]
+        assert [one.state for one in list_guests(machine)] == [State.GONE]
         assert not Path(f"/proc/{guest.record.pid}").exists()
 
 
-async def test_the_gate_never_opens_for_a_starter_that_died(place: Path) -> None:
-    witness = place / "witness"
-    pid, opener = process._spawn(["/bin/touch", str(witness)], [], place / "log")
+async def test_the_gate_never_opens_for_a_starter_that_died(machine: Machine) -> None:
+    witness = machine.state_dir / "witness"
+    pid, opener = process._spawn(["/bin/touch", str(witness)], [], machine.state_dir / "log")
     os.close(opener)  # as the kernel does for a process that was killed
     os.waitpid(pid, 0)
     assert not witness.exists()
 
 
-async def test_a_start_that_was_cut_short_before_the_record(qemu: str, place: Path) -> None:
-    (place / "g").mkdir()
-    [guest] = list_guests(place)
+async def test_a_start_that_was_cut_short_before_the_record(qemu: str, machine: Machine) -> None:
+    (machine.guests_dir / "g").mkdir()
+    [guest] = list_guests(machine)
     assert guest.state is State.DAMAGED
     with pytest.raises(RequestError, match="cut short"):
-        await start(spec(qemu), root=place)
+        await start(machine, spec(qemu))
     with pytest.raises(RequestError, match="cut short"):
-        await stop(guest)
-    assert (await stop(guest, force=True)).how == "gone"
-    assert list(place.iterdir()) == []
+        await stop(machine, guest)
+    assert (await stop(machine, guest, force=True)).how == "gone"
+    assert list(machine.guests_dir.iterdir()) == []
 
 
 # ---------------------------------------------------------------- ended without us
 
 
-async def test_qemu_killed_in_the_middle(qemu: str, place: Path) -> None:
-    guest = await start(spec(qemu), root=place)
+async def test_qemu_killed_in_the_middle(qemu: str, machine: Machine) -> None:
+    guest = await start(machine, spec(qemu))
     assert guest.record
     os.kill(guest.record.pid, signal.SIGKILL)
     assert await process.wait_ended(guest)
-    gone = find("g", place)
+    gone = find(machine, "g")
     assert gone.state is State.GONE
     assert (await look(gone)).status is None
     with pytest.raises(RequestError, match="its process has ended"):
-        find_running("g", place)
-    assert (await stop(gone)).how == "gone"
+        find_running(machine, "g")
+    assert (await stop(machine, gone)).how == "gone"
     with pytest.raises(UnknownError, match="no guest is called g"):
-        find("g", place)
+        find(machine, "g")
 
 
-async def test_a_start_takes_the_place_of_one_that_is_gone(qemu: str, place: Path) -> None:
-    first = await start(spec(qemu), root=place)
+async def test_a_start_takes_the_place_of_one_that_is_gone(qemu: str, machine: Machine) -> None:
+    first = await start(machine, spec(qemu))
     assert first.record
     os.kill(first.record.pid, signal.SIGKILL)
     await process.wait_ended(first)
-    async with started(place, spec(qemu)) as second:
+    async with started(machine, spec(qemu)) as second:
         assert second.record
         assert second.record.pid != first.record.pid
 
 
-async def test_a_stop_beside_a_stop(qemu: str, place: Path) -> None:
-    guest = await start(spec(qemu), root=place)
-    ended = await asyncio.gather(*(stop(guest, deadline=0, force=True) for _ in range(3)))
+async def test_a_stop_beside_a_stop(qemu: str, machine: Machine) -> None:
+    guest = await start(machine, spec(qemu))
+    ended = await asyncio.gather(*(stop(machine, guest, deadline=0, force=True) for _ in range(3)))
     assert {one.name for one in ended} == {"g"}
-    assert list(place.iterdir()) == []
+    assert list(machine.guests_dir.iterdir()) == []
 
 
-async def test_without_force_it_goes_on(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
+async def test_without_force_it_goes_on(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest:
         with pytest.raises(DeadlineError, match="did not power down") as caught:
-            await stop(guest, deadline=0.3)
+            await stop(machine, guest, deadline=0.3)
         assert "--force" in caught.value.hint
-        assert find("g", place) == guest
+        assert find(machine, "g") == guest
 
 
 async def test_the_power_button_is_pressed_again(
-    qemu: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that boots feels nothing of the first time."""
     monkeypatch.setattr(process, "PRESS_AGAIN_SECONDS", 0.1)
-    async with started(place, spec(qemu)) as guest:
+    async with started(machine, spec(qemu)) as guest:
         async with connect(guest.watch_socket, guest.label) as qmp:
             with qmp.events(("POWERDOWN",), lambda _: True) as events:
-                stopping = asyncio.ensure_future(stop(guest, deadline=5))
+                stopping = asyncio.ensure_future(stop(machine, guest, deadline=5))
                 for _ in range(3):
                     assert await events.next(10)
-                await stop(guest, deadline=0, force=True)
+                await stop(machine, guest, deadline=0, force=True)
         with contextlib.suppress(MdoError):
             await stopping
 
 
 async def test_whether_a_guest_obeys_is_waited_for(
-    qemu: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asked it was interrupted."""
     monkeypatch.setattr(process, "OBEY_SECONDS", 0.5)
-    async with started(place, spec(qemu)) as guest:
+    async with started(machine, spec(qemu)) as guest:
         assert not await process.await_pending_shutdown(guest)  # nobody has asked it
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
-                await stop(guest)
+                await stop(machine, guest)
         assert (guest.directory / process.ASKED).exists()
         assert not await process.await_pending_shutdown(guest)
         assert not (guest.directory / process.ASKED).exists()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
-                await stop(guest)
+                await stop(machine, guest)
         assert guest.record
         os.kill(guest.record.pid, signal.SIGTERM)
         assert await process.await_pending_shutdown(guest)
 
 
-async def test_who_gives_up_waiting_has_asked_nothing(qemu: str, place: Path) -> None:
-    async with started(place, spec(qemu)) as guest:
-        with pytest.raises(DeadlineError, match="did not power down"):
-            await stop(guest, deadline=0.3)
+async def test_a_guest_may_power_down_after_the_deadline(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest:
+        with pytest.raises(DeadlineError, match="did not power down") as caught:
+            await stop(machine, guest, deadline=0.3)
+        assert caught.value.outcome is Outcome.UNKNOWN
+        assert (guest.directory / process.ASKED).exists()
+
+
+async def test_a_guest_that_was_not_asked_runs_on(qemu: str, machine: Machine) -> None:
+    async with started(machine, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
+        with pytest.raises(DeadlineError, match="another program may hold") as caught:
+            await stop(machine, guest, deadline=0.3)
+        assert caught.value.outcome is Outcome.NO_EFFECT
         assert not (guest.directory / process.ASKED).exists()
 
 
-async def test_a_qemu_that_is_stopped(qemu: str, place: Path) -> None:
+async def test_how_long_a_guest_is_waited_for_is_the_callers(qemu: str, machine: Machine) -> None:
+    """Fault 23: 30 seconds were waited for, whatever the deadline was."""
+    async with started(machine, spec(qemu)) as guest:
+        (guest.directory / process.ASKED).touch()
+        with pytest.raises(DeadlineError, match="may do so yet") as caught:
+            await process.await_pending_shutdown(guest, deadline=0.1)
+        assert caught.value.outcome is Outcome.UNKNOWN
+        assert (guest.directory / process.ASKED).exists()
+
+
+async def test_a_qemu_that_is_stopped(qemu: str, machine: Machine) -> None:
     """SIGSTOP is the worst a monitor can meet: it accepts and never answers."""
-    async with started(place, spec(qemu)) as guest:
+    async with started(machine, spec(qemu)) as guest:
         assert guest.record
         os.kill(guest.record.pid, signal.SIGSTOP)
-        report = await look(guest, deadline=0.3)
-        assert (report.status, report.mdevs) == (None, None)
-        assert "did not answer" in report.damage
-        with pytest.raises(DeadlineError, match="did not power down"):
-            await stop(guest, deadline=0.3)
-        assert (await stop(guest, deadline=0, force=True)).how == "killed"
+        assert await poll_until(lambda: process.is_stopped(guest), 10)
+        report = await look(guest)
+        assert (report.status, report.mdevs, report.state) == (None, None, "stopped")
+        assert f"kill -CONT {guest.record.pid}" in report.damage
+        with pytest.raises(DeadlineError, match=r"did not power down.*is stopped") as caught:
+            await stop(machine, guest, deadline=0.3)
+        assert caught.value.outcome is Outcome.NO_EFFECT
+        assert f"kill -CONT {guest.record.pid}" in caught.value.message
+        assert (await stop(machine, guest, deadline=60, force=True)).how == "killed"
 
 
 # ---------------------------------------------------------------- what is believed
@@ -457,7 +485,7 @@ def rewrite(guest: RunningGuest, **changes: object) -> RunningGuest:
     path = guest.directory / "record.json"
     data = msgspec.json.decode(path.read_bytes())
     path.write_bytes(msgspec.json.encode({**data, **changes}))
-    return find(guest.name, guest.directory.parent)
+    return find(Machine(state=guest.directory.parent.parent), guest.name)
 
 
 @pytest.fixture
@@ -470,17 +498,19 @@ async def sleeper() -> AsyncIterator[int]:
     await other.wait()
 
 
-async def test_another_process_with_the_same_pid(qemu: str, place: Path, sleeper: int) -> None:
-    guest = await start(spec(qemu), root=place)
-    copy = shutil.copytree(guest.directory, place / "copy", ignore=shutil.ignore_patterns("*.sock"))
-    await stop(guest, deadline=0, force=True)
+async def test_another_process_with_the_same_pid(qemu: str, machine: Machine, sleeper: int) -> None:
+    guest = await start(machine, spec(qemu))
+    copy = shutil.copytree(
+        guest.directory, machine.state_dir / "copy", ignore=shutil.ignore_patterns("*.sock")
+    )
+    await stop(machine, guest, deadline=0, force=True)
     shutil.move(copy, guest.directory)
-    assert find("g", place).state is State.GONE
+    assert find(machine, "g").state is State.GONE
     assert rewrite(guest, pid=sleeper).state is State.GONE
     born = start_time(sleeper)
     again = rewrite(guest, pid=sleeper, start_time=born)
     assert again.state is State.GONE  # no -uuid on its command line
-    assert (await stop(again, deadline=0, force=True)).how == "gone"
+    assert (await stop(machine, again, deadline=0, force=True)).how == "gone"
 
 
 # Its first thread ends at once, and another one when its standard input does. Seen from outside it
@@ -493,10 +523,12 @@ ctypes.CDLL(None).syscall(60, 0)  # SYS_exit of x86-64: of one thread
 """
 
 
-async def test_a_process_that_is_ending_has_not_ended(qemu: str, place: Path) -> None:
-    guest = await start(spec(qemu), root=place)
-    copy = shutil.copytree(guest.directory, place / "copy", ignore=shutil.ignore_patterns("*.sock"))
-    await stop(guest, deadline=0, force=True)
+async def test_a_process_that_is_ending_has_not_ended(qemu: str, machine: Machine) -> None:
+    guest = await start(machine, spec(qemu))
+    copy = shutil.copytree(
+        guest.directory, machine.state_dir / "copy", ignore=shutil.ignore_patterns("*.sock")
+    )
+    await stop(machine, guest, deadline=0, force=True)
     shutil.move(copy, guest.directory)
     dying = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", DYING, "-uuid", str(UUID1)),
@@ -515,8 +547,8 @@ async def test_a_process_that_is_ending_has_not_ended(qemu: str, place: Path) ->
     assert not await process.wait_ended(found, 0.1)
     dying.stdin.close()
     assert await process.wait_ended(found, 10)
-    assert find("g", place).state is State.GONE
-    assert (await stop(find("g", place))).how == "gone"
+    assert find(machine, "g").state is State.GONE
+    assert (await stop(machine, find(machine, "g"))).how == "gone"
     await dying.wait()
 
 
@@ -524,29 +556,29 @@ async def test_a_process_that_is_ending_has_not_ended(qemu: str, place: Path) ->
     "changes", [{"start_time": 1}, {"boot_id": "other"}, {"uuid": str(UUID1)}, {"pid": 1 << 22}]
 )
 async def test_one_wrong_fact_and_it_is_not_believed(
-    qemu: str, place: Path, changes: dict[str, object]
+    qemu: str, machine: Machine, changes: dict[str, object]
 ) -> None:
-    guest = await start(spec(qemu), root=place)
+    guest = await start(machine, spec(qemu))
     good = (guest.directory / "record.json").read_bytes()
     assert rewrite(guest, **changes).state is State.GONE
     (guest.directory / "record.json").write_bytes(good)
-    assert (await stop(find("g", place), deadline=0, force=True)).how == "quit"
+    assert (await stop(machine, find(machine, "g"), deadline=0, force=True)).how == "quit"
 
 
-async def test_a_damaged_record_of_a_living_guest(qemu: str, place: Path) -> None:
-    guest = await start(spec(qemu), root=place)
+async def test_a_damaged_record_of_a_living_guest(qemu: str, machine: Machine) -> None:
+    guest = await start(machine, spec(qemu))
     (guest.directory / "record.json").write_bytes(b"{")
-    damaged = find("g", place)
+    damaged = find(machine, "g")
     assert damaged.state is State.DAMAGED
     assert "record.json is damaged" in damaged.damage
     with pytest.raises(RequestError, match="damaged"):
-        await start(spec(qemu), root=place)
+        await start(machine, spec(qemu))
     with pytest.raises(RequestError, match="damaged") as caught:
-        await stop(damaged)
+        await stop(machine, damaged)
     assert "--force" in caught.value.hint
-    assert (await stop(damaged, force=True)).how == "quit"
+    assert (await stop(machine, damaged, force=True)).how == "quit"
     assert await process.wait_ended(guest)
-    assert list(place.iterdir()) == []
+    assert list(machine.guests_dir.iterdir()) == []
 
 
 RECORD = {
@@ -568,10 +600,10 @@ JSON = st.recursive(
 )
 
 
-def check_shown(place: Path, data: bytes) -> None:
-    (place / "g").mkdir(exist_ok=True)
-    (place / "g" / "record.json").write_bytes(data)
-    [guest] = list_guests(place)
+def check_shown(machine: Machine, data: bytes) -> None:
+    (machine.guests_dir / "g").mkdir(exist_ok=True)
+    (machine.guests_dir / "g" / "record.json").write_bytes(data)
+    [guest] = list_guests(machine)
     assert guest.state in {State.DAMAGED, State.GONE}
     assert bool(guest.damage) == (guest.state is State.DAMAGED)
     if guest.record:
@@ -582,39 +614,40 @@ def check_shown(place: Path, data: bytes) -> None:
 
 @given(st.binary())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_as_a_record(place: Path, data: bytes) -> None:
-    check_shown(place, data)
+def test_any_bytes_as_a_record(machine: Machine, data: bytes) -> None:
+    check_shown(machine, data)
 
 
 @given(st.sampled_from(sorted(RECORD)), JSON)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value_in_a_record(place: Path, key: str, value: object) -> None:
-    check_shown(place, msgspec.json.encode({**RECORD, key: value}))
+def test_any_value_in_a_record(machine: Machine, key: str, value: object) -> None:
+    check_shown(machine, msgspec.json.encode({**RECORD, key: value}))
 
 
-def test_a_record_as_it_should_be(place: Path) -> None:
-    check_shown(place, msgspec.json.encode(RECORD))
-    assert find("g", place).state is State.GONE
+def test_a_record_as_it_should_be(machine: Machine) -> None:
+    check_shown(machine, msgspec.json.encode(RECORD))
+    assert find(machine, "g").state is State.GONE
 
 
-def test_what_else_may_lie_there(place: Path) -> None:
-    (place / "file").touch()
-    (place / "link").symlink_to("/")
-    (place / ".hidden").mkdir()
-    (place / "bad,name").mkdir()
-    (place / "deep").mkdir()
-    (place / "deep" / "record.json").mkdir()
-    (place / "nested").mkdir()
-    (place / "nested" / "record.json").write_text("[" * 100_000)
-    assert [(guest.name, guest.state) for guest in list_guests(place)] == [
+def test_what_else_may_lie_there(machine: Machine) -> None:
+    (machine.guests_dir / "file").touch()
+    (machine.guests_dir / "link").symlink_to("/")
+    (machine.guests_dir / ".hidden").mkdir()
+    (machine.guests_dir / "bad,name").mkdir()
+    (machine.guests_dir / "deep").mkdir()
+    (machine.guests_dir / "deep" / "record.json").mkdir()
+    (machine.guests_dir / "nested").mkdir()
+    (machine.guests_dir / "nested" / "record.json").write_text("[" * 100_000)
+    assert [(guest.name, guest.state) for guest in list_guests(machine)] == [
         ("deep", State.DAMAGED),
         ("nested", State.DAMAGED),
     ]
     with pytest.raises(UnknownError, match=r"no guest is called x.*there are: deep, nested"):
-        find("x", place)
+        find(machine, "x")
 
 
-def test_no_guests_at_all(place: Path) -> None:
-    assert list_guests(place / "nowhere") == []
+def test_no_guests_at_all(machine: Machine) -> None:
+    nowhere = Machine(state=machine.state_dir / "nowhere")
+    assert list_guests(nowhere) == []
     with pytest.raises(UnknownError):
-        find("g", place / "nowhere")
+        find(nowhere, "g")

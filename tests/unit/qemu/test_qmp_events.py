@@ -11,9 +11,10 @@ from uuid import UUID
 
 import pytest
 
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import events
 from mdev_orchestrator.qemu.events import StateChange, Unwatched, Watched, guest_events
-from mdev_orchestrator.qemu.process import WATCH, Record, RunningGuest, State
+from mdev_orchestrator.qemu.process import WATCH, ProcessRecord, RunningGuest, State
 from unit.qemu.conftest import Peer, Serve
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -38,7 +39,7 @@ def guest_at(path: Path, *, ready: bool = True) -> RunningGuest:
     watch = path.parent / WATCH
     watch.unlink(missing_ok=True)
     watch.symlink_to(path)
-    record = Record(
+    record = ProcessRecord(
         name="g",
         uuid=U1,
         pid=4242,
@@ -59,13 +60,15 @@ async def collected(
 ) -> list[events.GuestEvent]:
     """So many events; ``first`` is set when there is one."""
     found = []
-    async with asyncio.timeout(10), aclosing(guest_events(lambda: guests)) as stream:
-        async for event in stream:
-            found.append(event)
-            if first:
-                first.set()
-            if len(found) == count:
-                break
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "list_guests", lambda _machine: guests)
+        async with asyncio.timeout(10), aclosing(guest_events(Machine())) as stream:
+            async for event in stream:
+                found.append(event)
+                if first:
+                    first.set()
+                if len(found) == count:
+                    break
     return found
 
 
