@@ -16,6 +16,7 @@ from mdev_orchestrator.cli.params import Json, complete_device, complete_guest, 
 from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
+    from mdev_orchestrator.engine.restore import PoweredDown
     from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host
     from mdev_orchestrator.qemu.hotplug import Plugged
@@ -227,18 +228,7 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
 
     ended = run(lambda machine: power_down(machine, deadline=deadline, force=force))
     if json:
-        output.emit_json(
-            {
-                "guests": [
-                    {
-                        "name": guest.name,
-                        "how": guest.how or None,
-                        "error": guest.error and guest.error.message,
-                    }
-                    for guest in ended
-                ]
-            }
-        )
+        output.emit_json({"guests": [ended_shape(guest) for guest in ended]})
     else:
         for guest in ended:
             if guest.how:
@@ -249,6 +239,15 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
         if guest.error is not None:
             output.report(guest.error)
     return 1 if any(guest.error for guest in ended) else 0
+
+
+def ended_shape(guest: PoweredDown) -> dict[str, Any]:
+    """The documented JSON shape of one of several guests that were to be stopped."""
+    return {
+        "name": guest.name,
+        "how": guest.how or None,
+        "error": None if guest.error is None else guest.error.message,
+    }
 
 
 async def _stop(machine: Machine, name: str, deadline: float, *, force: bool) -> Ended:
