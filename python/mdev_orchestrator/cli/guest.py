@@ -186,7 +186,7 @@ async def _start(
     from mdev_orchestrator.qemu.status import look
 
     await reclaim_groups(machine)
-    guest = await start_guest(machine, config, mdevs, deadline=deadline, observe=output.progress)
+    guest = await start_guest(machine, config, mdevs, deadline=deadline)
     return await _beside(machine, [await look(guest)])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mdev_orchestrator.errors import MdoError, one_line
+from mdev_orchestrator.errors import CommandError, MdoError, one_line
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.executor import StepEvent
@@ -111,22 +111,6 @@ def _discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-
-
-def lost_output() -> OutputError | None:
-    """The error of standard output if its buffer cannot be written; ``None`` if it can.
-
-    :raise SystemExit: Its reader has gone.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard(sys.stdout)
-        raise SystemExit(BROKEN_PIPE) from None
-    except (OSError, ValueError) as error:
-        _discard(sys.stdout)
-        return OutputError(_unwritable(error))
-    return None
 
 
 # ---- results ----
@@ -274,18 +258,19 @@ def report(error: MdoError) -> None:
     say(f"{message} \u2014 {error.hint}" if error.hint else message)
 
 
-def shape(error: MdoError, kind: str | None = None) -> dict[str, Any]:
+def shape(error: MdoError) -> dict[str, Any]:
     """The documented JSON shape of an error."""
     return {
-        "kind": kind or type(error).__name__,
+        "kind": type(error).__name__,
         "message": error.message,
         "hint": error.hint or None,
         "exit_code": error.exit_code,
         "subject": error.subject or None,
         "errno": error.errno,
-        "qmp_class": getattr(error, "qmp_class", None) or getattr(error, "error_class", None),
+        "qmp_class": error.qmp_class if isinstance(error, CommandError) else None,
         "outcome": None if error.outcome is None else str(error.outcome),
         "notes": [one_line(note) for note in _notes(error)],
+        "details": error.details or None,
     }
 
 
@@ -300,10 +285,12 @@ def _document(value: object) -> None:
 
 
 def trace(error: BaseException) -> None:
-    """Print the traceback of an error."""
+    """Print the traceback of an error, and its details."""
     import traceback
 
     write_error("".join(traceback.format_exception(error)))
+    if isinstance(error, MdoError) and error.details:
+        write_error(f"{one_line(error.details)}\n")
 
 
 def progress(event: StepEvent) -> None:

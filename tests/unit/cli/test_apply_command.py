@@ -287,10 +287,8 @@ def test_a_journal_of_a_newer_version(mdo: CommandLine, tmp_path: Path) -> None:
         other.execute(f"PRAGMA user_version = {VERSION + 1}")
     other.close()
     _, err = mdo("destroy", "lab", code=5)
-    assert (
-        f"was written by a newer mdo: version {VERSION + 1}, this one knows {VERSION} \u2014 use the newer mdo"
-        in err
-    )
+    versions = f"version {VERSION + 1}, this one knows {VERSION}"
+    assert f"was written by a newer mdo: {versions} \u2014 use the newer mdo" in err
     assert mdo.system.writes == []
 
 
