@@ -305,7 +305,7 @@ async def _group_names(machine: Machine, reports: Iterable[Report], host: Host) 
     try:
         return group_names(await asyncio.to_thread(read_managed, machine))
     except MdoError:
-        return {}  # mdo host says why; their UUIDs tell them apart
+        return {}  # they are shown by their UUIDs; mdo host says why
 
 
 def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def _bug(error: Exception, arguments: list[str]) -> int:
 
 
 class BugError(MdoError):
-    """Anything that nobody foresaw."""
+    """A bug of this program."""
 
     exit_code = output.INTERNAL_ERROR
 

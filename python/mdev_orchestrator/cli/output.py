@@ -25,7 +25,7 @@ INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 BROKEN_PIPE = 141
 
 _DRAWN_ROWS = 200
-"""A longer table is printed plain: nobody reads it as a drawing, and drawing takes seconds."""
+"""A longer table is printed plain: drawing it takes seconds."""
 _NARROWEST = 10
 """Columns that a cell of words keeps in a drawn table; a longer word in it is broken."""
 

@@ -88,7 +88,7 @@ class CommandLine:
 def mdo(
     system: FakeSystem, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> CommandLine:
-    """Two cards and somebody's device; what would go to a kernel goes to the machine of files."""
+    """Two cards, and a device of another program."""
     for name in ("card0", "card1"):
         system.parent(name)
         system.type(name, "t-1", 8)
@@ -328,16 +328,16 @@ def test_what_could_not_be_undone_stands_beside_it_and_recover_tries_again(
 
 
 def orphaned() -> None:
-    """Let the process that had begun what stands open be gone."""
+    """Let the process be gone whose run is still open."""
     with sqlite3.connect(machine().journal_path) as journal:
         journal.execute("UPDATE run SET start_time = 1 WHERE ended IS NULL")
     journal.close()
 
 
 def test_recover_with_nothing_open(mdo: CommandLine, tmp_path: Path) -> None:
-    assert mdo("recover", "--dry-run") == ("nothing stands open\n", "")
+    assert mdo("recover", "--dry-run") == ("nothing is open\n", "")
     assert not (tmp_path / "state").exists()
-    assert mdo("recover")[0] == "nothing stands open\n"
+    assert mdo("recover")[0] == "nothing is open\n"
     assert json.loads(mdo("recover", "--json")[0]) == {"dry_run": False, "runs": []}
 
 

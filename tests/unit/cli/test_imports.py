@@ -102,7 +102,7 @@ def test_create_and_remove(card: FakeSystem) -> None:
 
 def test_attach_to_a_guest_that_is_not_there(card: FakeSystem) -> None:
     spared = {*GUESTS, *OTHERS, "tomllib"}
-    assert not needless(spared, card, "attach", "nobody", "grid-12", code=2)
+    assert not needless(spared, card, "attach", "no-guest", "grid-12", code=2)
 
 
 def test_guests_where_there_are_none(card: FakeSystem) -> None:

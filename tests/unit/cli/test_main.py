@@ -329,7 +329,7 @@ def test_create_without_mdev(system: FakeSystem) -> None:
 
 @contextlib.contextmanager
 def creating(cards: FakeSystem) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """``mdo create`` whose driver is silent until somebody reads the file that it writes."""
+    """``mdo create`` whose driver is silent until the file that it writes is read."""
     create = cards.types("card1") / "grid-12" / "create"
     create.unlink()
     os.mkfifo(create)

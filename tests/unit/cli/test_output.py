@@ -128,7 +128,7 @@ def test_without_either_there_is_the_exit_status(cards: FakeSystem, shell: str) 
 def test_a_full_disk_under_standard_error_undoes_no_apply(
     mdo_here: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step tells of itself, and none of it can be written."""
+    """Each step prints a line, and none can be written."""
     with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
         assert main(["apply", mdo_here.spec()]) == 0
