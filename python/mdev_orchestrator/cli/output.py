@@ -123,8 +123,24 @@ def emit(text: str, *, made: str = "") -> None:
     :raise OutputError: It cannot be printed.
     :raise SystemExit: Its reader has gone, which is no error.
     """
+    _write(f"{text}\n", made)
+
+
+def emit_bytes(data: bytes) -> None:
+    """Print what a guest or a program wrote, as it is.
+
+    :raise OutputError: It cannot be printed.
+    :raise SystemExit: Its reader has gone, which is no error.
+    """
+    _write(data, "")
+
+
+def _write(data: str | bytes, made: str) -> None:
     try:
-        sys.stdout.write(text + "\n")
+        if isinstance(data, bytes):
+            sys.stdout.buffer.write(data)
+        else:
+            sys.stdout.write(data)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)

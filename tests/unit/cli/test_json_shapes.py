@@ -244,7 +244,7 @@ def test_labs() -> None:
     demo = pytest.importorskip("mdev_lab.demo")
     shown = {*labs.Lab.__dataclass_fields__, "directory"}
     assert shown == set(DOCUMENTED_LABS["labs"][0])
-    assert set(demo.Row.__struct_fields__) == set(DOCUMENTED_DEMO["steps"][0])
+    assert {*demo.Row.__dataclass_fields__} == set(DOCUMENTED_DEMO["steps"][0])
 
 
 DOCUMENTED_LABS, DOCUMENTED_DEMO = (value for name, value in DOCUMENTED if name == "mdo lab")
