@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import vfio
+from lab.machine import machine
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.host import sysfs
@@ -149,7 +150,7 @@ class Machine:
     @classmethod
     def now(cls) -> Machine:
         """Read it."""
-        host = sysfs.scan()
+        host = sysfs.read_host(machine())
         owned = read_managed(_place() / "journal.db")
         return cls(host, holders(host.mdevs), owned, _guests())
 
@@ -331,7 +332,7 @@ def clear(others: Foreign) -> None:
     while [pid for pid, _ in processes() if pid not in others.known]:
         assert time.monotonic() < end, processes()
         time.sleep(0.05)
-    for mdev in sysfs.scan().mdevs:
+    for mdev in sysfs.read_host(machine()).mdevs:
         if str(mdev.uuid) not in others.uuids:
             with contextlib.suppress(FileNotFoundError):
                 vfio.remove(str(mdev.uuid))

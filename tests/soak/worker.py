@@ -25,7 +25,8 @@ import pyudev
 
 import mdev_orchestrator as mdo
 from campaign.specs import EXTRA
-from mdev_orchestrator.engine import lifecycle, recovery
+from lab.machine import machine
+from mdev_orchestrator.engine import guest_ops, recovery, start_groups
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.errors import MdoError
@@ -172,7 +173,7 @@ class _Service:
 
     async def remove(self, uuids: list[str]) -> None:
         async def detach(guest: str, uuid: UUID, deadline: float) -> None:
-            await lifecycle.detach(guest, uuid, deadline)
+            await guest_ops.detach(machine(), guest, uuid, deadline)
 
         await mdo.remove_devices(uuids, detach=detach)
 
@@ -195,7 +196,7 @@ class _Service:
         await mdo.detach(guest, parse_uuid(uuid), remove=remove)
 
     async def start(self, name: str, uuids: list[str]) -> None:
-        await lifecycle.reclaim_groups()
+        await start_groups.reclaim_groups(machine())
         mdevs = [await lifecycle.usable_mdev(parse_uuid(uuid), 10) for uuid in uuids]
         spec = GuestSpec(
             name=name,
@@ -204,20 +205,22 @@ class _Service:
             mdevs=tuple(mdevs),
             extra=tuple(EXTRA),
         )
-        await lifecycle.launch(spec, deadline=SLOW)
+        await guest_ops.launch(machine(), spec, deadline=SLOW)
 
     async def stop(self, name: str) -> str:
-        ended = await lifecycle.end(process.find(name), deadline=0, force=True)
-        await lifecycle.reclaim_groups()
+        ended = await guest_ops.end(
+            machine(), process.find(machine(), name), deadline=0, force=True
+        )
+        await start_groups.reclaim_groups(machine())
         return ended.how
 
     async def sweep(self) -> None:
-        await lifecycle.reclaim_groups()
+        await start_groups.reclaim_groups(machine())
 
     async def recover(self) -> list[str]:
         with Journal.open() as book:
             done = await recovery.recover(book, context=Context(), again=True)
-        await lifecycle.reclaim_groups()
+        await start_groups.reclaim_groups(machine())
         return [str(error) for run in done for error in run.errors]
 
     async def stall(self, seconds: float) -> None:
