@@ -127,9 +127,7 @@ async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[RunningGuest]
 async def attach(name: str, mdev: Mdev, *, wait_guest: bool = False) -> str | None:
     """Plug an mdev into the guest of this name; the port that it sits in."""
     running = process.find_running(machine(), name)
-    port = await guest_ops.attach(
-        machine(), running, as_guest_mdev(mdev), deadline=GUEST_SECONDS
-    )
+    port = await guest_ops.attach(machine(), running, as_guest_mdev(mdev), deadline=GUEST_SECONDS)
     if wait_guest:
         await hotplug.wait_taken(running, mdev.uuid, GUEST_SECONDS)
     return port

@@ -81,7 +81,9 @@ class HotPlug(GuestTest):
             running = process.find_running(machine(), "ports")
             async with connect(running.watch_socket, running.label) as qmp:
                 with qmp.events(("DEVICE_DELETED",), lambda data: "device" in data) as events:
-                    detaching = asyncio.ensure_future(engine_attach.detach(machine(), "ports", fifth.uuid))
+                    detaching = asyncio.ensure_future(
+                        engine_attach.detach(machine(), "ports", fifth.uuid)
+                    )
                     while not any(running.directory.glob("asked-*")):
                         assert not detaching.done()
                         await asyncio.sleep(0.01)

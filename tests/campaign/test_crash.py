@@ -24,6 +24,7 @@ from campaign.command import Ended, kill_at, mdo
 from campaign.conftest import EVERY, Tally
 from campaign.world import Foreign, Look, clear, differences, look
 from lab import vfio
+from lab.machine import machine
 from mdev_orchestrator.engine.journal_db import read_managed
 
 DESTROY = ("destroy", "one", "--force", "--deadline", "0")
@@ -100,7 +101,7 @@ def test_apply(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
     assert differences(empty, look(others)) == []
 
     def prepare() -> Look:
-        if read_managed().specs:  # the last one was killed when all was done
+        if read_managed(machine()).specs:  # the last one was killed when all was done
             done(*DESTROY)
             assert differences(empty, look(others)) == []
         return empty

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The machine that a campaign happens on: who else is there, and all that can be left over.
+"""The machine that a campaign happens on: what is foreign there, and all that can be left over.
 
-:func:`look` tells everything that a command could have changed, so that "nothing has happened" is
-that two of its answers are equal. Foreign parties are there all the time: two mdevs that nobody
-made with ``mdo``, one of them open in a QEMU that nobody started with it. mvgpu's own log tells
+:func:`look` gives everything that a command could have changed, so that "nothing has happened" is
+that two of its answers are equal. Foreign objects are there all the time: two mdevs that were not
+made with ``mdo``, one of them open in a QEMU that was not started with it. mvgpu's own log tells
 whether anything ever happened to them.
 """
 
@@ -28,7 +28,7 @@ from lab.machine import machine
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.holders import Holders, read_holders
 from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu import process
 
@@ -41,7 +41,7 @@ Look = dict[str, object]
 
 @dataclass
 class Foreign:
-    """Who else is on the machine.
+    """What is on the machine beside the objects of the campaign.
 
     :ivar uuids: mdevs that are not ours; the first is open.
     :ivar pid: The QEMU that has it open.
@@ -56,7 +56,7 @@ class Foreign:
 
     @property
     def known(self) -> set[int]:
-        """Processes that nobody needs to wonder about."""
+        """Processes that are meant to be there."""
         return {self.pid, os.getpid(), *self.company}
 
     def look(self, host: Host, held_by: Holders) -> list[object]:
@@ -78,7 +78,7 @@ class Foreign:
 
 @contextlib.contextmanager
 def foreign() -> Iterator[Foreign]:
-    """Two mdevs of somebody else, one of them open in his QEMU."""
+    """Two mdevs that are not managed here, one of them open in a QEMU that is not either."""
     opened = vfio.create("igd0", "128M")
     idle = vfio.create("grid0", "12")
     vfio.put(idle, "group_uuid", "5ca1ab1e-0000-4000-8000-000000000001")
@@ -135,42 +135,40 @@ def small_disk(place: Path, size: str = "2M") -> Iterator[Callable[[], None]]:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Observed:
     """What is there at one moment.
 
-    :ivar held: Who has each mdev open.
-    :ivar owned: What the journal says is ours.
+    :ivar held: The processes that have each mdev open.
     """
 
     host: Host
     held: Holders
-    owned: Managed
+    managed: Managed
     guests: tuple[process.RunningGuest, ...]
 
     @classmethod
-    def now(cls) -> Machine:
+    def now(cls) -> Observed:
         """Read it."""
         host = sysfs.read_host(machine())
-        owned = read_managed(_place() / "journal.db")
-        return cls(host, holders(host.mdevs), owned, _guests())
+        held = read_holders(machine(), host.mdevs)
+        return cls(host, held, read_managed(machine()), _guests())
 
 
 def _place() -> Path:
-    """The state directory, without the checks that mdo makes each time."""
-    return Path(os.environ["MDO_STATE_DIR"])
+    return machine().state_dir
 
 
 def _guests() -> tuple[process.RunningGuest, ...]:
-    return tuple(process.list_guests(_place() / "guests"))
+    return tuple(process.list_guests(machine()))
 
 
-def look(others: Foreign, machine: Machine | None = None) -> Look:
+def look(others: Foreign, observed: Observed | None = None) -> Look:
     """All that a command may change, and what nothing may change.
 
-    :param machine: What was just read of it.
+    :param observed: What was read just now.
     """
-    machine = machine or Machine.now()
-    host, held, owned = machine.host, machine.held, machine.owned
+    observed = observed or Observed.now()
+    host, held, managed = observed.host, observed.held, observed.managed
     known = set(others.uuids)
     runs, claims = _open()
     return {
@@ -181,14 +179,14 @@ def look(others: Foreign, machine: Machine | None = None) -> Look:
             for type_ in parent.types
         },
         "links": {name: vfio.links(name) for name in ("grid0", "igd0")},
-        "guests": [_guest(guest) for guest in machine.guests],
+        "guests": [_guest(guest) for guest in observed.guests],
         "files": _files(),
-        "our devices": sorted(f"{d.uuid} {d.owner} {d.spec}" for d in owned.devices.values()),
-        "our guests": sorted(f"{g.name} {g.uuid} {g.spec}" for g in owned.guests.values()),
-        "our specs": sorted(owned.specs),
+        "our devices": sorted(f"{d.uuid} {d.owner} {d.spec}" for d in managed.devices.values()),
+        "our guests": sorted(f"{g.name} {g.uuid} {g.spec}" for g in managed.guests.values()),
+        "our specs": sorted(managed.specs),
         "open runs": runs,
         "claims": claims,
-        "strays": _strays(others, machine.guests),
+        "strays": _strays(others, observed.guests),
         "foreign": others.look(host, held),
     }
 
@@ -207,7 +205,7 @@ def _guest(guest: process.RunningGuest) -> str:
 
 def _files() -> list[str]:
     """What stands in the directories of guests."""
-    place = _place() / "guests"
+    place = machine().guests_dir
     return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
 
 
@@ -223,7 +221,7 @@ def _open() -> tuple[list[str], list[str]]:
 
 
 def _strays(others: Foreign, guests: tuple[process.RunningGuest, ...]) -> list[str]:
-    """Processes that nobody knows: QEMUs, shells that would become one, writers left behind."""
+    """Processes that should not be there: QEMUs, shells that would become one, left writers."""
     end = time.monotonic() + PATIENCE
     while True:
         known = {guest.record.pid for guest in guests if guest.record} | others.known
@@ -257,7 +255,7 @@ _OWN = _words(Path("/proc/self/cmdline").read_bytes())
 
 _KTHREADD = 2
 _KERNEL: set[str] = set()
-"""Threads of the kernel, which are many, and none of anybody's business."""
+"""Threads of the kernel, which are many."""
 
 
 def processes() -> list[tuple[int, str]]:

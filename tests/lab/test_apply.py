@@ -110,9 +110,7 @@ async def test_two_orchestrators_and_one_uuid(tmp_path: Path) -> None:
     device = f'[[guest.mdev]]\ntype = "mvgpu-12"\nuuid = "{uuid}"\n'
     document = spec(GUEST.format("g", "") + device)
     homes = [of_state(tmp_path / name) for name in ("left", "right")]
-    done = await asyncio.gather(
-        *(apply(home, document) for home in homes), return_exceptions=True
-    )
+    done = await asyncio.gather(*(apply(home, document) for home in homes), return_exceptions=True)
     lost = [one for one in done if isinstance(one, RequestError)]
     assert len(lost) == 1, done
     assert str(uuid) in lost[0].message

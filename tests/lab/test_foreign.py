@@ -58,7 +58,9 @@ async def test_what_was_created_comes_back(driver: str) -> None:
     for type_, count in free(driver).items():
         assert count
         made = await create_devices(machine(), type_, 2)
-        assert [(m.parent, m.type_id, missing(machine(), m.uuid)) for m in made] == [(driver, type_, None)] * 2
+        assert [(m.parent, m.type_id, missing(machine(), m.uuid)) for m in made] == [
+            (driver, type_, None)
+        ] * 2
         assert free(driver)[type_] == count - 2
         await remove_devices(machine(), [mdev.uuid for mdev in made])
     assert sysfs.read_host(machine()) == before

@@ -28,7 +28,14 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import MdevEvent, NodeEvent, Rescan, events, udev_monitor, wait_until
+from mdev_orchestrator.host.events import (
+    MdevEvent,
+    NodeEvent,
+    Rescan,
+    events,
+    udev_monitor,
+    wait_until,
+)
 from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.host.readiness import missing
 

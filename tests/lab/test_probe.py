@@ -66,7 +66,9 @@ def mdo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", PARENTS)
-async def test_an_unknown_driver_is_known_afterwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unknown_driver_is_known_afterwards(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(models, "facts_of", lambda _: TypeFacts())
     monkeypatch.setattr(models, "_recognise", lambda _: None)
     probed = await probe(machine(), name)
@@ -83,7 +85,8 @@ async def test_an_unknown_driver_is_known_afterwards(name: str, monkeypatch: pyt
                 parent.create(rng.choice(sorted(parent.texts)))
         # with devices on it, what was learned is what is believed
         found = {
-            c.name: c for c in models.survey(sysfs.read_host(machine()), learned=model_cache.load(machine()))
+            c.name: c
+            for c in models.survey(sysfs.read_host(machine()), learned=model_cache.load(machine()))
         }
         assert found[name].model == probed.after.model
         assert found[name].confidence is models.Confidence.OBSERVED

@@ -193,7 +193,7 @@ async def test_the_next_command_stops_what_a_guest_left_online(explicit: None, h
     assert await process.wait_ended(guest, 20)
     assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # nobody has looked yet
     [reclaimed] = await start_groups.reclaim_groups(machine())
-    assert str(swept).endswith("it is offline now")
+    assert str(reclaimed).endswith("it is offline now")
     assert (states(*mdevs), free()) == ({False}, LINKS)
     in_order(mdevs, since)
     assert await start_groups.reclaim_groups(machine()) == ()

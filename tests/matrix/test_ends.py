@@ -109,7 +109,7 @@ class Ends(Cell):
             )
             self.is_left_online(uuids, left)
             if left:
-                qemu.sweep(*uuids)
+                qemu.reclaim(*uuids)
             if how != "device_del-twice":
                 checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)
@@ -159,12 +159,12 @@ class Ends(Cell):
             launcher.kill()
             launcher.wait()
         with Orchestrated(self.version, guest=process.find(machine(), "matrix")) as qemu:
-            qemu.sweep()
+            qemu.reclaim()
             assert checks.online(uuids) == {True}, "it was taken from a guest that runs"
             assert links() == self.links - self.cost(2)
             qemu.kill()
             self.is_left_online(uuids, self.driver == "explicit")
-            qemu.sweep()
+            qemu.reclaim()
             checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)
 
@@ -191,6 +191,6 @@ class Ends(Cell):
                 await qmp.execute("system_powerdown", object)
             assert await process.wait_ended(guest, BOOT_SECONDS)
             self.is_left_online(uuids, self.by_launcher)
-            assert not any(swept.error for swept in await start_groups.reclaim_groups(machine()))
+            assert not any(one.error for one in await start_groups.reclaim_groups(machine()))
             checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)
