@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import pyudev  # noqa: F401 - see _import_all
+import qemu.qmp  # noqa: F401 - likewise
 from hypothesis import HealthCheck, settings
 
+import mdev_orchestrator
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.system import writer
+from unit import fakesys, loopwatch
 from unit.fakesys import FakeSystem
 
 # builds and emulated machines run beside the tests: slowness says nothing about the code
@@ -17,11 +27,50 @@ settings.load_profile("busy")
 
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the journal or the guests of whoever runs it."""
+    """No test sees the journal or the guests of the user that runs it."""
     monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path / "state"))
 
 
+@pytest.fixture(autouse=True)
+def loop_holds() -> Iterator[list[str]]:
+    """Fail a test in which a callback holds the event loop; not in an emulated machine.
+
+    A test that does so on purpose clears the list.
+    """
+    if os.environ.get("MDO_LAB"):
+        yield []
+        return
+    with loopwatch.watch() as holds:
+        yield holds
+    if holds:
+        pytest.fail("the event loop was held: " + "; ".join(holds), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _fake_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the writer writes below the root of a :class:`FakeSystem` goes to that."""
+    monkeypatch.setattr(writer, "_write_file", fakesys.write_file)
+
+
 @pytest.fixture
-def system(tmp_path: Path) -> FakeSystem:
+def system(tmp_path: Path) -> Iterator[FakeSystem]:
     """A machine without mdev; a test adds what it needs."""
-    return FakeSystem(tmp_path)
+    system = FakeSystem(tmp_path)
+    yield system
+    system.closed = True
+
+
+@pytest.fixture
+def machine(system: FakeSystem, tmp_path: Path) -> Machine:
+    """The handle of :func:`system`; its writer's children end when they are idle."""
+    return Machine(system.root, state=tmp_path / "state")
+
+
+def _import_all() -> None:
+    """Import what commands import when they need it, so that no test pays for it on its loop."""
+    for module in pkgutil.walk_packages(mdev_orchestrator.__path__, "mdev_orchestrator."):
+        if not module.name.startswith("mdev_orchestrator.lab"):
+            importlib.import_module(module.name)
+
+
+_import_all()

@@ -1,37 +1,75 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A machine of files: the parts of ``/sys``, ``/dev`` and ``/proc`` that the project looks at.
 
-It has the real kernel's layout, links included. :meth:`FakeSystem.write` stands in for the writer
-and does what the mdev core does on ``create`` and ``remove``; everything else is plain files, for a
-test to spoil as it likes.
+It has the real kernel's layout, links included. The program writes to it with its own writer. One
+function in the writer's children is replaced, :func:`write_file` for the one that opens and writes
+a file: it hands the write to a thread of the test's process, which does what the mdev core does on
+``create`` and ``remove``. Everything else is plain files, for a test to spoil as it likes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
+import signal
+import socket
+import struct
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, Protocol
+from weakref import WeakValueDictionary
+
+from mdev_orchestrator.model import is_uuid
+from mdev_orchestrator.system import writer
 
 API = "vfio-pci"
 
 
+class Gate(Protocol):
+    """A :class:`asyncio.Event` or :class:`threading.Event`; it is only asked."""
+
+    def is_set(self) -> bool: ...
+
+
 @dataclass
 class FakeSystem:
+    """One machine.
+
+    What a test sets takes effect at the next write, even if the writer has its children already.
+    ``before`` and ``after`` are called in the kernel's thread.
+    """
+
     root: Path
     groups: int = 0
     refuse: dict[str, int] = field(default_factory=dict)
-    """UUID or ``UUID/remove`` to the errno that a write for it fails with."""
-    block: dict[str, asyncio.Event] = field(default_factory=dict)
+    """UUID, or ``UUID/FILE`` for another file than ``create``, to the errno that a write gives."""
+    block: dict[str, Gate] = field(default_factory=dict)
     """The same to an event that the write waits for."""
+    kill: dict[str, Literal["before", "after"]] = field(default_factory=dict)
+    """The same to when the process that writes is killed: before the write has its effect, or after
+    that and before the process can tell of it. Each does it once."""
+    before: Callable[[str, str], int | None] | None = None
+    """Called with the file's name and the UUID before a write has its effect; gives 0 or an errno
+    to answer without an effect, or ``None`` to go on."""
+    after: Callable[[str, str], object] | None = None
+    """The same when it has had its effect."""
     writes: list[tuple[str, str]] = field(default_factory=list)
     opened: set[str] = field(default_factory=set)
     """UUIDs of devices that the driver believes to be open."""
     capacity: Callable[[FakeSystem], None] | None = None
     """Called after every creation and removal, to set ``available_instances``."""
+    closed: bool = False
+    """Whether the test is over: what blocks is let go, without effect."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        _kernel.serve(self)
 
     @property
     def bus(self) -> Path:
@@ -109,15 +147,42 @@ class FakeSystem:
         return {path.name for path in self.bus.iterdir()} if self.bus.exists() else set()
 
     async def write(self, path: str, data: bytes) -> int:
-        """What the kernel does; see :data:`mdev_orchestrator.system.writer.Writer`."""
-        name = path.rpartition("/")[2]
-        uuid = data.decode() if name == "create" else path.split("/")[-2]
+        """What another program writes; gives 0 or the errno."""
+        return await asyncio.to_thread(self.perform, path, data)
+
+    def perform(
+        self, path: str, data: bytes, pid: int = 0, peer: socket.socket | None = None
+    ) -> int:
+        """What the kernel does when a file is written; gives 0 or the errno.
+
+        :param pid: The process that writes, for :attr:`kill`.
+        :param peer: Its connection.
+        """
+        *directories, name = path.split("/")
+        uuid = next((part for part in reversed(directories) if is_uuid(part)), directories[-1])
+        if name == "create":
+            uuid = data.decode()
         key = uuid if name == "create" else f"{uuid}/{name}"
         self.writes.append((name, uuid))
-        if key in self.block:
-            await self.block[key].wait()
-        await asyncio.sleep(0)
-        return self.refuse.get(key) or self._effect(Path(path), data, uuid)
+        answer = self.before(name, uuid) if self.before is not None else None
+        while (gate := self.block.get(key)) is not None and not gate.is_set():
+            # a start waits killably, the mdev core's own files do not
+            if self.closed or (name == "online" and _has_hung_up(peer)):
+                return errno.EINTR
+            time.sleep(0.002)
+        if self.kill.get(key) == "before":
+            return self._kill(key, pid)
+        if answer is None:
+            with self._lock:
+                answer = self.refuse.get(key) or self._effect(Path(path), data, uuid)
+        if self.after is not None:
+            self.after(name, uuid)
+        return self._kill(key, pid) if self.kill.get(key) == "after" else answer
+
+    def _kill(self, key: str, pid: int) -> int:
+        del self.kill[key]
+        os.kill(pid, signal.SIGKILL)
+        return errno.EINTR
 
     def _effect(self, file: Path, data: bytes, uuid: str) -> int:
         if not file.exists():
@@ -190,3 +255,72 @@ def link(path: Path, target: Path) -> None:
 
 def put(path: Path, value: str | bytes) -> None:
     path.write_bytes(value.encode() if isinstance(value, str) else value)
+
+
+# ---- the kernel's thread ------------------------------------------------------------------------
+
+_NUMBER = struct.Struct("=i")
+_NOT_MINE = -1
+_ADDRESS = f"\0mdo-fake-kernel-{os.getpid()}-{os.urandom(8).hex()}"
+"""Known to every child of this process, since they are forked."""
+
+
+def write_file(path: str, data: bytes) -> int:
+    """What stands for the writer's own function in its children."""
+    if "/sys/" in path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(_ADDRESS)
+            connection.send(os.fsencode(path) + b"\0" + data)
+            (number,) = _NUMBER.unpack(connection.recv(_NUMBER.size))
+        if number != _NOT_MINE:
+            return int(number)
+    return real_write_file(path, data)
+
+
+real_write_file = writer._write_file
+
+
+class _Kernel:
+    """Serves all machines of files of this process, each write in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._systems: WeakValueDictionary[str, FakeSystem] = WeakValueDictionary()
+        self._socket: socket.socket | None = None
+
+    def serve(self, system: FakeSystem) -> None:
+        """Answer the writes below a root from now on."""
+        self._systems[os.path.realpath(system.root)] = system
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.bind(_ADDRESS)
+            self._socket.listen(64)
+            threading.Thread(target=self._accept, args=(self._socket,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):  # a child that was killed
+            path, _, data = connection.recv(1 << 16).partition(b"\0")
+            credentials = connection.getsockopt(
+                socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+            )
+            root = os.path.realpath(os.fsdecode(path).partition("/sys/")[0])
+            system = self._systems.get(root)
+            number = _NOT_MINE
+            if system is not None:
+                pid, _, _ = struct.unpack("3i", credentials)
+                number = system.perform(os.fsdecode(path), data, pid, connection)
+            connection.send(_NUMBER.pack(number))
+
+
+_kernel = _Kernel()
+
+
+def _has_hung_up(peer: socket.socket | None) -> bool:
+    try:
+        return peer is not None and not peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False

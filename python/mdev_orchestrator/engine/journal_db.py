@@ -232,7 +232,8 @@ def explained(path: Path) -> Iterator[None]:
 
 def _is_full(error: sqlite3.OperationalError, path: Path) -> bool:
     """Whether an input/output error comes from a disk without room."""
-    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_IOERR:
+    # an error of Python's own module has no code
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_IOERR:
         return False
     try:
         disk = os.statvfs(path.parent)

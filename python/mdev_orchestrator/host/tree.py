@@ -392,7 +392,7 @@ def _leaving(uuid: UUID, parent: str, path: str) -> Mdev | None:
     """What is left of an mdev that is being removed; ``None`` if nothing is."""
     if not os.path.exists(path):
         return None
-    damage = ["it is being removed, and the kernel waits for whoever has it open"]
+    damage = ["it is being removed, and the kernel waits for the process that has it open"]
     return Mdev(
         uuid=uuid,
         directory=path,

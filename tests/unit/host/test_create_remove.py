@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import shutil
+import threading
+from typing import Literal
 from uuid import UUID
 
 import pytest
@@ -15,10 +17,12 @@ from mdev_orchestrator.errors import (
     DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     UnknownError,
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
 from unit.fakesys import FakeSystem
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -33,10 +37,10 @@ def card(system: FakeSystem) -> FakeSystem:
     return system
 
 
-async def test_create_then_remove(card: FakeSystem) -> None:
-    await sysfs.create("card0", "t-1", U1, card.root, write=card.write)
+async def test_create_then_remove(card: FakeSystem, machine: Machine) -> None:
+    await sysfs.create(machine, "card0", "t-1", U1)
     assert card.uuids() == {str(U1)}
-    await sysfs.remove(U1, 1, card.root, write=card.write)
+    await sysfs.remove(machine, U1, 1)
     assert card.uuids() == set()
 
 
@@ -53,62 +57,97 @@ async def test_create_then_remove(card: FakeSystem) -> None:
     ],
 )
 async def test_refusals_of_the_kernel(
-    card: FakeSystem, number: int, error: type[MdoError], words: str
+    card: FakeSystem, number: int, error: type[MdoError], words: str, machine: Machine
 ) -> None:
     card.refuse[str(U1)] = number
     with pytest.raises(error) as caught:
-        await sysfs.create("card0", "t-1", U1, card.root, write=card.write)
+        await sysfs.create(machine, "card0", "t-1", U1)
     assert type(caught.value) is error
+    assert caught.value.outcome is Outcome.NO_EFFECT
+    assert (caught.value.errno, caught.value.subject) == (number, f"mdev {U1}")
     assert words in str(caught.value)
 
 
-async def test_a_taken_uuid_names_the_parent_that_has_it(card: FakeSystem) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_creation_whose_writer_is_killed_is_unknown_and_no_refusal(
+    card: FakeSystem, machine: Machine, when: Literal["before", "after"]
+) -> None:
+    card.kill[str(U1)] = when
+    with pytest.raises(MdoError, match=r"was killed; whether mdev .* was created is not") as caught:
+        await sysfs.create(machine, "card0", "t-1", U1)
+    assert (caught.value.outcome, caught.value.errno) == (Outcome.UNKNOWN, None)
+    assert "mdo recover" in caught.value.hint
+    assert card.uuids() == ({str(U1)} if when == "after" else set())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_removal_whose_writer_is_killed_is_unknown_and_no_refusal(
+    card: FakeSystem, machine: Machine, when: Literal["before", "after"]
+) -> None:
+    card.mdev("card0", "t-1", str(U1))
+    card.kill[f"{U1}/remove"] = when
+    with pytest.raises(MdoError, match=r"was killed; whether mdev .* was removed is not") as caught:
+        await sysfs.remove(machine, U1, 5)
+    assert caught.value.outcome is Outcome.UNKNOWN
+
+
+async def test_a_taken_uuid_names_the_parent_that_has_it(
+    card: FakeSystem, machine: Machine
+) -> None:
     card.mdev("card1", "t-1", str(U1))
     with pytest.raises(UuidError, match="exists already under parent card1 as t-1"):
-        await sysfs.create("card0", "t-1", U1, card.root, write=card.write)
+        await sysfs.create(machine, "card0", "t-1", U1)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../etc", "a\0b"])
-async def test_a_name_cannot_lead_out_of_sysfs(card: FakeSystem, name: str) -> None:
+async def test_a_name_cannot_lead_out_of_sysfs(
+    card: FakeSystem, name: str, machine: Machine
+) -> None:
     with pytest.raises(UnknownError):
-        await sysfs.create(name, "t-1", U1, card.root, write=card.write)
+        await sysfs.create(machine, name, "t-1", U1)
     with pytest.raises(UnknownError):
-        await sysfs.create("card0", name, U1, card.root, write=card.write)
+        await sysfs.create(machine, "card0", name, U1)
     assert card.writes == []
 
 
-async def test_what_is_not_there_cannot_be_removed(card: FakeSystem) -> None:
+async def test_what_is_not_there_cannot_be_removed(card: FakeSystem, machine: Machine) -> None:
     with pytest.raises(UnknownError, match="there is no mdev"):
-        await sysfs.remove(U1, 1, card.root, write=card.write)
+        await sysfs.remove(machine, U1, 1)
 
 
-async def test_a_removal_that_blocks_ends_at_its_deadline(card: FakeSystem) -> None:
+async def test_a_removal_that_blocks_ends_at_its_deadline(
+    card: FakeSystem, machine: Machine
+) -> None:
     card.mdev("card0", "t-1", str(U1))
     card.block[f"{U1}/remove"] = asyncio.Event()
-    with pytest.raises(DeadlineError, match="ends the removal by itself"):
-        await sysfs.remove(U1, 0.05, card.root, write=card.write)
+    with pytest.raises(DeadlineError, match="ends the removal by itself") as caught:
+        await sysfs.remove(machine, U1, 0.2)
+    assert caught.value.outcome is Outcome.UNKNOWN
 
 
 @pytest.mark.parametrize("answer", [0, errno.ENOENT, errno.ENODEV])
-async def test_a_removal_begun_by_somebody_else_is_waited_for(
-    card: FakeSystem, answer: int
+async def test_a_removal_that_another_program_has_begun_is_waited_for(
+    card: FakeSystem, answer: int, machine: Machine
 ) -> None:
     device = card.mdev("card0", "t-1", str(U1))
 
-    async def late(_path: str, _data: bytes) -> int:
-        (card.bus / str(U1)).unlink()  # the kernel takes the link away first
-        asyncio.get_running_loop().call_later(0.1, shutil.rmtree, device)
+    def begun(_name: str, uuid: str) -> int:
+        (card.bus / uuid).unlink()  # the kernel takes the link away first
+        threading.Timer(0.1, shutil.rmtree, [device]).start()
         return answer
 
-    await sysfs.remove(U1, 5, card.root, write=late)
+    card.before = begun
+    await sysfs.remove(machine, U1, 5)
     assert not device.exists()
 
 
-async def test_what_is_being_created_is_not_removed_before_it_is_there(card: FakeSystem) -> None:
+async def test_what_is_being_created_is_not_removed_before_it_is_there(
+    card: FakeSystem, machine: Machine
+) -> None:
     device = card.mdev("card0", "t-1", str(U1))
     link = (device / "mdev_type").readlink()
     (device / "mdev_type").unlink()
-    removing = asyncio.ensure_future(sysfs.remove(U1, 5, card.root, write=card.write))
+    removing = asyncio.ensure_future(sysfs.remove(machine, U1, 5))
     await asyncio.sleep(0.1)
     assert card.writes == []
     (device / "mdev_type").symlink_to(link)
@@ -116,20 +155,23 @@ async def test_what_is_being_created_is_not_removed_before_it_is_there(card: Fak
     assert [name for name, _ in card.writes] == ["remove"]
 
 
-async def test_what_is_being_created_and_never_there_is_said(card: FakeSystem) -> None:
+async def test_what_is_being_created_and_never_there_is_said(
+    card: FakeSystem, machine: Machine
+) -> None:
     (card.mdev("card0", "t-1", str(U1)) / "mdev_type").unlink()
-    with pytest.raises(DeadlineError, match="it is still being created"):
-        await sysfs.remove(U1, 0.1, card.root, write=card.write)
+    with pytest.raises(DeadlineError, match="it is still being created") as caught:
+        await sysfs.remove(machine, U1, 0.1)
+    assert caught.value.outcome is Outcome.NO_EFFECT
     assert card.writes == []
 
 
-async def test_optional_files_of_a_device(card: FakeSystem) -> None:
+async def test_optional_files_of_a_device(card: FakeSystem, machine: Machine) -> None:
     path = card.mdev("card0", "t-1", str(U1))
-    assert sysfs.read_file(U1, "online", card.root) is None
-    assert not await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
+    assert sysfs.read_file(machine, U1, "online") is None
+    assert not await sysfs.write_file(machine, U1, "online", "1")
     (path / "online").write_text("0\n")
-    assert await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
-    assert sysfs.read_file(U1, "online", card.root) == "1"
+    assert await sysfs.write_file(machine, U1, "online", "1")
+    assert sysfs.read_file(machine, U1, "online") == "1"
     card.refuse[f"{U1}/online"] = errno.ENOSPC
     with pytest.raises(MdoError, match="refused '1' for online"):
-        await sysfs.write_file(U1, "online", "1", card.root, write=card.write)
+        await sysfs.write_file(machine, U1, "online", "1")

@@ -24,9 +24,10 @@ from mdev_orchestrator.host.events import (
     Rescan,
     events,
     interpret,
-    until,
+    wait_until,
 )
 from mdev_orchestrator.host.readiness import may_open, missing, wait_ready
+from mdev_orchestrator.machine import Machine
 from unit.fakesys import FakeSystem
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -158,25 +159,32 @@ async def test_a_cancelled_listener_leaves_nothing_behind(monitor: FakeMonitor) 
     assert not asyncio.get_running_loop().remove_reader(monitor.fileno())
 
 
-async def test_a_condition_is_looked_at_on_every_event(monitor: FakeMonitor) -> None:
-    looked = 0
+@pytest.fixture
+def heard(monitor: FakeMonitor, monkeypatch: pytest.MonkeyPatch) -> FakeMonitor:
+    """What a wait listens to."""
+    monkeypatch.setattr("mdev_orchestrator.host.events.udev_monitor", lambda _: monitor)
+    return monitor
+
+
+async def test_a_condition_is_checked_on_every_event(heard: FakeMonitor, machine: Machine) -> None:
+    checks = 0
 
     def third() -> bool:
-        nonlocal looked
-        looked += 1
-        return looked >= 4
+        nonlocal checks
+        checks += 1
+        return checks >= 4
 
-    monitor.send(ADD, ADD, ADD)
+    heard.send(ADD, ADD, ADD)
     async with asyncio.timeout(0.9):  # less than the timer
-        await until(third, make_monitor=lambda: monitor)
+        await wait_until(machine, third)
 
 
-async def test_a_condition_is_looked_at_without_events_too(monitor: FakeMonitor) -> None:
+async def test_a_condition_is_checked_without_events_too(
+    heard: FakeMonitor, machine: Machine
+) -> None:
     begin = asyncio.get_running_loop().time()
     async with asyncio.timeout(5):
-        await until(
-            lambda: asyncio.get_running_loop().time() > begin + 0.1, make_monitor=lambda: monitor
-        )
+        await wait_until(machine, lambda: asyncio.get_running_loop().time() > begin + 0.1)
 
 
 # ---- readiness ----
@@ -190,19 +198,19 @@ def made(system: FakeSystem) -> FakeSystem:
     return system
 
 
-async def test_a_complete_device_is_ready_at_once(made: FakeSystem) -> None:
-    await wait_ready(U1, 0.01, made.root)
+async def test_a_complete_device_is_ready_at_once(made: FakeSystem, machine: Machine) -> None:
+    await wait_ready(machine, U1, 0.01)
 
 
-def test_what_is_missing_is_named(made: FakeSystem) -> None:
+def test_what_is_missing_is_named(made: FakeSystem, machine: Machine) -> None:
     device, node = made.bus / str(U1), made.root / "dev/vfio/1"
     node.chmod(0o600)
-    lack = missing(U1, made.root, "nobody")
+    lack = missing(machine, U1, "nobody")
     assert lack is not None
     assert lack[0].startswith("nobody may not read and write")
     assert "udev rule" in lack[1]
     node.chmod(0o666)
-    assert missing(U1, made.root, "nobody") is None
+    assert missing(machine, U1, "nobody") is None
     for path, words in (
         (node, "is not there"),
         (device / "iommu_group", "no IOMMU group"),
@@ -210,7 +218,7 @@ def test_what_is_missing_is_named(made: FakeSystem) -> None:
         (made.bus / str(U1), "not on the mdev bus"),
     ):
         path.unlink()
-        lack = missing(U1, made.root)
+        lack = missing(machine, U1)
         assert lack is not None
         assert words in lack[0]
 
@@ -220,14 +228,14 @@ def test_an_unknown_user(made: FakeSystem) -> None:
         may_open(made.root, "no-such-user")
 
 
-async def test_a_node_that_never_comes(made: FakeSystem) -> None:
+async def test_a_node_that_never_comes(made: FakeSystem, machine: Machine) -> None:
     (made.root / "dev/vfio/1").unlink()
     with pytest.raises(DeadlineError, match=r"not usable after 0.05 s: .*vfio/1 is not there"):
-        await wait_ready(U1, 0.05, made.root)
+        await wait_ready(machine, U1, 0.05)
 
 
-async def test_a_node_that_comes_late(made: FakeSystem) -> None:
+async def test_a_node_that_comes_late(made: FakeSystem, machine: Machine) -> None:
     node = made.root / "dev/vfio/1"
     node.unlink()
     asyncio.get_running_loop().call_later(0.1, node.touch)
-    await wait_ready(U1, 5, made.root)
+    await wait_ready(machine, U1, 5)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
-from pathlib import Path
 from uuid import UUID, uuid5
 
 import pytest
@@ -22,8 +20,8 @@ from mdev_orchestrator.errors import (
     RequestError,
 )
 from mdev_orchestrator.host import groups, sysfs
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import GROUP_NAMESPACE, Mdev, group_uuid, is_uuid
-from mdev_orchestrator.system.writer import write_or_kill
 from unit.fakesys import FakeSystem, put
 
 A, B, C = (f"0000000{n}-1111-4222-8333-444444444444" for n in "123")
@@ -44,15 +42,15 @@ def pair(system: FakeSystem) -> FakeSystem:
 
 
 def mdev(system: FakeSystem, uuid: str) -> Mdev:
-    found = sysfs.scan(system.root).find(UUID(uuid))
+    found = sysfs.read_host(Machine(system.root)).find(UUID(uuid))
     assert found is not None
-    assert found == sysfs.read_mdev(UUID(uuid), system.root)
+    assert found == sysfs.read_mdev(Machine(system.root), UUID(uuid))
     return found
 
 
-def test_a_scan_shows_groups_states_and_links(pair: FakeSystem) -> None:
+def test_a_scan_shows_groups_states_and_links(pair: FakeSystem, machine: Machine) -> None:
     put(pair.bus / C / "vgpu_params", "a=1,b=2\n")
-    host = sysfs.scan(pair.root)
+    host = sysfs.read_host(machine)
     [group] = host.groups
     assert (group.parent, group.uuid, group.online) == ("card0", UUID(GROUP), False)
     assert group.members == (UUID(A), UUID(B))
@@ -63,12 +61,12 @@ def test_a_scan_shows_groups_states_and_links(pair: FakeSystem) -> None:
     assert (host.parents[0].links, host.parents[0].links_free) == (3, 3)
 
 
-def test_a_driver_without_the_files_is_no_damage(system: FakeSystem) -> None:
+def test_a_driver_without_the_files_is_no_damage(system: FakeSystem, machine: Machine) -> None:
     system.parent("card0")
     system.type("card0", "t-1")
     for uuid in (A, B):
         system.mdev("card0", "t-1", uuid)
-    host = sysfs.scan(system.root)
+    host = sysfs.read_host(machine)
     for found in host.mdevs:
         assert (found.group_uuid, found.online, found.params) == (None, None, None)
         assert found.damage == ()
@@ -76,21 +74,23 @@ def test_a_driver_without_the_files_is_no_damage(system: FakeSystem) -> None:
     assert (host.parents[0].links, host.parents[0].damage) == (None, ())
 
 
-def test_a_device_that_is_being_made_does_not_hide_the_files_of_others(pair: FakeSystem) -> None:
+def test_a_device_that_is_being_made_does_not_hide_the_files_of_others(
+    pair: FakeSystem, machine: Machine
+) -> None:
     for name in ("group_uuid", "online", "vgpu_params", "mdev_type"):
         (pair.bus / A / name).unlink()
-    host = sysfs.scan(pair.root)
+    host = sysfs.read_host(machine)
     assert [found.online for found in host.mdevs] == [None, False, False]
 
 
-def test_parameters_of_another_vendor(system: FakeSystem) -> None:
+def test_parameters_of_another_vendor(system: FakeSystem, machine: Machine) -> None:
     system.parent("card0")
     system.type("card0", "t-1")
     path = system.mdev("card0", "t-1", A)
     (path / "nvidia").mkdir()
     put(path / "nvidia/vgpu_params", "x=1\n")
     assert mdev(system, A).params == "x=1"
-    assert sysfs.writable_files(UUID(A), system.root) == ("nvidia/vgpu_params",)
+    assert sysfs.writable_files(machine, UUID(A)) == ("nvidia/vgpu_params",)
 
 
 @pytest.mark.parametrize(
@@ -111,25 +111,25 @@ def test_nonsense_in_one_file_is_damage(
     assert mdev(pair, B).damage == ()
 
 
-async def test_start_and_stop(pair: FakeSystem) -> None:
-    group = sysfs.scan(pair.root).groups[0]
-    await groups.start(group, 5, pair.root, write=pair.write)
-    assert sysfs.scan(pair.root).groups[0].online is True
-    assert sysfs.scan(pair.root).parents[0].links_free == 2
-    await groups.start(group, 5, pair.root, write=pair.write)  # already so
+async def test_start_and_stop(pair: FakeSystem, machine: Machine) -> None:
+    group = sysfs.read_host(machine).groups[0]
+    await groups.start(machine, group, 5)
+    assert sysfs.read_host(machine).groups[0].online is True
+    assert sysfs.read_host(machine).parents[0].links_free == 2
+    await groups.start(machine, group, 5)  # already so
     pair.opened.add(B)
-    assert await groups.stop(UUID(A), 5, pair.root, write=pair.write) is False
+    assert await groups.stop(machine, UUID(A), 5) is False
     pair.opened.clear()
-    assert await groups.stop(UUID(A), 5, pair.root, write=pair.write) is True
-    assert await groups.stop(UUID(int=5), 5, pair.root, write=pair.write) is True
-    assert sysfs.scan(pair.root).groups[0].online is False
+    assert await groups.stop(machine, UUID(A), 5) is True
+    assert await groups.stop(machine, UUID(int=5), 5) is True
+    assert sysfs.read_host(machine).groups[0].online is False
 
 
-async def test_links_that_lack_are_told(pair: FakeSystem) -> None:
+async def test_links_that_lack_are_told(pair: FakeSystem, machine: Machine) -> None:
     put(pair.parents / "card0" / "p2p_links_free", "0\n")
-    group = sysfs.scan(pair.root).groups[0]
+    group = sysfs.read_host(machine).groups[0]
     with pytest.raises(CapacityError) as refusal:
-        await groups.start(group, 5, pair.root, write=pair.write)
+        await groups.start(machine, group, 5)
     assert str(refusal.value) == (
         f"start group {GROUP} on card0 does not come online: No space left on device; its 2 "
         f"members are {A}, {B}; 1 links asked, 0 of 3 left (stop a guest that has a group on "
@@ -137,58 +137,42 @@ async def test_links_that_lack_are_told(pair: FakeSystem) -> None:
     )
     put(pair.bus / A / "group_error", "the hardware is tired\n")
     with pytest.raises(CapacityError, match="the driver says: the hardware is tired"):
-        await groups.start(group, 5, pair.root, write=pair.write)
+        await groups.start(machine, group, 5)
 
 
 @pytest.mark.parametrize(
     ("number", "kind", "words"),
     [
-        (errno.EBUSY, BusyError, "somebody else has or starts it"),
+        (errno.EBUSY, BusyError, "another process has or starts it"),
         (errno.EACCES, HostError, r"online \(mode 0\d{3}, of user \d+\)"),
         (errno.EIO, MdoError, "Input/output error"),
     ],
 )
 async def test_refusals_in_words(
-    pair: FakeSystem, number: int, kind: type[MdoError], words: str
+    pair: FakeSystem, number: int, kind: type[MdoError], words: str, machine: Machine
 ) -> None:
     pair.refuse[f"{A}/online"] = number
-    group = sysfs.scan(pair.root).groups[0]
+    group = sysfs.read_host(machine).groups[0]
     with pytest.raises(kind, match=words):
-        await groups.start(group, 5, pair.root, write=pair.write)
+        await groups.start(machine, group, 5)
 
 
-async def test_a_silent_driver_costs_the_deadline(pair: FakeSystem) -> None:
+async def test_a_silent_driver_costs_the_deadline(pair: FakeSystem, machine: Machine) -> None:
     pair.block[f"{A}/online"] = asyncio.Event()
-    group = sysfs.scan(pair.root).groups[0]
+    group = sysfs.read_host(machine).groups[0]
     with pytest.raises(DeadlineError, match=rf"{GROUP} on card0 did not come online within 0.05 s"):
-        await groups.start(group, 0.05, pair.root, write=pair.write)
+        await groups.start(machine, group, 0.05)
     with pytest.raises(DeadlineError, match="did not go offline"):
-        await groups.stop(UUID(A), 0.05, pair.root, write=pair.write)
+        await groups.stop(machine, UUID(A), 0.05)
 
 
-async def test_the_driver_is_asked_what_it_knows(pair: FakeSystem) -> None:
-    group = sysfs.scan(pair.root).groups[0]
-    assert groups.explain(group, pair.root) == ""
+async def test_the_driver_is_asked_what_it_knows(pair: FakeSystem, machine: Machine) -> None:
+    group = sysfs.read_host(machine).groups[0]
+    assert groups.explain(machine, group) == ""
     put(pair.bus / A / "group_owner", "42\n")
-    assert groups.explain(group, pair.root) == (
+    assert groups.explain(machine, group) == (
         f"start group {GROUP} on card0: it belongs to process 42"
     )
-
-
-def children() -> set[str]:
-    """Processes that are ours and have not been waited for."""
-    lists = (task / "children" for task in Path("/proc/self/task").iterdir())
-    return {pid for path in lists for pid in path.read_text().split()}
-
-
-async def test_a_write_that_is_given_up_is_killed(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)  # an open for writing waits for a reader, killably
-    before = children()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2):
-            await write_or_kill(str(pipe), b"1")
-    assert children() == before
 
 
 def test_a_name_is_a_uuid_of_version_5() -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdev_orchestrator.host.holders import guest_name, holders
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.holders import guest_name, read_holders
+from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.machine import Machine
 from unit.fakesys import FakeSystem, link
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -27,7 +28,7 @@ def two(system: FakeSystem) -> FakeSystem:
 
 
 def found(system: FakeSystem, uuid: str) -> list[str]:
-    held = holders(scan(system.root).mdevs, system.root)
+    held = read_holders(Machine(system.root), read_host(Machine(system.root)).mdevs)
     return [str(holder) for holder in held.of(UUID(uuid))]
 
 

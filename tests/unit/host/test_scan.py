@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdev_orchestrator.errors import UuidError
-from mdev_orchestrator.host.sysfs import TEXT_LIMIT, parse_count, read_mdev, scan
+from mdev_orchestrator.host.sysfs import read_host, read_mdev
+from mdev_orchestrator.host.values import TEXT_LIMIT, parse_count
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import MdevType, natural_key, parse_uuid
 from unit.fakesys import FakeSystem
 
@@ -22,25 +24,25 @@ U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
 
 
 def only_type(system: FakeSystem) -> MdevType:
-    return scan(system.root).parents[0].types[0]
+    return read_host(Machine(system.root)).parents[0].types[0]
 
 
 def test_a_host_without_mdev_is_empty_and_says_so(tmp_path: Path) -> None:
-    host = scan(tmp_path)
+    host = read_host(Machine(tmp_path))
     assert (host.parents, host.mdevs, host.mdev_bus) == ((), (), False)
 
 
 def test_a_host_with_mdev_but_no_vendor_driver(system: FakeSystem) -> None:
-    host = scan(system.load_mdev().root)
+    host = read_host(Machine(system.load_mdev().root))
     assert (host.parents, host.mdevs, host.mdev_bus) == ((), (), True)
 
 
-def test_parents_types_and_devices(system: FakeSystem) -> None:
+def test_parents_types_and_devices(system: FakeSystem, machine: Machine) -> None:
     real = system.parent("0000:86:00.0", bus="pci0000:80")
     system.type("0000:86:00.0", "nvidia-11", 16, description="num_heads=2, framebuffer=512M\n")
     system.mdev("0000:86:00.0", "nvidia-11", U1)
 
-    host = scan(system.root)
+    host = read_host(machine)
 
     (parent,) = host.parents
     assert (parent.name, parent.path, parent.damage) == ("0000:86:00.0", real, ())
@@ -62,25 +64,25 @@ def test_parents_types_and_devices(system: FakeSystem) -> None:
     assert mdev.damage == ()
 
 
-def test_without_types_everything_else_is_there(system: FakeSystem) -> None:
+def test_without_types_everything_else_is_there(system: FakeSystem, machine: Machine) -> None:
     system.parent("card0")
     system.type("card0", "t-1", 1)
     system.mdev("card0", "t-1", U1)
-    whole, rest = scan(system.root), scan(system.root, types=False)
+    whole, rest = read_host(machine), read_host(machine, types=False)
     assert [parent.types for parent in rest.parents] == [()]
     assert [(m.uuid, m.type_id, m.iommu_group, m.device_api) for m in rest.mdevs] == [
         (m.uuid, m.type_id, m.iommu_group, None) for m in whole.mdevs
     ]
 
 
-def test_order_is_that_of_people(system: FakeSystem) -> None:
+def test_order_is_that_of_people(system: FakeSystem, machine: Machine) -> None:
     for parent in ("card10", "card9"):
         system.parent(parent)
         for type_ in ("t-10", "t-9"):
             system.type(parent, type_)
     system.mdev("card10", "t-9", U1)
     system.mdev("card9", "t-9", U2)
-    host = scan(system.root)
+    host = read_host(machine)
     assert [parent.name for parent in host.parents] == ["card9", "card10"]
     assert [type_.id for type_ in host.parents[0].types] == ["t-9", "t-10"]
     assert [str(mdev.uuid) for mdev in host.mdevs] == [U2, U1]
@@ -124,13 +126,13 @@ def test_the_vendors_own_files_are_attributes(system: FakeSystem) -> None:
     ],
 )
 def test_a_spoilt_count_damages_its_type_and_no_other(
-    system: FakeSystem, content: bytes, reason: str
+    system: FakeSystem, content: bytes, reason: str, machine: Machine
 ) -> None:
     system.parent("p")
     (system.type("p", "bad") / "available_instances").write_bytes(content)
     system.type("p", "good", 10)
 
-    bad, good = scan(system.root).parents[0].types
+    bad, good = read_host(machine).parents[0].types
 
     assert bad.available_instances is None
     assert [reason in damage for damage in bad.damage] == [True]
@@ -155,52 +157,56 @@ def test_a_missing_count_is_damage(system: FakeSystem) -> None:
     assert "available_instances cannot be read: No such file" in only_type(system).damage[0]
 
 
-def test_a_parent_whose_link_leads_nowhere_is_damaged(system: FakeSystem) -> None:
+def test_a_parent_whose_link_leads_nowhere_is_damaged(system: FakeSystem, machine: Machine) -> None:
     shutil.rmtree(system.parent("gone"))
     system.parent("here")
     system.type("here", "t")
-    gone, here = scan(system.root).parents
+    gone, here = read_host(machine).parents
     assert "No such file" in gone.damage[0]
     assert (here.damage, len(here.types)) == ((), 1)
 
 
-def test_a_device_whose_link_leads_nowhere_is_damaged(system: FakeSystem) -> None:
+def test_a_device_whose_link_leads_nowhere_is_damaged(system: FakeSystem, machine: Machine) -> None:
     system.parent("p")
     system.type("p", "t")
     shutil.rmtree(system.mdev("p", "t", U1))
     system.mdev("p", "t", U2)
-    gone, here = scan(system.root).mdevs
+    gone, here = read_host(machine).mdevs
     assert gone.damage == ("its link leads nowhere",)
     assert (here.type_id, here.damage) == ("t", ())
 
 
-def test_a_device_that_has_no_type_link_yet_is_no_damage(system: FakeSystem) -> None:
+def test_a_device_that_has_no_type_link_yet_is_no_damage(
+    system: FakeSystem, machine: Machine
+) -> None:
     system.parent("p")
     system.type("p", "t")
     (system.mdev("p", "t", U1) / "mdev_type").unlink()
-    (mdev,) = scan(system.root).mdevs
+    (mdev,) = read_host(machine).mdevs
     assert (mdev.type_id, mdev.device_api, mdev.damage) == (None, None, ())
 
 
-def test_a_device_without_an_iommu_group(system: FakeSystem) -> None:
+def test_a_device_without_an_iommu_group(system: FakeSystem, machine: Machine) -> None:
     system.parent("p")
     system.type("p", "t")
     (system.mdev("p", "t", U1) / "iommu_group").unlink()
-    (mdev,) = scan(system.root).mdevs
+    (mdev,) = read_host(machine).mdevs
     assert (mdev.iommu_group, mdev.damage) == (None, ())
 
 
-def test_an_iommu_group_that_is_no_number_is_damage(system: FakeSystem) -> None:
+def test_an_iommu_group_that_is_no_number_is_damage(system: FakeSystem, machine: Machine) -> None:
     system.parent("p")
     system.type("p", "t")
     link = system.mdev("p", "t", U1) / "iommu_group"
     link.unlink()
     link.symlink_to("../../../../kernel/iommu_groups/seven")
-    (mdev,) = scan(system.root).mdevs
+    (mdev,) = read_host(machine).mdevs
     assert mdev.damage == ("iommu_group is not a number: 'seven'",)
 
 
-def test_a_device_whose_removal_waits_is_shown_and_found(system: FakeSystem) -> None:
+def test_a_device_whose_removal_waits_is_shown_and_found(
+    system: FakeSystem, machine: Machine
+) -> None:
     system.parent("p")
     system.type("p", "t")
     path = system.mdev("p", "t", U1)
@@ -209,39 +215,47 @@ def test_a_device_whose_removal_waits_is_shown_and_found(system: FakeSystem) -> 
     (path / "mdev_type").unlink()
     (path / "remove").unlink()
 
-    leaving, here = scan(system.root).mdevs
+    leaving, here = read_host(machine).mdevs
 
     assert (leaving.path, leaving.parent, leaving.iommu_group) == (path, "p", 1)
-    assert leaving.damage == ("it is being removed, and the kernel waits for whoever has it open",)
-    assert read_mdev(UUID(U1), system.root) == leaving
+    assert leaving.damage == (
+        "it is being removed, and the kernel waits for the process that has it open",
+    )
+    assert read_mdev(machine, UUID(U1)) == leaving
     assert here.damage == ()
 
 
-def test_a_device_that_is_no_uuid_is_reported_beside_the_others(system: FakeSystem) -> None:
+def test_a_device_that_is_no_uuid_is_reported_beside_the_others(
+    system: FakeSystem, machine: Machine
+) -> None:
     system.parent("p")
     system.type("p", "t")
     system.mdev("p", "t", "not-a-uuid")
     system.mdev("p", "t", U1)
-    host = scan(system.root)
+    host = read_host(machine)
     assert [str(mdev.uuid) for mdev in host.mdevs] == [U1]
     assert host.damage == ("'not-a-uuid' on the mdev bus is not a UUID",)
 
 
-def test_a_device_of_a_parent_that_is_going_away_is_still_shown(system: FakeSystem) -> None:
+def test_a_device_of_a_parent_that_is_going_away_is_still_shown(
+    system: FakeSystem, machine: Machine
+) -> None:
     system.parent("p")
     system.type("p", "t")
     system.mdev("p", "t", U1)
     (system.parents / "p").unlink()
-    (mdev,) = scan(system.root).mdevs
+    (mdev,) = read_host(machine).mdevs
     assert (mdev.parent, mdev.type_id, mdev.device_api) == ("p", "t", None)
 
 
-def test_names_that_cannot_be_shown_are_reported_and_not_shown(system: FakeSystem) -> None:
+def test_names_that_cannot_be_shown_are_reported_and_not_shown(
+    system: FakeSystem, machine: Machine
+) -> None:
     system.parent("p")
     system.parent("p\x1b[2J")
     system.type("p", "t", **{"bad\n": "1"})
     (system.types("p") / os.fsdecode(b"\xff")).mkdir()
-    host = scan(system.root)
+    host = read_host(machine)
     (parent,) = host.parents
     assert [type_.id for type_ in parent.types] == ["t"]
     assert host.damage == (r"there is an entry with an unprintable name: 'p\x1b[2J'",)

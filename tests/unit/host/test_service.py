@@ -12,6 +12,7 @@ import pytest
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import service
 from mdev_orchestrator.host.service import GUESTS, RESTORE, RULES, UNITS, WANTED
+from mdev_orchestrator.machine import Machine
 
 ENVIRONMENT = {"MDO_STATE_DIR": "/srv/100% ours/$HOME"}
 
@@ -29,7 +30,7 @@ def test_what_is_said_is_what_runs() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
 def test_systemd_finds_no_fault(tmp_path: Path) -> None:
     contents = service.files(["/bin/true"], {"MDO_STATE_DIR": "/var/lib/x"})
-    service.install(contents, tmp_path)
+    service.install(Machine(tmp_path), contents)
     units = [str(tmp_path / UNITS / name) for name in (GUESTS, RESTORE)]
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *units],
@@ -42,16 +43,16 @@ def test_systemd_finds_no_fault(tmp_path: Path) -> None:
 
 def test_install_and_remove(tmp_path: Path) -> None:
     contents = service.files(["mdo"], {})
-    assert service.install(contents, tmp_path) is False
-    assert service.install(contents, tmp_path) is False
+    assert service.install(Machine(tmp_path), contents) is False
+    assert service.install(Machine(tmp_path), contents) is False
     assert (tmp_path / WANTED).resolve() == tmp_path / UNITS / GUESTS
     assert {path: (tmp_path / path).read_text() for path in contents} == contents
-    assert service.remove(tmp_path) is True
-    assert service.remove(tmp_path) is False
+    assert service.remove(Machine(tmp_path)) is True
+    assert service.remove(Machine(tmp_path)) is False
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
 
 
 def test_what_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "etc").write_text("")
     with pytest.raises(HostError, match=r"cannot change .*/etc/systemd"):
-        service.install(service.files(["mdo"], {}), tmp_path)
+        service.install(Machine(tmp_path), service.files(["mdo"], {}))
