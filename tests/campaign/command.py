@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 # much of this is only what a command imports when it runs: so that the children need not
 import mdev_orchestrator.cli.apply
-import mdev_orchestrator.cli.options
 import mdev_orchestrator.cli.recover
+import mdev_orchestrator.cli.tree
 import mdev_orchestrator.engine.apply
 import mdev_orchestrator.engine.recovery
 import mdev_orchestrator.host.events
