@@ -19,7 +19,7 @@ import sqlite3
 import subprocess
 import time
 import uuid as uuids
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -303,6 +303,31 @@ def differences(wanted: Look, got: Look, *, shape: bool = False) -> list[str]:
         if one != other:
             lines.append(f"{key}: {_only(one, other)} wanted, {_only(other, one)} found")
     return lines
+
+
+DENIAL = re.compile(r"nothing was (changed|created|removed|done)|no step had any effect")
+"""Words that deny that a command has changed anything."""
+DENIED = ("devices", "guests")
+"""What they deny a change of. A device's entry names the processes that have it open: a device that
+was plugged into a guest differs by that, also while its QEMU cannot be asked."""
+
+
+def denials(
+    text: str, was: Look, now: Callable[[], Look], ignored: Collection[str] = ()
+) -> list[str]:
+    """What has changed though a command's messages deny it.
+
+    :param text: What the command has printed.
+    :param was: How it was before the command.
+    :param now: Looks how it is; called only if there is a denial.
+    :param ignored: What the test itself has changed.
+    """
+    denied = DENIAL.search(text)
+    keys = [key for key in DENIED if key not in ignored]
+    if denied is None or not keys:
+        return []
+    changed = differences({key: was[key] for key in keys}, now())
+    return [f"{denied[0]!r} was said, but {line}" for line in changed]
 
 
 def _shape(value: object) -> object:
