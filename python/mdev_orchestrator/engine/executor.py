@@ -28,12 +28,12 @@ from typing import Self
 
 from mdev_orchestrator.engine import steps as step_module
 from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.guest_ops import is_alive
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.records import Change, DeviceRecord, SpecRecord
 from mdev_orchestrator.engine.steps import AnyStep, Create, Launch, Remove, act_together
 from mdev_orchestrator.errors import MdoError, Outcome
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.qemu import process
 from mdev_orchestrator.system.waiting import run_to_completion
 
 _LOG = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ class Execution:
                 )
         for entry in self.planned:
             step = entry.step
-            if isinstance(step, Launch) and not process.find(machine, step.guest.name).alive:
+            if isinstance(step, Launch) and not is_alive(machine, step.guest.name):
                 raise MdoError(
                     f"guest {step.guest.name} has ended while {self.run} was at work",
                     f"mdo guest console --log {step.guest.name} shows what it printed",

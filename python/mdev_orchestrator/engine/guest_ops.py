@@ -264,6 +264,14 @@ def _guest(name: str, context: Context) -> RunningGuest | None:
         return None
 
 
+def is_alive(machine: Machine, name: str) -> bool:
+    """Whether a guest of this name runs."""
+    try:
+        return process.find(machine, name).alive
+    except UnknownError:
+        return False
+
+
 def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
     """The guest that is meant, if it runs; not another one of its name."""
     found = _guest(own.name, context)
