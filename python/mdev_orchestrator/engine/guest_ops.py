@@ -132,7 +132,7 @@ class Stop(Step, frozen=True, tag="stop"):
         if found is None or (found.record is not None and found.record.uuid != self.guest.uuid):
             return
         # one without a record was cut short at its start and cannot be asked to power down
-        force = self.force or found.record is None
+        force = self.force or (context.repairing and found.record is None)
         context.ended[found.name] = await end(
             context.machine, found, deadline=self.deadline, force=force
         )
