@@ -127,8 +127,8 @@ def library(runner: asyncio.Runner, count: int) -> Pair:
     """In this process."""
     import mdev_orchestrator as mdo
 
-    asked = mdo.parse(spec(count))
-    return lambda: runner.run(mdo.apply(asked)), lambda: runner.run(mdo.destroy("many"))
+    asked, machine = mdo.parse(spec(count)), mdo.open()
+    return lambda: runner.run(machine.apply(asked)), lambda: runner.run(machine.destroy("many"))
 
 
 def command(file: Path, count: int) -> Pair:

@@ -58,10 +58,10 @@ def library(figures: bench.Figures, runner: asyncio.Runner) -> None:
     """The same by a spec."""
     import mdev_orchestrator as mdo
 
-    spec = mdo.parse(SPEC)
+    spec, machine = mdo.parse(SPEC), mdo.open()
     with figures.timed("start", "library"):
-        runner.run(mdo.apply(spec))
-    runner.run(mdo.destroy("one", force=True, deadline=0))
+        runner.run(machine.apply(spec))
+    runner.run(machine.destroy("one", force=True, deadline=0))
 
 
 def main() -> int:

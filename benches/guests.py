@@ -297,7 +297,7 @@ class Library(Guests):
         """One spec for all."""
         import mdev_orchestrator as mdo
 
-        self.mdo = mdo
+        self.machine = mdo.open()
         device = f'[[guest.mdev]]\ntype = "{TYPE}"\n' if self.device else ""
         guests = [
             f'[[guest]]\nname = "{name}"\nmemory = "{MEMORY}M"\nhotplug_ports = {PORTS}\n'
@@ -310,25 +310,25 @@ class Library(Guests):
 
     def start(self) -> None:
         """One call."""
-        self.runner.run(self.mdo.apply(self.spec))
+        self.runner.run(self.machine.apply(self.spec))
 
     def stop(self) -> None:
         """One call."""
-        self.runner.run(self.mdo.destroy(self.name, force=True, deadline=0))
+        self.runner.run(self.machine.destroy(self.name, force=True, deadline=0))
 
     def attach(self, uuid: UUID) -> None:
         """One call."""
-        self.runner.run(self.mdo.attach(self.names[0], str(uuid)))
+        self.runner.run(self.machine.attach(self.names[0], uuid))
 
     def detach(self, uuid: UUID) -> None:
         """One call."""
-        self.runner.run(self.mdo.detach(self.names[0], uuid))
+        self.runner.run(self.machine.detach(self.names[0], uuid))
 
     def look(self) -> Qmp:
         """The monitor for questions."""
         from mdev_orchestrator.qemu import process
 
-        return Qmp(process.find(self.names[0]).query_socket)
+        return Qmp(process.find(self.machine, self.names[0]).query_socket)
 
 
 class Mdo(Library):

@@ -22,7 +22,8 @@ sys.path[:0] = [str(HERE / "python"), str(HERE / "tests")]
 
 import bench  # noqa: E402
 
-from mdev_orchestrator.host.sysfs import scan  # noqa: E402 - from the checkout
+from mdev_orchestrator.host.sysfs import read_host  # noqa: E402 - from the checkout
+from mdev_orchestrator.machine import Machine  # noqa: E402
 from unit.fakesys import FakeSystem  # noqa: E402
 
 PARENTS, TYPES, DEVICES = 64, 8, 4096
@@ -107,7 +108,7 @@ def main() -> int:
         )
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         best(figures, "a scan", WALK, lambda: walk(root))
-        best(figures, "a scan", "library", lambda: scan(root))
+        best(figures, "a scan", "library", lambda: read_host(Machine(root)))
     print(f"{PARENTS} parents, {TYPES} types each, {DEVICES} devices")
     figures.report()
     print(f"memory of mdo host: {memory:.0f} MB")

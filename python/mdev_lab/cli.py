@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``mdo lab``: the nested machine.
 
-The entry point ``lab`` of the group ``mdev_orchestrator.commands`` leads to this module.
+The entry point ``lab`` of the group ``mdev_orchestrator.commands`` leads to :data:`app`.
 """
 
 from __future__ import annotations
@@ -12,29 +12,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from mdev_orchestrator.cli.options import Argument, Option
+import typer
+
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.params import Json
+from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
     from mdev_lab.demo import Row
 
-Name = Annotated[str, Option("--name", help="Which lab; several can be up.")]
+Name = Annotated[str, typer.Option("--name", metavar="NAME", help="Which lab; several can be up.")]
 Series = Annotated[
     str,
-    Option("--kernel", help="Kernel series of L1: 6.12, 6.1, or 6.12-debug with checkers."),
+    typer.Option(
+        "--kernel",
+        metavar="SERIES",
+        help="Kernel series of L1: 6.12, 6.1, or 6.12-debug with checkers.",
+    ),
 ]
-Json = Annotated[bool, Option("--json", help="Machine-readable output.")]
-Memory = Annotated[str, Option(help="Memory of L1.")]
+Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory of L1.")]
 Options = Annotated[
-    str, Option("--mvgpu", help="Parameters of the driver, for instance 'igd_parents=4'.")
+    str,
+    typer.Option(
+        "--mvgpu",
+        metavar="PARAMETERS",
+        help="Parameters of the driver, for instance 'igd_parents=4'.",
+    ),
 ]
 Command = Annotated[
     list[str],
-    Argument(metavar="COMMAND...", rest=True, help="The command and its arguments."),
+    typer.Argument(metavar="COMMAND...", help="The command and its arguments."),
 ]
+
+OTHERS_WORDS = {"allow_interspersed_args": False}
+"""Settings of a command that runs another: what follows the other's name is not read."""
+
+app = noun("A nested machine to try everything in.")
 
 
 def _progress(line: str) -> None:
-    sys.stderr.write(f"lab: {line}\n")
+    output.write_error(f"lab: {line}\n")
 
 
 @contextmanager
@@ -53,6 +70,7 @@ def _signals_unwind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@app.command("up")
 def up(
     name: Name = "default",
     series: Series = "6.12",
@@ -60,7 +78,7 @@ def up(
     mvgpu: Options = "",
     systemd: Annotated[
         Path | None,
-        Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
+        typer.Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
     ] = None,
 ) -> None:
     """Bring a lab up; it stays until 'mdo lab down'."""
@@ -74,13 +92,14 @@ def up(
         disk=systemd,
         progress=_progress,
     )
-    sys.stdout.write(f"lab {lab.name} is up with kernel {lab.release}\n")
+    output.emit(f"lab {lab.name} is up with kernel {lab.release}")
 
 
+@app.command("exec", context_settings=OTHERS_WORDS)
 def execute(
     command: Command,
     name: Name = "default",
-    tty: Annotated[bool, Option("--tty", "-t", help="Give it a terminal.")] = False,
+    tty: Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal.")] = False,
 ) -> int:
     """Run a command inside; input, output, signals and exit status pass through."""
     from mdev_lab import l1, labs
@@ -88,6 +107,7 @@ def execute(
     return l1.execute(labs.find(name), command, terminal=tty)
 
 
+@app.command("run", context_settings=OTHERS_WORDS)
 def run(
     command: Command,
     name: Name = "run",
@@ -107,6 +127,7 @@ def run(
         return l1.execute(lab, command)
 
 
+@app.command("shell")
 def shell(name: Name = "default") -> int:
     """Open a shell inside."""
     from mdev_lab import l1, labs
@@ -114,12 +135,12 @@ def shell(name: Name = "default") -> int:
     return l1.execute(labs.find(name), ["bash", "-i"], terminal=sys.stdin.isatty())
 
 
+@app.command("status")
 def status(json: Json = False) -> None:
     """List the labs that are up."""
     from dataclasses import asdict
 
     from mdev_lab import labs
-    from mdev_orchestrator.cli import output
 
     found = labs.find_all()
     if json:
@@ -130,14 +151,16 @@ def status(json: Json = False) -> None:
         "Labs",
         ("name", "kernel", "accel", "pid", "directory"),
         [(lab.name, lab.release, lab.accel, str(lab.pid), str(lab.directory)) for lab in found],
+        whole={"name", "kernel"},
     )
     if not found:
-        output.say("no lab is up")
+        output.remark("no lab is up")
 
 
+@app.command("down")
 def down(
     name: Name = "default",
-    every: Annotated[bool, Option("--all", help="Every lab.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every lab.")] = False,
 ) -> None:
     """End a lab; a second time does nothing."""
     from mdev_lab import labs
@@ -148,21 +171,23 @@ def down(
             labs.down(lab)
 
 
+@app.command("demo")
 def demo(
     series: Series = "6.12",
     json: Json = False,
-    svg: Annotated[Path | None, Option(help="Also write the closing table as a picture.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the closing table as a picture.")
+    ] = None,
 ) -> int:
     """Run the main job from end to end in a lab of its own, and show the result of each step."""
     from mdev_lab.demo import demo as run_demo
-    from mdev_orchestrator.cli import output
 
     def ended(row: Row) -> None:
         mark = "ok" if row.ok else "FAILED"
-        sys.stderr.write(f"{mark:>6}  {row.seconds:6.1f} s  {row.step}: {row.result}\n")
+        output.write_error(f"{mark:>6}  {row.seconds:6.1f} s  {row.step}: {row.result}\n")
 
     def doing(line: str) -> None:
-        sys.stderr.write(f"   ...            {line}\n")
+        output.write_error(f"   ...            {line}\n")
 
     with _signals_unwind():
         rows, status = run_demo(series, row=ended, doing=doing)
@@ -194,15 +219,3 @@ def _draw(rows: list[Row], target: Path) -> None:
     console = Console(record=True, width=120, file=StringIO())
     console.print(table)
     console.save_svg(str(target), title="make demo")
-
-
-TEXT = "A nested machine to try everything in"
-COMMANDS = {
-    "up": up,
-    "exec": execute,
-    "run": run,
-    "shell": shell,
-    "status": status,
-    "down": down,
-    "demo": demo,
-}

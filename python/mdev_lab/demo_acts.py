@@ -31,12 +31,13 @@ from mdev_lab.mvgpu import (
     counts,
     settled,
 )
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.model import Mdev
-from mdev_orchestrator.qemu import process
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.model import Host, Mdev
+from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestSpec
 
 SEED = 2016
@@ -82,9 +83,9 @@ def expect(what: str, wanted: object, got: object) -> None:
         raise MdoError(f"{what}: expected {wanted}, got {got}")
 
 
-def igd_counts() -> str:
+def igd_counts(host: Host) -> str:
     """Return the counts of the igd types, in the notation of the discussion of 2016: 8/4/2."""
-    left = counts(sysfs.scan())
+    left = counts(host)
     return "/".join(str(left[f"mvgpu-{size}M"]) for size in (128, 256, 512))
 
 
@@ -95,21 +96,23 @@ async def use(program: l2.Program, uuid: UUID) -> str:
     return f"{answer['bdf']}, crc32 {answer['crc32']:08x} is right, {answer['irqs']} interrupts"
 
 
-async def play() -> None:
+async def play(machine: Machine) -> None:
     """Carry out all acts; in the end, also after a failure, remove what they made."""
     async with step("look at the host") as this:
-        before = counts(sysfs.scan())
+        host = await sysfs.scan(machine)
+        before = counts(host)
         expect("parents that offer types", True, bool(before))
-        this.result = f"{len(before)} types, igd reads {igd_counts()}"
+        this.result = f"{len(before)} types, igd reads {igd_counts(host)}"
     async with contextlib.AsyncExitStack() as devices, contextlib.AsyncExitStack() as undo:
         async with step(f"create one {GRID_TYPE} and one {IGD_TYPE}") as this:
-            (grid,) = await create_devices(GRID_TYPE)
-            devices.push_async_callback(remove_if_there, grid)
-            (igd,) = await create_devices(IGD_TYPE)
-            devices.push_async_callback(remove_if_there, igd)
-            others = {n for id_, n in counts(sysfs.scan()).items() if id_ in GRID_OTHERS}
+            (grid,) = await create_devices(machine, GRID_TYPE)
+            devices.push_async_callback(remove_if_there, machine, grid)
+            (igd,) = await create_devices(machine, IGD_TYPE)
+            devices.push_async_callback(remove_if_there, machine, igd)
+            host = await sysfs.scan(machine)
+            others = {n for id_, n in counts(host).items() if id_ in GRID_OTHERS}
             expect("instances left of the other grid types", {0}, others)
-            expect("instances left of the igd types", "4/2/1", igd_counts())
+            expect("instances left of the igd types", "4/2/1", igd_counts(host))
             this.result = "other grid types read 0, igd reads 4/2/1"
         spec = GuestSpec(
             name=f"demo-{os.getpid()}",
@@ -121,8 +124,8 @@ async def play() -> None:
             mdevs=(as_guest_mdev(grid),),
         )
         async with step("start QEMU with the first by sysfsdev") as this:
-            guest = await lifecycle.launch(spec)
-            undo.push_async_callback(lifecycle.end, guest, deadline=0, force=True)
+            guest = await guest_ops.launch(machine, spec)
+            undo.push_async_callback(guest_ops.end, machine, guest, deadline=0, force=True)
             this.result = f"pid {guest.record.pid}" if guest.record else ""
         async with step("boot the guest's Linux") as this:
             program = await undo.enter_async_context(l2.program(spec.name, guest.console_socket))
@@ -130,31 +133,40 @@ async def play() -> None:
         async with step("the guest uses it: fill, checksum, interrupt") as this:
             this.result = await use(program, grid.uuid)
         async with step("hot-plug the second by QMP") as this:
-            await lifecycle.attach(guest, as_guest_mdev(igd), wait_guest=True)
+            await plug(machine, guest, igd)
             answer = await program.ask(f"wait {igd.uuid} 30")
             this.result = f"the guest has it as {answer['bdf']}"
         async with step("the guest uses that too") as this:
             this.result = await use(program, igd.uuid)
         async with step("unplug and remove it while the guest runs") as this:
-            await lifecycle.detach(spec.name, igd.uuid)
+            await guest_ops.detach(machine, spec.name, igd.uuid)
             await program.ask(f"gone {igd.uuid} 30")
-            await remove_devices([str(igd.uuid)])
+            await remove_devices(machine, [igd.uuid])
             this.result = "gone from guest and host"
-        peers = await group_act(devices, guest, program)
+        peers = await group_act(machine, devices, guest, program)
         async with step("power the guest down") as this:
-            how = (await lifecycle.end(guest)).how
-            expect("the group's state", {False}, {online(mdev) for mdev in peers})
-            expect("free links", links()[0], links()[1])
+            how = (await guest_ops.end(machine, guest)).how
+            expect("the group's state", {False}, {online(machine, mdev) for mdev in peers})
+            expect("free links", links(machine)[0], links(machine)[1])
             this.result = f"{how}; the group is offline, its links are back"
         async with step("remove the rest") as this:
-            await remove_devices([str(mdev.uuid) for mdev in (grid, *peers)])
-            after = await settled(before)
+            await remove_devices(machine, [mdev.uuid for mdev in (grid, *peers)])
+            after = await settled(machine, before)
             expect("available instances", before, after)
             this.result = "every count is back where it was"
 
 
+async def plug(machine: Machine, guest: process.RunningGuest, mdev: Mdev) -> None:
+    """Plug a device into a guest, and wait until the guest has taken it."""
+    await guest_ops.attach(machine, guest, as_guest_mdev(mdev))
+    await hotplug.wait_taken(guest, mdev.uuid, hotplug.ATTACH_SECONDS)
+
+
 async def group_act(
-    devices: contextlib.AsyncExitStack, guest: process.RunningGuest, program: l2.Program
+    machine: Machine,
+    devices: contextlib.AsyncExitStack,
+    guest: process.RunningGuest,
+    program: l2.Program,
 ) -> tuple[Mdev, Mdev]:
     """Plug two devices of one start group into a guest; other guests that want more are refused.
 
@@ -163,21 +175,23 @@ async def group_act(
     :return: The two devices.
     """
     async with step(f"create two {PEER_TYPE} in one start group") as this:
-        first, second = await create_devices(PEER_TYPE, 2, group="demo-peers")
-        devices.push_async_callback(remove_if_there, first)
-        devices.push_async_callback(remove_if_there, second)
-        all_links, free = links()
-        expect("the group's state", {False}, {online(first), online(second)})
+        first, second = await create_devices(machine, PEER_TYPE, 2, group="demo-peers")
+        devices.push_async_callback(remove_if_there, machine, first)
+        devices.push_async_callback(remove_if_there, machine, second)
+        all_links, free = links(machine)
+        expect("the group's state", {False}, {online(machine, first), online(machine, second)})
         this.result = f"offline; {free} of {all_links} links free"
     async with step("hot-plug one: its group comes online first") as this:
-        await lifecycle.attach(guest, as_guest_mdev(first), wait_guest=True)
-        expect("the group's state", {True}, {online(first), online(second)})
-        expect("free links", free - 1, links()[1])
-        this.result = f"both are online; {links()[1]} of {all_links} links free"
+        await plug(machine, guest, first)
+        expect("the group's state", {True}, {online(machine, first), online(machine, second)})
+        expect("free links", free - 1, links(machine)[1])
+        this.result = f"both are online; {links(machine)[1]} of {all_links} links free"
     async with step("another guest asks for the other one") as this:
-        this.result = await refused(BusyError, lifecycle.launch(halted_guest(second)))
+        this.result = await refused(
+            machine, BusyError, guest_ops.launch(machine, halted_guest(second))
+        )
     async with step("hot-plug that into the same guest") as this:
-        await lifecycle.attach(guest, as_guest_mdev(second), wait_guest=True)
+        await plug(machine, guest, second)
         for mdev in (first, second):
             await program.ask(f"wait {mdev.uuid} 30")
         this.result = "the guest has both"
@@ -186,12 +200,14 @@ async def group_act(
         expect("the checksum", zlib.crc32(l2.pattern(SEED, FILL_BYTES)), answer["crc32"])
         this.result = f"from slot {answer['slot']}, crc32 {answer['crc32']:08x} is right"
     async with step("a group of three for another guest") as this:
-        three = await create_devices(PEER_TYPE, 3, group="demo-three")
+        three = await create_devices(machine, PEER_TYPE, 3, group="demo-three")
         for mdev in three:
-            devices.push_async_callback(remove_if_there, mdev)
-        this.result = await refused(CapacityError, lifecycle.launch(halted_guest(*three)))
-        expect("the group's state", {False}, {online(mdev) for mdev in three})
-        await remove_devices([str(mdev.uuid) for mdev in three])
+            devices.push_async_callback(remove_if_there, machine, mdev)
+        this.result = await refused(
+            machine, CapacityError, guest_ops.launch(machine, halted_guest(*three))
+        )
+        expect("the group's state", {False}, {online(machine, mdev) for mdev in three})
+        await remove_devices(machine, [mdev.uuid for mdev in three])
     return first, second
 
 
@@ -206,7 +222,9 @@ def halted_guest(*mdevs: Mdev) -> GuestSpec:
     )
 
 
-async def refused(kind: type[MdoError], launching: Awaitable[process.RunningGuest]) -> str:
+async def refused(
+    machine: Machine, kind: type[MdoError], launching: Awaitable[process.RunningGuest]
+) -> str:
     """Wait for the start of a guest to fail; return the reason.
 
     :raise MdoError: The guest started.
@@ -215,32 +233,32 @@ async def refused(kind: type[MdoError], launching: Awaitable[process.RunningGues
         guest = await launching
     except kind as error:
         return "refused: " + UUID_TEXT.sub(r"\1…", error.message)
-    await lifecycle.end(guest, deadline=0, force=True)
+    await guest_ops.end(machine, guest, deadline=0, force=True)
     raise MdoError(f"guest {guest.name} was not refused")
 
 
-def online(mdev: Mdev) -> bool | None:
+def online(machine: Machine, mdev: Mdev) -> bool | None:
     """Return whether an mdev is online now."""
-    found = sysfs.read_mdev(mdev.uuid)
+    found = sysfs.read_mdev(machine, mdev.uuid)
     return None if found is None else found.online
 
 
-def links() -> tuple[int, int]:
+def links(machine: Machine) -> tuple[int, int]:
     """Return how many links the parent has, and how many of them are free."""
-    parent = next(p for p in sysfs.scan().parents if p.name == PEER_PARENT)
+    parent = next(p for p in sysfs.read_host(machine, types=False).parents if p.name == PEER_PARENT)
     return parent.links or 0, parent.links_free or 0
 
 
-async def remove_if_there(mdev: Mdev) -> None:
+async def remove_if_there(machine: Machine, mdev: Mdev) -> None:
     """Remove an mdev if it is still there."""
-    if sysfs.read_mdev(mdev.uuid) is not None:
-        await remove_devices([str(mdev.uuid)])
+    if sysfs.read_mdev(machine, mdev.uuid) is not None:
+        await remove_devices(machine, [mdev.uuid])
 
 
 def main() -> int:
     """Carry out all acts; return the exit status."""
     try:
-        asyncio.run(play())
+        asyncio.run(play(Machine()))
     except MdoError as error:
         sys.stderr.write(f"demo: {error}\n")
         return error.exit_code

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu.command import GuestMdev
 from mdev_orchestrator.system.waiting import poll_until
@@ -27,13 +28,13 @@ def counts(host: Host) -> dict[str, int | None]:
     return {type_.id: type_.available_instances for p in host.parents for type_ in p.types}
 
 
-async def settled(wanted: dict[str, int | None]) -> dict[str, int | None]:
+async def settled(machine: Machine, wanted: dict[str, int | None]) -> dict[str, int | None]:
     """Return the counts as soon as they are ``wanted``, or as they are after a second.
 
     The kernel gives an instance back shortly after the write to ``remove``, without an event.
     """
-    await poll_until(lambda: counts(sysfs.scan()) == wanted, SETTLE_SECONDS)
-    return counts(sysfs.scan())
+    await poll_until(lambda: counts(sysfs.read_host(machine)) == wanted, SETTLE_SECONDS)
+    return counts(await sysfs.scan(machine))
 
 
 def as_guest_mdev(mdev: Mdev) -> GuestMdev:

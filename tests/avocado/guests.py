@@ -23,14 +23,15 @@ from uuid import UUID, uuid4
 from avocado import Test
 from lab.hang import where_it_hangs
 from lab.kernel_log import KernelLog
+from lab.machine import machine
 from mdev_lab import l2
 from mdev_lab.mvgpu import as_guest_mdev, counts, settled
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.model import Mdev
-from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestSpec
 from mdev_orchestrator.qemu.process import RunningGuest
 
@@ -59,25 +60,26 @@ class GuestTest(Test):  # type: ignore[misc]  # avocado has no types
 @contextlib.asynccontextmanager
 async def unchanged() -> AsyncIterator[None]:
     """When the block has ended, every count and every mdev is as it was before."""
-    before = counts(sysfs.scan())
-    known = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    before = counts(sysfs.read_host(machine()))
+    known = {mdev.uuid for mdev in sysfs.read_host(machine()).mdevs}
     assert before, "the driver offers no types"
     yield
-    after = await settled(before)
+    after = await settled(machine(), before)
     assert after == before, f"available instances: {before} before, {after} after"
-    left = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    left = {mdev.uuid for mdev in sysfs.read_host(machine()).mdevs}
     assert left == known, f"mdevs: {known} before, {left} after"
 
 
 @contextlib.asynccontextmanager
 async def mdevs(type_id: str, count: int = 1) -> AsyncIterator[tuple[Mdev, ...]]:
     """So many fresh mdevs of a type; those that the story has not removed go at the end."""
-    made = await create_devices(type_id, count)
+    made = await create_devices(machine(), type_id, count)
     try:
         yield made
     finally:
-        if left := [str(mdev.uuid) for mdev in made if sysfs.read_mdev(mdev.uuid) is not None]:
-            await remove_devices(left)
+        found = {mdev.uuid for mdev in sysfs.read_host(machine(), types=False).mdevs}
+        if left := [mdev.uuid for mdev in made if mdev.uuid in found]:
+            await remove_devices(machine(), left)
 
 
 def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = True) -> GuestSpec:
@@ -97,11 +99,11 @@ def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = T
 @contextlib.asynccontextmanager
 async def started(what: GuestSpec) -> AsyncIterator[RunningGuest]:
     """A QEMU that runs; ended without asking its guest when the story has not ended it."""
-    guest = await lifecycle.launch(what, deadline=BOOT_SECONDS)
+    guest = await guest_ops.launch(machine(), what, deadline=BOOT_SECONDS)
     try:
         yield guest
     finally:
-        await lifecycle.end(guest, deadline=0, force=True)
+        await guest_ops.end(machine(), guest, deadline=0, force=True)
 
 
 @contextlib.asynccontextmanager
@@ -124,10 +126,11 @@ async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[RunningGuest]
 
 async def attach(name: str, mdev: Mdev, *, wait_guest: bool = False) -> str | None:
     """Plug an mdev into the guest of this name; the port that it sits in."""
-    running = process.find_running(name)
-    return await lifecycle.attach(
-        running, as_guest_mdev(mdev), deadline=GUEST_SECONDS, wait_guest=wait_guest
-    )
+    running = process.find_running(machine(), name)
+    port = await guest_ops.attach(machine(), running, as_guest_mdev(mdev), deadline=GUEST_SECONDS)
+    if wait_guest:
+        await hotplug.wait_taken(running, mdev.uuid, GUEST_SECONDS)
+    return port
 
 
 async def use(

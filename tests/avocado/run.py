@@ -211,21 +211,22 @@ def run_job(xml: Path, references: list[str], directory: str) -> tuple[int, int]
         return result.passed, failed
 
 
-async def sweep(known: set[Any]) -> None:
+async def clean_up(known: set[Any]) -> None:
     """End guests and remove mdevs that an interrupted test has left."""
-    from mdev_orchestrator.engine import lifecycle
+    from lab.machine import machine
+    from mdev_orchestrator.engine import guest_ops
     from mdev_orchestrator.engine.devices import remove_devices
     from mdev_orchestrator.errors import MdoError
     from mdev_orchestrator.host import sysfs
     from mdev_orchestrator.qemu import process
 
-    for guest in process.list_guests():
+    for guest in process.list_guests(machine()):
         with contextlib.suppress(MdoError):
-            await lifecycle.end(guest, deadline=0, force=True)
-    for mdev in sysfs.scan().mdevs:
+            await guest_ops.end(machine(), guest, deadline=0, force=True)
+    for mdev in sysfs.read_host(machine()).mdevs:
         if mdev.uuid not in known:
             with contextlib.suppress(MdoError):
-                await remove_devices([str(mdev.uuid)])
+                await remove_devices(machine(), [mdev.uuid])
 
 
 def say(text: str) -> None:
@@ -257,11 +258,12 @@ def main() -> int:
     references = sys.argv[2:] or sorted(map(str, HERE.glob("test_*.py")))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mdo-") as directory:
-        # guests of our own, so that the sweep ends no others
+        # guests of our own, so that the clean-up ends no others
         os.environ["MDO_STATE_DIR"] = tempfile.tempdir = directory
+        from lab.machine import machine
         from mdev_orchestrator.host import sysfs
 
-        known = {mdev.uuid for mdev in sysfs.scan().mdevs}
+        known = {mdev.uuid for mdev in sysfs.read_host(machine()).mdevs}
         preload()
         adapt_avocado()
         try:
@@ -270,7 +272,7 @@ def main() -> int:
             for fork in forks:
                 with contextlib.suppress(ProcessLookupError):
                     fork.kill()
-            asyncio.run(sweep(known))
+            asyncio.run(clean_up(known))
     say(f"{passed} passed, {failed} failed in {time.monotonic() - started:.0f} s")
     return 1 if failed or not passed else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from guests import GuestTest, functions, guest, mdevs, unchanged, use
 
+from lab.machine import machine
 from mdev_lab.mvgpu import GRID_OTHERS, GRID_TYPE, IGD_TYPE, counts
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.qemu import hotplug, process
@@ -13,7 +14,7 @@ from mdev_orchestrator.qemu import hotplug, process
 class ColdPlug(GuestTest):
     async def test_guest_uses_what_it_was_started_with(self) -> None:
         async with unchanged(), mdevs(GRID_TYPE) as (grid,), mdevs(IGD_TYPE) as (igd,):
-            left = counts(sysfs.scan())
+            left = counts(sysfs.read_host(machine()))
             assert {left[other] for other in GRID_OTHERS} == {0}
             async with guest("cold", grid, igd) as program:
                 seen = await functions(program)
@@ -27,7 +28,7 @@ class ColdPlug(GuestTest):
                 assert with_msi["crc32"] != with_intx["crc32"]
                 await use(program, igd, seed=3, interrupt="msi")
 
-                plugged = await hotplug.mdevs_of(process.find("cold"))
+                plugged = await hotplug.mdevs_of(process.find(machine(), "cold"))
                 assert {one.uuid: one.port for one in plugged} == {
                     grid.uuid: "port0",
                     igd.uuid: "port1",

@@ -16,6 +16,7 @@ import guests
 from cells import cells
 from guests import GuestTest, functions, mdevs, mdo, one_line, unchanged
 
+from lab.machine import machine
 from matrix import machines
 from mdev_lab import l2
 from mdev_lab.mvgpu import IGD_TYPE
@@ -114,10 +115,10 @@ async def none():  # noqa: ANN201
 @contextlib.asynccontextmanager
 async def started_guest():  # noqa: ANN201
     """The program in the guest ``disk``, which a command has started and the test ends."""
-    running = process.find_running("disk")
+    running = process.find_running(machine(), "disk")
     try:
         async with l2.program("disk", running.console_socket, guests.BOOT_SECONDS) as program:
             yield program
     finally:
         with contextlib.suppress(Exception):
-            await guests.lifecycle.end(running, deadline=0, force=True)
+            await guests.guest_ops.end(machine(), running, deadline=0, force=True)

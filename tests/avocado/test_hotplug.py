@@ -21,13 +21,14 @@ from guests import (
     use,
 )
 
+from lab.machine import machine
 from mdev_lab.mvgpu import counts
 from mdev_orchestrator.engine import attach as engine_attach
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
 
@@ -48,9 +49,9 @@ class HotPlug(GuestTest):
             await appears(program, first)
             await use(program, first, seed=1)
 
-            # Detach returns when QEMU has closed it: nobody holds it then.
-            await lifecycle.detach("ports", first.uuid)
-            assert not holders((first,)).of(first.uuid)
+            # Detach returns when QEMU has closed it: no process holds it then.
+            await guest_ops.detach(machine(), "ports", first.uuid)
+            assert not read_holders(machine(), (first,)).of(first.uuid)
             await disappears(program, first)
 
             # The same device again, and one in every other port.
@@ -64,23 +65,25 @@ class HotPlug(GuestTest):
                 await attach("ports", fifth)
             with refused(RequestError, "guest ports has", str(first.uuid), "already"):
                 await attach("ports", first)
-            held = await hotplug.mdevs_of(process.find("ports"))
+            held = await hotplug.mdevs_of(process.find(machine(), "ports"))
             assert {one.uuid for one in held} == {mdev.uuid for mdev in four}
 
             # A port that is free again takes another, which the host can also remove for good.
-            await lifecycle.detach("ports", second.uuid)
-            await remove_devices([str(second.uuid)])
+            await guest_ops.detach(machine(), "ports", second.uuid)
+            await remove_devices(machine(), [second.uuid])
             assert await attach("ports", fifth, wait_guest=True) == "port1"
             await appears(program, fifth)
             await use(program, fifth, seed=5)
             seen = await functions(program)
             assert seen.keys() == {mdev.uuid for mdev in devices} - {second.uuid}
 
-            # Whoever asks the guest to let go cannot take that back; interrupted, it plugs in anew.
-            running = process.find_running("ports")
+            # The request to let go cannot be taken back: an interrupted detach plugs in anew.
+            running = process.find_running(machine(), "ports")
             async with connect(running.watch_socket, running.label) as qmp:
                 with qmp.events(("DEVICE_DELETED",), lambda data: "device" in data) as events:
-                    detaching = asyncio.ensure_future(engine_attach.detach("ports", fifth.uuid))
+                    detaching = asyncio.ensure_future(
+                        engine_attach.detach(machine(), "ports", fifth.uuid)
+                    )
                     while not any(running.directory.glob("asked-*")):
                         assert not detaching.done()
                         await asyncio.sleep(0.01)
@@ -96,7 +99,7 @@ class HotPlug(GuestTest):
         async with unchanged(), mdevs(SMALL) as (mdev,):
             async with halted_guest("deaf", mdev) as deaf:
                 with refused(DeadlineError, "guest deaf", str(mdev.uuid), "still has the device"):
-                    await lifecycle.detach("deaf", mdev.uuid, 1)
+                    await guest_ops.detach(machine(), "deaf", mdev.uuid, 1)
                 (plugged,) = await hotplug.mdevs_of(deaf)
                 assert plugged.uuid == mdev.uuid
 
@@ -104,8 +107,8 @@ class HotPlug(GuestTest):
                 done = await mdo("detach", "deaf", str(mdev.uuid), "--deadline", "1")
                 assert done.status == DeadlineError.exit_code, done
                 assert "did not let go" in one_line(done.err)
-                assert sysfs.read_mdev(mdev.uuid) is not None
-                assert counts(sysfs.scan())[SMALL] == 7
+                assert sysfs.read_mdev(machine(), mdev.uuid) is not None
+                assert counts(sysfs.read_host(machine()))[SMALL] == 7
             # A guest that has ended holds nothing.
-            assert not holders((mdev,)).of(mdev.uuid)
-            await remove_devices([str(mdev.uuid)])
+            assert not read_holders(machine(), (mdev,)).of(mdev.uuid)
+            await remove_devices(machine(), [mdev.uuid])

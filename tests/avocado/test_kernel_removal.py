@@ -18,10 +18,11 @@ from guests import (
     use,
 )
 
+from lab.machine import machine
 from mdev_lab.mvgpu import GRID_TYPE
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
@@ -32,7 +33,7 @@ SMALL = "mvgpu-128M"
 async def is_gone(mdev: Mdev) -> None:
     """Wait until the kernel has removed it."""
     async with asyncio.timeout(GUEST_SECONDS):
-        await until(lambda: sysfs.read_mdev(mdev.uuid) is None)
+        await wait_until(machine(), lambda: sysfs.read_mdev(machine(), mdev.uuid) is None)
 
 
 class KernelRemoval(GuestTest):
@@ -44,14 +45,14 @@ class KernelRemoval(GuestTest):
             guest("asked", grid, igd) as program,
         ):
             await use(program, grid)
-            running = process.find_running("asked")
+            running = process.find_running(machine(), "asked")
             async with connect(running.qmp_socket, running.label) as qmp:
                 # While the guest stands still it cannot let go: the writer gives up, and is
                 # abandoned in the kernel.
                 await qmp.execute("stop", object)
                 with refused(DeadlineError, str(grid.uuid), "was not removed", "has it open"):
-                    await sysfs.remove(grid.uuid, 1)
-                assert sysfs.read_mdev(grid.uuid) is not None
+                    await sysfs.remove(machine(), grid.uuid, 1)
+                assert sysfs.read_mdev(machine(), grid.uuid) is not None
                 (other,) = [m for m in await hotplug.mdevs(qmp) if m.uuid == igd.uuid]
                 assert other.driver == "vfio-pci"
 
@@ -80,7 +81,7 @@ class KernelRemoval(GuestTest):
         async with unchanged(), mdevs(SMALL) as (mdev,):
             async with halted_guest("deaf", mdev):
                 with refused(DeadlineError, str(mdev.uuid), "has it open"):
-                    await sysfs.remove(mdev.uuid, 1)
+                    await sysfs.remove(machine(), mdev.uuid, 1)
             await is_gone(mdev)
 
 

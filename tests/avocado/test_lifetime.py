@@ -23,11 +23,12 @@ from guests import (
 )
 
 from lab import vfio
+from lab.machine import machine
 from mdev_lab import l2
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.qemu import process
 
 SMALL = "mvgpu-128M"
@@ -59,11 +60,11 @@ class Lifetime(GuestTest):
                 words = Path(f"/proc/{shape['pid']}/cmdline").read_bytes().split(b"\0")
                 assert words[words.index(b"-uuid") + 1] == uuid.encode()
 
-                found = process.find_running("later")
+                found = process.find_running(machine(), "later")
                 async with l2.program("later", found.console_socket) as program:
                     attached = await mdo("attach", "later", str(held), "--wait-guest", "--json")
                     assert attached.json()["taken"] is True
-                    (one,) = [m for m in sysfs.scan().mdevs if m.uuid == held]
+                    (one,) = [m for m in sysfs.read_host(machine()).mdevs if m.uuid == held]
                     await appears(program, one)
                     await use(program, one)
 
@@ -72,13 +73,13 @@ class Lifetime(GuestTest):
                     assert done.status == BusyError.exit_code, done
                     assert "held by guest 'later'" in one_line(done.err)
                     assert "--detach" in done.err
-                    assert sysfs.read_mdev(held) is not None
+                    assert sysfs.read_mdev(machine(), held) is not None
                     await use(program, one)
 
                     # Unless it is taken out of the guest first.
                     done = await mdo("remove", "--detach", str(held))
                     assert done.status == 0, done
-                    assert sysfs.read_mdev(held) is None
+                    assert sysfs.read_mdev(machine(), held) is None
 
                 stopped = await mdo("guest", "stop", "later", "--json")
                 assert stopped.json() == {"name": "later", "how": "powerdown"}
@@ -86,11 +87,11 @@ class Lifetime(GuestTest):
                 assert not Path(f"/proc/{shape['pid']}").exists()
                 assert (await mdo("remove", str(cold))).status == 0
             finally:
-                for left in process.list_guests():
-                    await lifecycle.end(left, deadline=0, force=True)
-                left = [str(mdev) for mdev in (cold, held) if sysfs.read_mdev(mdev)]
-                if left:
-                    await mdo("remove", *left)
+                for left in process.list_guests(machine()):
+                    await guest_ops.end(machine(), left, deadline=0, force=True)
+                mdevs_left = [str(u) for u in (cold, held) if sysfs.read_mdev(machine(), u)]
+                if mdevs_left:
+                    await mdo("remove", *mdevs_left)
 
     async def test_qemu_that_dies_at_start(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,):
@@ -106,13 +107,13 @@ class Lifetime(GuestTest):
             assert f"-uuid {uuid}" in words
             assert str(mdev.path) in words
             # Nothing of the guest is left, and the device is as it was.
-            assert process.list_guests() == []
-            assert sysfs.read_mdev(mdev.uuid) == mdev
-            assert not holders((mdev,)).of(mdev.uuid)
+            assert process.list_guests(machine()) == []
+            assert sysfs.read_mdev(machine(), mdev.uuid) == mdev
+            assert not read_holders(machine(), (mdev,)).of(mdev.uuid)
 
     async def test_qemu_killed_in_the_middle(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,), guest("victim", mdev) as program:
-            record = process.find("victim").record
+            record = process.find(machine(), "victim").record
             assert record is not None
             in_use = asyncio.Event()
 
@@ -128,20 +129,20 @@ class Lifetime(GuestTest):
             os.kill(record.pid, signal.SIGKILL)
             with refused(QemuError, "guest victim ended"):
                 await using
-            assert await process.wait_ended(process.find("victim"))
+            assert await process.wait_ended(process.find(machine(), "victim"))
 
             (listed,) = (await mdo("guest", "list", "--json")).json()["guests"]
             assert listed["state"] == "gone"
             assert listed["pid"] is None
 
             # The device is free, and its next user finds nothing of what was in it.
-            assert not holders((mdev,)).of(mdev.uuid)
+            assert not read_holders(machine(), (mdev,)).of(mdev.uuid)
             with vfio.Device(str(mdev.uuid)) as device:
                 seen = os.pread(device.fd, FILL_BYTES, device.offset(vfio.FB))
             assert seen == bytes(FILL_BYTES)
 
             stopped = await mdo("guest", "stop", "victim", "--json")
             assert stopped.json() == {"name": "victim", "how": "gone"}
-            assert not process.guests_dir().joinpath("victim").exists()
+            assert not machine().guests_dir.joinpath("victim").exists()
             done = await mdo("remove", str(mdev.uuid))
             assert done.status == 0, done

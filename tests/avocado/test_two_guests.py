@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from guests import (
+    GUEST_SECONDS,
     GuestTest,
     appears,
     attach,
@@ -21,13 +22,24 @@ from guests import (
     use,
 )
 
+from lab.machine import machine
 from mdev_lab.mvgpu import GRID_TYPE, as_guest_mdev
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.errors import BusyError, QemuError
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
+from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu.monitor import connect
 
 SMALL = "mvgpu-128M"
+
+
+async def plug(name: str, mdev: Mdev) -> None:
+    """Have the QEMU of a guest add a device, without any check before that."""
+    running = process.find_running(machine(), name)
+    end = asyncio.get_running_loop().time() + GUEST_SECONDS
+    async with connect(running.qmp_socket, running.label) as qmp:
+        await hotplug.plug_by(qmp, hotplug.device_for(as_guest_mdev(mdev)), end)
 
 
 class TwoGuests(GuestTest):
@@ -53,23 +65,23 @@ class TwoGuests(GuestTest):
             assert "held by guest 'left'" in one_line(done.err)
             # …nor past the command's checks, where the kernel is the arbiter.
             with refused(QemuError, "Device or resource busy", "another process holds the mdev"):
-                await hotplug.attach("right", as_guest_mdev(shared))
+                await plug("right", shared)
             with refused(QemuError, "guest third", "Device or resource busy"):
-                await process.start(spec("third", shared, boots=False))
-            assert [found.name for found in process.list_guests()] == ["left", "right"]
-            (holder,) = holders((shared,)).of(shared.uuid)
+                await process.start(machine(), spec("third", shared, boots=False))
+            assert [found.name for found in process.list_guests(machine())] == ["left", "right"]
+            (holder,) = read_holders(machine(), (shared,)).of(shared.uuid)
             assert holder.guest == "left"
             await use(left, shared, seed=3)
 
             # It changes hands when the left one has let go.
-            await lifecycle.detach("left", shared.uuid)
+            await guest_ops.detach(machine(), "left", shared.uuid)
             await disappears(left, shared)
             await attach("right", shared, wait_guest=True)
             await appears(right, shared)
             await use(right, shared, seed=4)
 
             # The end of one is nothing to the other.
-            ended = await lifecycle.end(process.find("left"))
+            ended = await guest_ops.end(machine(), process.find(machine(), "left"))
             assert ended.how == "powerdown"
             await use(right, grid_of_right, seed=5)
-            assert not holders((grid_of_left,)).of(grid_of_left.uuid)
+            assert not read_holders(machine(), (grid_of_left,)).of(grid_of_left.uuid)

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from campaign import specs
 from lab.hang import where_it_hangs
+from lab.machine import machine
 from mdev_lab import l2
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.qemu import hotplug, process
@@ -38,7 +39,7 @@ def answers() -> int:
 
 
 async def _answers() -> int:
-    guest = process.find_running(NAME)
+    guest = process.find_running(machine(), NAME)
     assert guest.record is not None
     plugged = {mdev.uuid for mdev in await hotplug.mdevs_of(guest)}
     found: set[UUID] = set()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs ``mdo`` in a forked child that may kill itself at a point of its work.
+"""Runs ``mdo`` in a forked child in which a test can do something at each point of its work.
 
 An interpreter takes seconds to start inside an emulated machine, a fork takes nothing. The child is
-``mdo`` from its first line to its exit status; only its observer is ours. A *point* is
+``mdo`` from its first line to its exit status; only the points are added. A *point* is
 
-* a moment of a step: about to act, has acted, is written down as done; the same when it is undone;
-* right before and right after a run is begun, planned, taken over or ended in the journal.
+* an event of a step: about to act, has acted, is written down as done; the same when it is undone;
+* right before and right after a run is begun, planned, taken over or ended in the journal;
+* right before and right after QEMU is told to add or to delete a device.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from typing import Any, NoReturn
 
 # much of this is only what a command imports when it runs: so that the children need not
 import mdev_orchestrator.cli.apply
-import mdev_orchestrator.cli.options
 import mdev_orchestrator.cli.recover
+import mdev_orchestrator.cli.tree
 import mdev_orchestrator.engine.apply
 import mdev_orchestrator.engine.recovery
-import mdev_orchestrator.host.events
-import mdev_orchestrator.qemu.monitor  # noqa: F401
-from mdev_orchestrator.cli import output
+import mdev_orchestrator.host.events  # noqa: F401
 from mdev_orchestrator.cli.main import main
-from mdev_orchestrator.engine.executor import StepEvent
+from mdev_orchestrator.engine.executor import Execution, StepEventKind
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.errors import Outcome
+from mdev_orchestrator.qemu.monitor import QmpMonitor
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Ended:
 
     :ivar status: Exit status; negative for a signal.
     :ivar points: The points that it came to, in order.
+    :ivar out: Its standard output.
+    :ivar err: Its standard error.
     """
 
     status: int
@@ -57,7 +60,9 @@ class Ended:
 
 
 Hook = Callable[[str, int], None]
-"""ResultCallback of each point in the command's own process: what it is, and its number from 1."""
+"""Called at each point in the command's own process: what it is, and its number from 1."""
+Change = Callable[[], None]
+"""Changes the program in the command's own process, before the command begins."""
 
 
 def kill_at(number: int) -> Hook:
@@ -70,7 +75,24 @@ def kill_at(number: int) -> Hook:
     return hook
 
 
-def mdo(*arguments: str, hook: Hook | None = None, after: float | None = None) -> Ended:
+def at(beginning: str, act: Callable[[], Any]) -> Hook:
+    """Do something at the first point whose name begins so."""
+    acted: list[str] = []
+
+    def hook(what: str, _number: int) -> None:
+        if not acted and what.startswith(beginning):
+            acted.append(what)
+            act()
+
+    return hook
+
+
+def mdo(
+    *arguments: str,
+    hook: Hook | None = None,
+    change: Change | None = None,
+    after: float | None = None,
+) -> Ended:
     """Run a command to its end.
 
     :param after: Seconds after which it is killed.
@@ -82,7 +104,7 @@ def mdo(*arguments: str, hook: Hook | None = None, after: float | None = None) -
     ):
         pid = os.fork()
         if not pid:
-            _child(arguments, hook, (out.fileno(), err.fileno(), points.fileno()))
+            _child(arguments, hook, change, (out.fileno(), err.fileno(), points.fileno()))
         if after is not None:
             time.sleep(after)
             os.kill(pid, signal.SIGKILL)
@@ -99,7 +121,12 @@ def _text(descriptor: int) -> str:
     return os.pread(descriptor, 1 << 20, 0).decode()
 
 
-def _child(arguments: tuple[str, ...], hook: Hook | None, files: tuple[int, int, int]) -> NoReturn:
+def _child(
+    arguments: tuple[str, ...],
+    hook: Hook | None,
+    change: Change | None,
+    files: tuple[int, int, int],
+) -> NoReturn:
     status = 99
     signal.alarm(LONGEST)
     try:
@@ -111,6 +138,8 @@ def _child(arguments: tuple[str, ...], hook: Hook | None, files: tuple[int, int,
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for as long as we live
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        if change is not None:
+            change()
         _arm(_Points(points, hook))
         status = main(list(arguments))
     except SystemExit as error:
@@ -134,13 +163,27 @@ class _Points:
             self.hook(what, self.seen)
 
 
+DEVICE_COMMANDS = ("device_add", "device_del")
+"""Commands of QMP right before and after which there are points."""
+
+
 def _arm(points: _Points) -> None:
     """Make every point of this process known to ``points``."""
-    tell = output.progress
+    emit, execute = Execution.emit, QmpMonitor.execute
 
-    def progress(event: StepEvent) -> None:
-        tell(event)
-        points.reached(f"{event.kind} {event.step}")
+    def emitting(
+        self: Execution, kind: StepEventKind, number: int, outcome: Outcome | None = None
+    ) -> None:
+        emit(self, kind, number, outcome)
+        points.reached(f"{kind} {self.planned[number].step}")
+
+    async def executing(self: QmpMonitor, command: str, *rest: Any, **more: Any) -> Any:  # noqa: ANN401
+        if command not in DEVICE_COMMANDS:
+            return await execute(self, command, *rest, **more)
+        points.reached(f"before {command} of {self.label}")
+        value = await execute(self, command, *rest, **more)
+        points.reached(f"after {command} of {self.label}")
+        return value
 
     def marked(name: str) -> None:
         method: Callable[..., Awaitable[Any]] = getattr(Journal, name)
@@ -153,6 +196,7 @@ def _arm(points: _Points) -> None:
 
         setattr(Journal, name, wrapped)
 
-    output.progress = progress
+    Execution.emit = emitting  # type: ignore[method-assign]
+    QmpMonitor.execute = executing  # type: ignore[method-assign]
     for name in ("begin", "plan", "take_over", "end"):
         marked(name)

@@ -3,7 +3,7 @@
 
 For each point the command runs anew, kills itself there (SIGKILL), and ``mdo recover`` runs after
 it. What is then on the machine is compared with what was there before, whole: devices, counts,
-links, guests, files, journal, processes, strangers.
+links, guests, files, journal, processes, foreign objects.
 """
 
 from __future__ import annotations
@@ -20,28 +20,16 @@ from pathlib import Path
 import pytest
 
 from campaign import booted, specs
-from campaign.command import Ended, kill_at, mdo
+from campaign.command import Ended, at, kill_at, mdo
 from campaign.conftest import EVERY, Tally
-from campaign.world import Foreign, Look, clear, differences, look
+from campaign.works import DESTROY, WORKS, done, half_done, recovered
+from campaign.world import Foreign, Look, clear, denials, differences, look
 from lab import vfio
+from lab.machine import machine
 from mdev_orchestrator.engine.journal_db import read_managed
 
-DESTROY = ("destroy", "one", "--force", "--deadline", "0")
 CLOCKED = 6
 """Times that a command is killed by the clock, in the middle of whatever it does."""
-
-
-def done(*arguments: str) -> Ended:
-    """A command that must succeed."""
-    ended = mdo(*arguments)
-    assert ended.status == 0, f"mdo {' '.join(arguments)}: {ended}"
-    return ended
-
-
-def recovered() -> list[str]:
-    """``mdo recover``, and why it did not succeed."""
-    ended = mdo("recover")
-    return [] if ended.status == 0 else [f"mdo recover: {ended}"]
 
 
 def campaign(
@@ -61,7 +49,8 @@ def campaign(
     longest = 0.0
 
     def after(ended: Ended, was: Look, where: str) -> None:
-        left = recovered() + judge(was, look(others))
+        left = denials(ended.err, was, lambda: look(others))
+        left += recovered() + judge(was, look(others))
         failures.extend(tally.count(what, left, where))
         if left:
             clear(others)
@@ -86,6 +75,11 @@ def campaign(
     return failures
 
 
+def die() -> None:
+    """SIGKILL for the calling process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def nothing(was: Look, now: Look) -> list[str]:
     return differences(was, now)
 
@@ -100,14 +94,13 @@ def test_apply(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
     assert differences(empty, look(others)) == []
 
     def prepare() -> Look:
-        if read_managed().specs:  # the last one was killed when all was done
+        if read_managed(machine()).specs:  # the last one was killed when all was done
             done(*DESTROY)
             assert differences(empty, look(others)) == []
         return empty
 
     def judge(was: Look, now: Look) -> list[str]:
-        left = differences(was, now)
-        return left and (differences(whole, now, shape=True) and left)
+        return half_done(was, whole, now)
 
     assert campaign("apply", ("apply", spec), prepare, judge, others, tally) == []
 
@@ -132,25 +125,24 @@ def test_changed(place: Path, others: Foreign, empty: Look, tally: Tally) -> Non
         return now
 
     def judge(was: Look, now: Look) -> list[str]:
-        left = differences(was, now)
-        return left and (differences(whole, now, shape=True) and left)
+        return half_done(was, whole, now)
 
     assert campaign("changed apply", ("apply", changed), prepare, judge, others, tally) == []
 
 
-def test_destroy(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
-    """What has begun to go goes."""
-    spec = specs.three(place)
+@pytest.mark.parametrize("name", [name for name in WORKS if "apply" not in name])
+def test_every_verb(place: Path, others: Foreign, empty: Look, tally: Tally, name: str) -> None:
+    work = WORKS[name]
+    whole = work.whole(place, others)
 
     def prepare() -> Look:
-        done("apply", spec)
-        return look(others)
+        return work.prepare(place, others)
 
     def judge(was: Look, now: Look) -> list[str]:
-        left = differences(empty, now)
-        return left and (differences(was, now) and left)
+        return half_done(was, whole, now)
 
-    assert campaign("destroy", DESTROY, prepare, judge, others, tally) == []
+    assert campaign(name, work.command(place), prepare, judge, others, tally) == []
+    clear(others)
 
 
 def test_recover_undoes(place: Path, others: Foreign, empty: Look, tally: Tally) -> None:
@@ -172,7 +164,7 @@ def test_recover_finishes(place: Path, others: Foreign, empty: Look, tally: Tall
 
     def prepare() -> Look:
         done("apply", spec)
-        assert mdo(*DESTROY, hook=kill_at(5)).killed  # the first step has begun
+        assert mdo(*DESTROY, hook=at("begin", die)).killed  # the first step has begun
         return empty
 
     assert campaign("recover of a destroy", ("recover",), prepare, nothing, others, tally) == []
@@ -195,8 +187,7 @@ def test_booted_guest(place: Path, others: Foreign, empty: Look, tally: Tally) -
     def judge(was: Look, now: Look) -> list[str]:
         if booted.answers() != pid:
             return ["it is another QEMU"]
-        left = differences(was, now)
-        return left and (differences(whole, now, shape=True) and left)
+        return half_done(was, whole, now)
 
     failures = campaign("booted guest", ("apply", changed), prepare, judge, others, tally)
     assert failures == []
@@ -236,13 +227,13 @@ def test_slow_driver(
     """Killed while a driver takes its time: what it was asked goes on, and recover waits for it."""
     spec = specs.known(place)
 
-    def die(struck: Callable[[], str]) -> None:
+    def die_when(struck: Callable[[], str]) -> None:
         while "hits=0" in struck():
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
     with vfio.fault(fault, f"delay_ms=15000 uuid={object_}") as struck:
-        watch = threading.Thread(target=die, args=(struck,), daemon=True)
+        watch = threading.Thread(target=die_when, args=(struck,), daemon=True)
         ended = mdo("apply", spec, hook=lambda _, number: watch.start() if number == 1 else None)
         assert ended.killed, ended
         left = recovered() + differences(empty, look(others))

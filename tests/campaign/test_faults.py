@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from typing import Any
 import pytest
 
 from campaign import specs
-from campaign.command import Ended, Hook, mdo
+from campaign.command import Ended, Hook, at, mdo
 from campaign.conftest import EVERY, Tally
-from campaign.test_crash import DESTROY, done
-from campaign.world import Foreign, Look, clear, differences, look, small_disk
+from campaign.works import DESTROY, done
+from campaign.world import Foreign, Look, clear, denials, differences, look, small_disk
 from lab import vfio
 
 SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
@@ -66,6 +65,7 @@ class Campaign:
         error = ended.err.splitlines()[-1] if ended.err else ""
         left += [f"{word!r} is not in: {error}" for word in words if word not in error]
         now = look(self.others)
+        left += denials(ended.err, was, lambda: now, ignored)
         left += differences({key: was[key] for key in was if key not in ignored}, now)
         self.failures += self.tally.count(what, left, where)
         if left:
@@ -76,18 +76,6 @@ class Campaign:
 @pytest.fixture
 def campaign(others: Foreign, tally: Tally) -> Campaign:
     return Campaign(others, tally, [])
-
-
-def at(beginning: str, act: Callable[[], Any]) -> Hook:
-    """Do something at the first point whose name begins so."""
-    acted: list[str] = []
-
-    def hook(what: str, _number: int) -> None:
-        if not acted and what.startswith(beginning):
-            acted.append(what)
-            act()
-
-    return hook
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The machine that a campaign happens on: who else is there, and all that can be left over.
+"""The machine that a campaign happens on: what is foreign there, and all that can be left over.
 
-:func:`look` tells everything that a command could have changed, so that "nothing has happened" is
-that two of its answers are equal. Foreign parties are there all the time: two mdevs that nobody
-made with ``mdo``, one of them open in a QEMU that nobody started with it. mvgpu's own log tells
+:func:`look` gives everything that a command could have changed, so that "nothing has happened" is
+that two of its answers are equal. Foreign objects are there all the time: two mdevs that were not
+made with ``mdo``, one of them open in a QEMU that was not started with it. mvgpu's own log tells
 whether anything ever happened to them.
 """
 
@@ -19,15 +19,16 @@ import sqlite3
 import subprocess
 import time
 import uuid as uuids
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import vfio
+from lab.machine import machine
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.holders import Holders, read_holders
 from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu import process
 
@@ -40,7 +41,7 @@ Look = dict[str, object]
 
 @dataclass
 class Foreign:
-    """Who else is on the machine.
+    """What is on the machine beside the objects of the campaign.
 
     :ivar uuids: mdevs that are not ours; the first is open.
     :ivar pid: The QEMU that has it open.
@@ -55,7 +56,7 @@ class Foreign:
 
     @property
     def known(self) -> set[int]:
-        """Processes that nobody needs to wonder about."""
+        """Processes that are meant to be there."""
         return {self.pid, os.getpid(), *self.company}
 
     def look(self, host: Host, held_by: Holders) -> list[object]:
@@ -77,7 +78,7 @@ class Foreign:
 
 @contextlib.contextmanager
 def foreign() -> Iterator[Foreign]:
-    """Two mdevs of somebody else, one of them open in his QEMU."""
+    """Two mdevs that are not managed here, one of them open in a QEMU that is not either."""
     opened = vfio.create("igd0", "128M")
     idle = vfio.create("grid0", "12")
     vfio.put(idle, "group_uuid", "5ca1ab1e-0000-4000-8000-000000000001")
@@ -134,42 +135,40 @@ def small_disk(place: Path, size: str = "2M") -> Iterator[Callable[[], None]]:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Observed:
     """What is there at one moment.
 
-    :ivar held: Who has each mdev open.
-    :ivar owned: What the journal says is ours.
+    :ivar held: The processes that have each mdev open.
     """
 
     host: Host
     held: Holders
-    owned: Managed
+    managed: Managed
     guests: tuple[process.RunningGuest, ...]
 
     @classmethod
-    def now(cls) -> Machine:
+    def now(cls) -> Observed:
         """Read it."""
-        host = sysfs.scan()
-        owned = read_managed(_place() / "journal.db")
-        return cls(host, holders(host.mdevs), owned, _guests())
+        host = sysfs.read_host(machine())
+        held = read_holders(machine(), host.mdevs)
+        return cls(host, held, read_managed(machine()), _guests())
 
 
 def _place() -> Path:
-    """The state directory, without the checks that mdo makes each time."""
-    return Path(os.environ["MDO_STATE_DIR"])
+    return machine().state_dir
 
 
 def _guests() -> tuple[process.RunningGuest, ...]:
-    return tuple(process.list_guests(_place() / "guests"))
+    return tuple(process.list_guests(machine()))
 
 
-def look(others: Foreign, machine: Machine | None = None) -> Look:
+def look(others: Foreign, observed: Observed | None = None) -> Look:
     """All that a command may change, and what nothing may change.
 
-    :param machine: What was just read of it.
+    :param observed: What was read just now.
     """
-    machine = machine or Machine.now()
-    host, held, owned = machine.host, machine.held, machine.owned
+    observed = observed or Observed.now()
+    host, held, managed = observed.host, observed.held, observed.managed
     known = set(others.uuids)
     runs, claims = _open()
     return {
@@ -180,14 +179,14 @@ def look(others: Foreign, machine: Machine | None = None) -> Look:
             for type_ in parent.types
         },
         "links": {name: vfio.links(name) for name in ("grid0", "igd0")},
-        "guests": [_guest(guest) for guest in machine.guests],
+        "guests": [_guest(guest) for guest in observed.guests],
         "files": _files(),
-        "our devices": sorted(f"{d.uuid} {d.owner} {d.spec}" for d in owned.devices.values()),
-        "our guests": sorted(f"{g.name} {g.uuid} {g.spec}" for g in owned.guests.values()),
-        "our specs": sorted(owned.specs),
+        "our devices": sorted(f"{d.uuid} {d.owner} {d.spec}" for d in managed.devices.values()),
+        "our guests": sorted(f"{g.name} {g.uuid} {g.spec}" for g in managed.guests.values()),
+        "our specs": sorted(managed.specs),
         "open runs": runs,
         "claims": claims,
-        "strays": _strays(others, machine.guests),
+        "strays": _strays(others, observed.guests),
         "foreign": others.look(host, held),
     }
 
@@ -206,7 +205,7 @@ def _guest(guest: process.RunningGuest) -> str:
 
 def _files() -> list[str]:
     """What stands in the directories of guests."""
-    place = _place() / "guests"
+    place = machine().guests_dir
     return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
 
 
@@ -222,7 +221,7 @@ def _open() -> tuple[list[str], list[str]]:
 
 
 def _strays(others: Foreign, guests: tuple[process.RunningGuest, ...]) -> list[str]:
-    """Processes that nobody knows: QEMUs, shells that would become one, writers left behind."""
+    """Processes that should not be there: QEMUs, shells that would become one, left writers."""
     end = time.monotonic() + PATIENCE
     while True:
         known = {guest.record.pid for guest in guests if guest.record} | others.known
@@ -256,7 +255,7 @@ _OWN = _words(Path("/proc/self/cmdline").read_bytes())
 
 _KTHREADD = 2
 _KERNEL: set[str] = set()
-"""Threads of the kernel, which are many, and none of anybody's business."""
+"""Threads of the kernel, which are many."""
 
 
 def processes() -> list[tuple[int, str]]:
@@ -306,6 +305,31 @@ def differences(wanted: Look, got: Look, *, shape: bool = False) -> list[str]:
     return lines
 
 
+DENIAL = re.compile(r"nothing was (changed|created|removed|done)|no step had any effect")
+"""Words that deny that a command has changed anything."""
+DENIED = ("devices", "guests")
+"""What they deny a change of. A device's entry names the processes that have it open: a device that
+was plugged into a guest differs by that, also while its QEMU cannot be asked."""
+
+
+def denials(
+    text: str, was: Look, now: Callable[[], Look], ignored: Collection[str] = ()
+) -> list[str]:
+    """What has changed though a command's messages deny it.
+
+    :param text: What the command has printed.
+    :param was: How it was before the command.
+    :param now: Looks how it is; called only if there is a denial.
+    :param ignored: What the test itself has changed.
+    """
+    denied = DENIAL.search(text)
+    keys = [key for key in DENIED if key not in ignored]
+    if denied is None or not keys:
+        return []
+    changed = differences({key: was[key] for key in keys}, now())
+    return [f"{denied[0]!r} was said, but {line}" for line in changed]
+
+
 def _shape(value: object) -> object:
     """A value with all UUIDs alike, in an order that does not depend on them."""
     plain = json.loads(UUID.sub("UUID", json.dumps(value)))
@@ -331,7 +355,7 @@ def clear(others: Foreign) -> None:
     while [pid for pid, _ in processes() if pid not in others.known]:
         assert time.monotonic() < end, processes()
         time.sleep(0.05)
-    for mdev in sysfs.scan().mdevs:
+    for mdev in sysfs.read_host(machine()).mdevs:
         if str(mdev.uuid) not in others.uuids:
             with contextlib.suppress(FileNotFoundError):
                 vfio.remove(str(mdev.uuid))

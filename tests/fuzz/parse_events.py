@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Lines of strangers: a uevent, the command line of a process, what L1's agent says."""
+"""Lines of other programs: a uevent, the command line of a process, what L1's agent says."""
 
 from mdev_lab import wire
 from mdev_orchestrator.host import events, holders

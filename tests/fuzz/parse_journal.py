@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The journal: a damaged file, and rows that nobody wrote so."""
+"""The journal: a damaged file, and rows that this program would not write."""
 
 import contextlib
 import sqlite3
@@ -9,11 +9,12 @@ from mdev_orchestrator.engine import journal_db, recovery, steps
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.system.processes import boot_id
 
 PLACE = harness.scratch()
-FILE = PLACE / "damaged/journal.db"
-FILE.parent.mkdir(mode=0o700)
+DAMAGED = Machine(state=PLACE / "damaged")
+DAMAGED.state_dir.mkdir(mode=0o700)
 ROW = {
     "device": "INSERT INTO device VALUES (?, CAST(? AS TEXT))",
     "guest": "INSERT INTO guest VALUES (?, CAST(? AS TEXT))",
@@ -34,14 +35,15 @@ def one(data: bytes) -> None:
 
 
 def _file(data: bytes) -> None:
+    path = DAMAGED.journal_path
     try:
-        FILE.write_bytes(data)
-        _use(journal_db.read_managed(FILE))
-        with Journal.open(FILE) as journal:
-            _use(journal.owned())
-            recovery.pending(journal)
+        path.write_bytes(data)
+        _use(journal_db.read_managed(DAMAGED))
+        with Journal.open(path) as journal:
+            _use(journal.managed())
+            _recover(journal)
     finally:
-        for file in FILE.parent.iterdir():
+        for file in path.parent.iterdir():
             file.unlink()
 
 
@@ -53,8 +55,8 @@ def _rows(data: bytes) -> None:
     db.execute("BEGIN")
     try:
         _insert(db, data)
-        _use(journal.owned())
-        recovery.pending(journal)
+        _use(journal.managed())
+        _recover(journal)
         for run in journal.open_runs():
             for entry in journal.steps(run):
                 _step(entry.data)
@@ -64,8 +66,9 @@ def _rows(data: bytes) -> None:
 
 def _insert(db: sqlite3.Connection, data: bytes) -> None:
     """Bytes become text as they are, in UTF-8 or not."""
-    run = "INSERT INTO run VALUES (1, ?, 'title', 4194304, 1, ?, 0, NULL, NULL)"
-    db.execute(run, ("destroy" if data.endswith(b"!") else "apply", boot_id()))
+    run = "INSERT INTO run VALUES (1, ?, 'title', 4194304, 1, ?, 0, NULL, NULL, ?)"
+    locked = int(data.endswith(b"?"))  # by a lock that its process has given back
+    db.execute(run, ("destroy" if data.endswith(b"!") else "apply", boot_id(), locked))
     for number, (what, text) in enumerate(harness.records(data)):
         table, _, key = what.partition(" ")
         with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
@@ -77,8 +80,15 @@ def _insert(db: sqlite3.Connection, data: bytes) -> None:
                 db.execute(ROW[table], (key, text))
 
 
-def _use(owned: Managed) -> None:
-    for guest in owned.guests.values():
+def _recover(journal: Journal) -> None:
+    """What recovery finds out before it does anything."""
+    for run, entries in journal.abandoned():
+        recovery._way(run, entries)
+        recovery._begun(entries)
+
+
+def _use(managed: Managed) -> None:
+    for guest in managed.guests.values():
         with contextlib.suppress(MdoError):
             steps.guest_spec(guest, [])
 

@@ -14,7 +14,7 @@ from mdev_orchestrator.qemu.command import GuestMdev
 PLACE = harness.scratch()
 DEV = UUID("0f0f9c0e-6f2c-4a5e-8d5b-0a5a1d3a9a11")
 MDEV = GuestMdev(DEV, Path(f"/sys/bus/mdev/devices/{DEV}"))
-RECORD = process.Record(
+RECORD = process.ProcessRecord(
     name="a", uuid=DEV, pid=2, start_time=0, boot_id="", created=0, argv=[], mdevs=[], memory=0,
     cpus=1, ready=True,
 )  # fmt: skip
@@ -52,7 +52,15 @@ async def _ports() -> None:
 
 
 async def _plug() -> None:
-    await hotplug.plug(GUEST, hotplug.device_for(MDEV), deadline=SECONDS, wait_guest=True)
+    end = asyncio.get_running_loop().time() + SECONDS
+    async with monitor.connect(GUEST.qmp_socket, GUEST.label, end=end) as qmp:
+        await hotplug.plug_by(qmp, hotplug.device_for(MDEV), end, wait_guest=True)
+
+
+async def _unplug() -> None:
+    end = asyncio.get_running_loop().time() + SECONDS
+    async with monitor.connect(GUEST.qmp_socket, GUEST.label, end=end) as qmp:
+        await hotplug._unplug(qmp, MDEV.device_id, end, SECONDS)
 
 
 TASKS = {
@@ -63,7 +71,7 @@ TASKS = {
     b"plug": _plug,
     b"mdevs": lambda: hotplug.mdevs_of(GUEST, deadline=SECONDS),
     b"taken": lambda: hotplug.wait_taken(GUEST, DEV, SECONDS),
-    b"unplug": lambda: hotplug.unplug(GUEST, MDEV.device_id, SECONDS),
+    b"unplug": _unplug,
     b"console": lambda: status.check_console_free(GUEST, deadline=SECONDS),
 }
 
@@ -82,7 +90,7 @@ def one(data: bytes) -> None:
         harness.check_message(error)
     except TimeoutError:
         assert task is _watch  # the others have deadlines of their own
-    assert not COMPLAINTS, COMPLAINTS  # such as an exception that nobody retrieved
+    assert not COMPLAINTS, COMPLAINTS  # such as an exception that was never retrieved
 
 
 async def _between(script: bytes, task) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
@@ -106,7 +114,7 @@ async def _between(script: bytes, task) -> None:  # type: ignore[no-untyped-def]
             server.close()
         if others := asyncio.all_tasks() - {asyncio.current_task()}:
             _, left = await asyncio.wait(others, timeout=2)
-            assert not left, left  # nobody else would ever end them
+            assert not left, left  # nothing else would ever end them
 
 
 async def _say(script: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -2,7 +2,6 @@
 """Files that earlier commands left: a guest's record and start groups, what was learned, labs."""
 
 import asyncio
-import errno
 import shutil
 
 import msgspec
@@ -10,8 +9,9 @@ import msgspec
 from fuzz import harness
 from mdev_lab import labs
 from mdev_orchestrator.cli.guest import guest_shape
-from mdev_orchestrator.engine import lifecycle, model_cache
+from mdev_orchestrator.engine import model_cache, start_groups
 from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.status import Report
@@ -31,11 +31,6 @@ FILES = {
 }
 
 
-async def _nothing_there(path: str, data: bytes) -> int:
-    """A machine without mdevs: nothing can be written."""
-    return errno.ENOENT
-
-
 def one(data: bytes) -> None:
     """The input: records, each the contents of one of FILES."""
     for directory in (GUEST / "started", LAB):
@@ -52,24 +47,17 @@ def one(data: bytes) -> None:
 
 
 def _read() -> None:
+    machine = Machine(PLACE, state=PLACE)  # it has no mdevs
     features._read()
-    model_cache.load()
+    model_cache.load(machine)
     harness.check_shown([process.qemu_words(GUEST / "qemu.log")])
-    for guest in process.list_guests():
+    for guest in process.list_guests(machine):
         msgspec.json.encode(guest_shape(Report(guest, damage=guest.damage), Host()))
         if guest.record is not None:
             written = msgspec.json.encode(guest.record)
-            assert msgspec.json.decode(written, type=process.Record) == guest.record
-    for try_ in (_look_at_lab, _sweep):
-        try:
-            try_()
-        except MdoError as error:
-            harness.check_message(error)
-
-
-def _look_at_lab() -> None:
-    labs.lookup("b")
-
-
-def _sweep() -> None:
-    asyncio.run(lifecycle.reclaim_groups(host=PLACE, write=_nothing_there))
+            assert msgspec.json.decode(written, type=process.ProcessRecord) == guest.record
+    try:
+        labs.lookup("b")
+    except MdoError as error:
+        harness.check_message(error)
+    asyncio.run(start_groups.reclaim_groups(machine))

@@ -20,11 +20,12 @@ from uuid import uuid4
 
 import pytest
 
-from mdev_orchestrator.engine import lifecycle
+from lab.machine import machine
+from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import BusyError, CapacityError, RequestError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.host.readiness import missing
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug
@@ -48,49 +49,51 @@ def driver(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def free(parent: str) -> dict[str, int | None]:
-    types = next(p.types for p in sysfs.scan().parents if p.name == parent)
+    types = next(p.types for p in sysfs.read_host(machine()).parents if p.name == parent)
     return {type_.id: type_.available_instances for type_ in types}
 
 
 async def test_what_was_created_comes_back(driver: str) -> None:
-    before = sysfs.scan()
+    before = sysfs.read_host(machine())
     for type_, count in free(driver).items():
         assert count
-        made = await create_devices(type_, 2)
-        assert [(m.parent, m.type_id, missing(m.uuid)) for m in made] == [(driver, type_, None)] * 2
+        made = await create_devices(machine(), type_, 2)
+        assert [(m.parent, m.type_id, missing(machine(), m.uuid)) for m in made] == [
+            (driver, type_, None)
+        ] * 2
         assert free(driver)[type_] == count - 2
-        await remove_devices([str(mdev.uuid) for mdev in made])
-    assert sysfs.scan() == before
+        await remove_devices(machine(), [mdev.uuid for mdev in made])
+    assert sysfs.read_host(machine()) == before
 
 
 async def test_one_type_takes_from_the_others(driver: str) -> None:
     before = free(driver)
     first, *others = before
-    (mdev,) = await create_devices(first)
+    (mdev,) = await create_devices(machine(), first)
     after = free(driver)
     assert all((after[type_] or 0) < (before[type_] or 0) for type_ in others)
-    await remove_devices([str(mdev.uuid)])
+    await remove_devices(machine(), [mdev.uuid])
 
 
 async def test_one_more_than_fits_creates_nothing(driver: str) -> None:
-    before = sysfs.scan()
+    before = sysfs.read_host(machine())
     for type_, count in free(driver).items():
         with pytest.raises(CapacityError, match=rf"{count} would; nothing was created"):
-            await create_devices(type_, (count or 0) + 1)
-    assert sysfs.scan() == before
+            await create_devices(machine(), type_, (count or 0) + 1)
+    assert sysfs.read_host(machine()) == before
 
 
 async def test_a_driver_without_our_files(driver: str) -> None:
-    (mdev,) = await create_devices(next(iter(free(driver))))
-    assert sysfs.read_file(mdev.uuid, "online") is None
-    assert not await sysfs.write_file(mdev.uuid, "group_uuid", "")
-    await remove_devices([str(mdev.uuid)])
+    (mdev,) = await create_devices(machine(), next(iter(free(driver))))
+    assert sysfs.read_file(machine(), mdev.uuid, "online") is None
+    assert not await sysfs.write_file(machine(), mdev.uuid, "group_uuid", "")
+    await remove_devices(machine(), [mdev.uuid])
 
 
 async def test_host_shows_it_like_any_other(driver: str) -> None:
     before = free(driver)
     first, *_ = before
-    (mdev,) = await create_devices(first)
+    (mdev,) = await create_devices(machine(), first)
     done = subprocess.run(
         [sys.executable, "-c", CODE, "host", "--json"], capture_output=True, check=True
     )
@@ -100,7 +103,7 @@ async def test_host_shows_it_like_any_other(driver: str) -> None:
     assert shown == free(driver) != before
     assert {t["device_api"] for t in parent["types"]} == {"vfio-pci"}
     assert str(mdev.uuid) in done.stdout.decode()
-    await remove_devices([str(mdev.uuid)])
+    await remove_devices(machine(), [mdev.uuid])
 
 
 # ---------------------------------------------------------------- up to QEMU
@@ -120,29 +123,29 @@ async def halted_guest(*mdevs: Mdev) -> AsyncIterator[RunningGuest]:
         mdevs=tuple(map(as_guest_mdev, mdevs)),
         extra=("-S",),
     )
-    guest = await lifecycle.launch(spec)
+    guest = await guest_ops.launch(machine(), spec)
     try:
         yield guest
     finally:
-        await lifecycle.end(guest, deadline=0, force=True)
+        await guest_ops.end(machine(), guest, deadline=0, force=True)
 
 
 async def test_guest_gets_one_cold_and_one_hot(driver: str) -> None:
     before = free(driver)
-    cold, hot = await create_devices(next(iter(before)), 2)
+    cold, hot = await create_devices(machine(), next(iter(before)), 2)
     async with halted_guest(cold) as guest:
         assert {one.uuid for one in await hotplug.mdevs_of(guest)} == {cold.uuid}
-        assert await lifecycle.attach(guest, as_guest_mdev(hot)) == "port1"
+        assert await guest_ops.attach(machine(), guest, as_guest_mdev(hot)) == "port1"
         plugged = {one.uuid: one.path for one in await hotplug.mdevs_of(guest)}
         assert plugged == {cold.uuid: str(cold.path), hot.uuid: str(hot.path)}
         for mdev in (cold, hot):
-            (holder,) = holders((mdev,)).of(mdev.uuid)
+            (holder,) = read_holders(machine(), (mdev,)).of(mdev.uuid)
             assert holder.guest == "halted"
         with pytest.raises(BusyError, match="held by guest 'halted'"):
-            await remove_devices([str(hot.uuid), str(cold.uuid)])
+            await remove_devices(machine(), [hot.uuid, cold.uuid])
         with pytest.raises(RequestError, match="already"):
-            await lifecycle.attach(guest, as_guest_mdev(hot))
-    await remove_devices([str(cold.uuid), str(hot.uuid)])
+            await guest_ops.attach(machine(), guest, as_guest_mdev(hot))
+    await remove_devices(machine(), [cold.uuid, hot.uuid])
     assert free(driver) == before
 
 
@@ -153,11 +156,11 @@ async def test_one_pool_of_24_ports(driver: str) -> None:
     if driver != "mtty":
         pytest.skip("of mtty")
     assert free(driver) == {ONE_PORT: 24, TWO_PORTS: 12}
-    (two,) = await create_devices(TWO_PORTS)
+    (two,) = await create_devices(machine(), TWO_PORTS)
     assert free(driver) == {ONE_PORT: 22, TWO_PORTS: 11}
-    (one,) = await create_devices(ONE_PORT)
+    (one,) = await create_devices(machine(), ONE_PORT)
     assert free(driver) == {ONE_PORT: 21, TWO_PORTS: 10}
     with pytest.raises(CapacityError, match="11 of mtty-2 do not fit on mtty: 10 would"):
-        await create_devices(TWO_PORTS, 11)
-    await remove_devices([str(two.uuid), str(one.uuid)])
+        await create_devices(machine(), TWO_PORTS, 11)
+    await remove_devices(machine(), [two.uuid, one.uuid])
     assert free(driver) == {ONE_PORT: 24, TWO_PORTS: 12}

@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from lab.machine import machine
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.host import sysfs
@@ -58,11 +59,11 @@ def mdo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture(autouse=True)
 async def nothing_stays() -> AsyncIterator[None]:
     """No device and no definition before a test, and none after it."""
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(machine()).mdevs == ()
     assert interop.read(HERE) == interop.Definitions()
     yield
-    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
-        await remove_devices(left)
+    if left := [mdev.uuid for mdev in sysfs.read_host(machine()).mdevs]:
+        await remove_devices(machine(), left)
     for parent in WHERE.iterdir():
         if parent.name != "scripts.d":
             shutil.rmtree(parent)
@@ -94,7 +95,7 @@ def define(uuid: UUID, *attributes: tuple[str, str], auto: bool = False) -> Path
 
 
 def the(uuid: UUID) -> Mdev:
-    mdev = sysfs.read_mdev(uuid)
+    mdev = sysfs.read_mdev(machine(), uuid)
     assert mdev is not None
     return mdev
 
@@ -107,20 +108,20 @@ async def test_both_show_the_same_devices(mdo: Mdo) -> None:
     mdevctl("start", "--uuid", theirs[0], "--parent", "igd0", "--type", "mvgpu-256M")
     mdevctl("start", "--uuid", theirs[1], "--parent", "grid0", "--type", "mvgpu-12")
     ours = [
-        *await create_devices("mvgpu-12", 2),
-        *await create_devices("mvgpu-128M", group=str(GROUP)),
+        *await create_devices(machine(), "mvgpu-12", 2),
+        *await create_devices(machine(), "mvgpu-128M", group=str(GROUP)),
     ]
     shown = shown_by_mdo(mdo)
     assert {uuid for uuid, _, _ in shown} == {str(u) for u in theirs} | {str(m.uuid) for m in ours}
     assert shown_by_mdevctl() == shown
 
     mdevctl("stop", "--uuid", theirs[0])
-    await remove_devices([str(mdev.uuid) for mdev in ours])
+    await remove_devices(machine(), [mdev.uuid for mdev in ours])
     assert shown_by_mdevctl() == shown_by_mdo(mdo) == {(str(theirs[1]), "grid0", "mvgpu-12")}
 
 
 async def test_both_show_the_same_types(mdo: Mdo) -> None:
-    await create_devices("mvgpu-512M")
+    await create_devices(machine(), "mvgpu-512M")
     theirs = {
         (parent, id_): (described["available_instances"], described["device_api"])
         for parents in json.loads(mdevctl("types", "--dumpjson"))
@@ -237,6 +238,7 @@ def test_one_bad_file_hides_all_from_mdevctl_and_none_from_us() -> None:
 @pytest.mark.parametrize("way", ["define", "write"])
 async def test_what_we_ran_runs_the_same_by_mdevctl(mdo: Mdo, tmp_path: Path, way: str) -> None:
     made = await create_devices(
+        machine(),
         "mvgpu-128M",
         2,
         group=str(GROUP),
@@ -253,7 +255,7 @@ async def test_what_we_ran_runs_the_same_by_mdevctl(mdo: Mdo, tmp_path: Path, wa
             # and what mdevctl made of it is what we would have written ourselves
             assert (WHERE / "igd0" / uuid).read_text() + "\n" == file.read_text()
             assert mdevctl("list", "--defined", "--dumpjson", "--uuid", uuid) == file.read_text()
-    await remove_devices(uuids)
+    await remove_devices(machine(), [mdev.uuid for mdev in made])
     assert shown_by_mdevctl() == set()
     for uuid in uuids:
         mdevctl("start", "--uuid", uuid)
@@ -290,7 +292,7 @@ group = "{GROUP}"
 async def test_another_definition_of_the_same_device_is_not_replaced(mdo: Mdo) -> None:
     file = define(uuid := uuid4(), ("vgpu_params", "a=1"))
     theirs = file.read_bytes()
-    await create_devices("mvgpu-128M", uuids=[str(uuid)], attributes=[("vgpu_params", "a=2")])
+    await create_devices(machine(), "mvgpu-128M", uuids=[uuid], attributes=[("vgpu_params", "a=2")])
     mdo("export", uuid, "--to", WHERE, code=2)
     assert file.read_bytes() == theirs
     mdo("export", uuid, "--to", WHERE, "--force")
@@ -332,6 +334,6 @@ def test_an_attribute_that_the_driver_has_not_leaves_nothing(mdo: Mdo, tmp_path:
     define(uuid := uuid4(), ("vgpu_params", "a=1"), ("no_such_file", "1"))
     mdo("import", "-o", tmp_path / "spec.toml")
     mdo("apply", tmp_path / "spec.toml", code=5)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(machine()).mdevs == ()
     mdevctl("start", "--uuid", uuid, code=1)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(machine()).mdevs == ()

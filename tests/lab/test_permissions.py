@@ -18,10 +18,10 @@ from uuid import uuid4
 import msgspec
 import pytest
 
+from lab.machine import machine
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
-from mdev_orchestrator.state import state_dir
 from mdev_orchestrator.system.processes import boot_id, start_time
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
@@ -42,33 +42,33 @@ def nobody(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 async def guest() -> AsyncIterator[process.RunningGuest]:
-    """A guest that was started by somebody without a umask."""
+    """A guest that was started without a umask."""
     before = os.umask(0)
     try:
         spec = GuestSpec("g", uuid4(), memory=32 << 20, hotplug_ports=0, extra=("-S",))
-        found = await process.start(spec)
+        found = await process.start(machine(), spec)
         yield found
-        await process.stop(found, deadline=0, force=True)
+        await process.stop(machine(), found, deadline=0, force=True)
     finally:
         os.umask(before)
 
 
 async def test_a_guests_files_are_for_its_owner_only(guest: process.RunningGuest) -> None:
-    for path in (guest.directory, guest.directory.parent, state_dir()):
+    for path in (guest.directory, guest.directory.parent, machine().state_dir):
         assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (0, 0o700)
     for name in SOCKETS:
         assert stat.S_IMODE((guest.directory / name).stat().st_mode) == 0o600
     assert nobody("ls", str(guest.directory)).returncode != 0
     assert nobody("cat", str(guest.directory / "record.json")).returncode != 0
-    with Journal.open():
+    with Journal.open(machine().journal_path):
         pass
-    assert stat.S_IMODE((state_dir() / "journal.db").stat().st_mode) == 0o600
+    assert stat.S_IMODE(machine().journal_path.stat().st_mode) == 0o600
 
 
 async def test_a_socket_refuses_another_user_even_in_a_directory_that_is_open(
     guest: process.RunningGuest,
 ) -> None:
-    opened = (guest.directory, guest.directory.parent, state_dir())
+    opened = (guest.directory, guest.directory.parent, machine().state_dir)
     for path in opened:
         path.chmod(0o755)
     try:
@@ -112,7 +112,7 @@ def mdo(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("how", ["theirs", "link", "replaceable"])
-def test_a_state_directory_of_somebody_else_kills_nothing(
+def test_a_state_directory_of_another_user_kills_nothing(
     tmp_path: Path, victim: tuple[int, str], how: str
 ) -> None:
     place = tmp_path / "open/state"

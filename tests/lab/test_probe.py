@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``mdo probe`` on the real kernel: what it learns of each driver, and that it leaves nothing.
 
-Over mvgpu and the kernel's samples. For the engine's part they are made strangers: nothing is known
-by a name or a description.
+Over mvgpu and the kernel's samples. For the engine's part the drivers are unknown: neither their
+names nor their descriptions are looked at.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from lab import vfio
+from lab.machine import machine
 from lab.parents import DRIVERS, Parent, all_drivers
 from mdev_orchestrator.capacity import models
 from mdev_orchestrator.capacity.attributes import TypeFacts
 from mdev_orchestrator.engine import model_cache
-from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import probe
 from mdev_orchestrator.host import sysfs
@@ -45,13 +45,13 @@ def drivers() -> Iterator[None]:
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A state directory of its own; the machine is as before afterwards."""
     monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path))
-    before = sysfs.scan()
+    before = sysfs.read_host(machine())
     yield tmp_path
-    assert sysfs.scan() == before
+    assert sysfs.read_host(machine()) == before
     if (tmp_path / "journal.db").exists():
-        with Journal.open() as book:
-            assert book.open_runs() == []
-            assert book.owned().devices == {}
+        with Journal.open(machine().journal_path) as journal:
+            assert journal.open_runs() == []
+            assert journal.managed().devices == {}
 
 
 def mdo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,10 +66,12 @@ def mdo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", PARENTS)
-async def test_a_stranger_is_known_afterwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unknown_driver_is_known_afterwards(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(models, "facts_of", lambda _: TypeFacts())
     monkeypatch.setattr(models, "_recognise", lambda _: None)
-    probed = await probe(name, Context())
+    probed = await probe(machine(), name)
     assert probed.before.confidence is models.Confidence.GUESSED
     assert probed.learned, probed.after.why
     parent = Parent(name)
@@ -82,7 +84,10 @@ async def test_a_stranger_is_known_afterwards(name: str, monkeypatch: pytest.Mon
             else:
                 parent.create(rng.choice(sorted(parent.texts)))
         # with devices on it, what was learned is what is believed
-        found = {c.name: c for c in models.survey(sysfs.scan(), learned=model_cache.load())}
+        found = {
+            c.name: c
+            for c in models.survey(sysfs.read_host(machine()), learned=model_cache.load(machine()))
+        }
         assert found[name].model == probed.after.model
         assert found[name].confidence is models.Confidence.OBSERVED
     finally:
@@ -98,11 +103,11 @@ def test_all_parents_by_one_command() -> None:
     for parent in shown.values():
         assert (parent["learned"], parent["before"]["confidence"]) == (True, "known"), parent
         assert parent["model"] == parent["before"]["model"]
-    believed = models.survey(sysfs.scan(), learned=model_cache.load())
+    believed = models.survey(sysfs.read_host(machine()), learned=model_cache.load(machine()))
     assert {capacity.confidence for capacity in believed} == {models.Confidence.OBSERVED}
 
 
-def test_a_parent_in_use_and_nobody_to_ask() -> None:
+def test_a_parent_in_use_and_no_terminal_to_ask_on() -> None:
     uuid = vfio.create("igd0", "128M")
     try:
         done = mdo("probe", "--yes", "igd0")
@@ -121,14 +126,15 @@ import os, sys
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.steps import Create
 
-make = Create.make
+attempt = Create.attempt
 
 async def struck(create, context):
-    Create.make = make
-    await make(create, context)
+    Create.attempt = attempt
+    result = await attempt(create, context)
     os.kill(os.getpid(), int(sys.argv[1]))
+    return result
 
-Create.make = struck
+Create.attempt = struck
 raise SystemExit(main(sys.argv[2:]))
 """
 

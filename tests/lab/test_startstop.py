@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who starts and who stops, with a QEMU that knows nothing of it: the driver's log is the proof.
+"""Which program starts and stops groups, with a QEMU that does neither: the driver's log proves it.
 
 Runs inside the lab: ``mdo lab exec python3 -m pytest tests/lab/test_startstop.py``. QEMU runs with
 ``-S``, so that nothing boots.
@@ -22,7 +22,8 @@ from msgspec.structs import replace
 
 from lab import vfio
 from lab.kernel_log import KernelLog
-from mdev_orchestrator.engine import lifecycle
+from lab.machine import machine
+from mdev_orchestrator.engine import guest_ops, start_groups
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import (
     BusyError,
@@ -34,7 +35,7 @@ from mdev_orchestrator.errors import (
     RequestError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -71,11 +72,11 @@ def explicit() -> Iterator[None]:
 async def given_back(kernel_log: KernelLog) -> AsyncIterator[None]:
     """After each test there is no guest, no mdev, and every link is free."""
     yield
-    for guest in process.list_guests():
-        await lifecycle.end(guest, deadline=0, force=True)
-    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
-        await remove_devices(left)
-    assert {parent.links_free for parent in sysfs.scan().parents} == {LINKS}
+    for guest in process.list_guests(machine()):
+        await guest_ops.end(machine(), guest, deadline=0, force=True)
+    if left := [mdev.uuid for mdev in sysfs.read_host(machine()).mdevs]:
+        await remove_devices(machine(), left)
+    assert {parent.links_free for parent in sysfs.read_host(machine()).parents} == {LINKS}
 
 
 @pytest.fixture(params=["10.0", "10.2"])
@@ -104,15 +105,15 @@ def guest_mdev(mdev: Mdev) -> GuestMdev:
 
 
 async def make(count: int, group: str | None = "peers") -> tuple[Mdev, ...]:
-    return await create_devices("mvgpu-128M", count, group=group)
+    return await create_devices(machine(), "mvgpu-128M", count, group=group)
 
 
 def states(*mdevs: Mdev) -> set[bool | None]:
-    return {found.online for mdev in mdevs if (found := sysfs.read_mdev(mdev.uuid))}
+    return {found.online for mdev in mdevs if (found := sysfs.read_mdev(machine(), mdev.uuid))}
 
 
 def free() -> int | None:
-    return next(p.links_free for p in sysfs.scan().parents if p.name == "igd0")
+    return next(p.links_free for p in sysfs.read_host(machine()).parents if p.name == "igd0")
 
 
 def positions(uuid: UUID, since: int) -> dict[str, int]:
@@ -144,22 +145,22 @@ async def test_online_before_the_first_access_and_offline_after_the_last_release
 ) -> None:
     mdevs = await make(count, "peers" if count > 1 and driver != "no online" else None)
     since = vfio.now()
-    guest = await lifecycle.launch(spec(*(mdevs if plug == "cold" else ())))
+    guest = await guest_ops.launch(machine(), spec(*(mdevs if plug == "cold" else ())))
     assert guest.record is not None
     if plug == "hot":
         for mdev in mdevs:
-            await lifecycle.attach(guest, guest_mdev(mdev))
+            await guest_ops.attach(machine(), guest, guest_mdev(mdev))
     known = driver != "no online"
     assert states(*mdevs) == ({True} if known else {None})
     assert (guest.record.pid in starters(since)) is not known
-    assert (await lifecycle.end(guest, deadline=0, force=True)).how == "quit"
+    assert (await guest_ops.end(machine(), guest, deadline=0, force=True)).how == "quit"
     assert states(*mdevs) == ({False} if known else {None})
     if known:
         in_order(mdevs, since)
     else:
         for mdev in mdevs:
             in_order((mdev,), since)
-    assert (free(), process.list_guests()) == (LINKS, [])
+    assert (free(), process.list_guests(machine())) == (LINKS, [])
 
 
 async def quit_(guest: RunningGuest) -> None:
@@ -187,43 +188,43 @@ ENDS["SIGABRT"] = by(signal.SIGABRT)
 async def test_the_next_command_stops_what_a_guest_left_online(explicit: None, how: str) -> None:
     mdevs = await make(2)
     since = vfio.now()
-    guest = await lifecycle.launch(spec(*mdevs))
+    guest = await guest_ops.launch(machine(), spec(*mdevs))
     await ENDS[how](guest)
     assert await process.wait_ended(guest, 20)
     assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # nobody has looked yet
-    [swept] = await lifecycle.reclaim_groups()
-    assert str(swept).endswith("it is offline now")
+    [reclaimed] = await start_groups.reclaim_groups(machine())
+    assert str(reclaimed).endswith("it is offline now")
     assert (states(*mdevs), free()) == ({False}, LINKS)
     in_order(mdevs, since)
-    assert await lifecycle.reclaim_groups() == ()
+    assert await start_groups.reclaim_groups(machine()) == ()
     # and the group is free for another guest, of the same name too
-    again = await lifecycle.launch(spec(*mdevs))
+    again = await guest_ops.launch(machine(), spec(*mdevs))
     assert states(*mdevs) == {True}
-    await lifecycle.end(again, deadline=0, force=True)
+    await guest_ops.end(machine(), again, deadline=0, force=True)
 
 
 async def test_a_dead_guests_group_goes_offline_when_another_wants_it(explicit: None) -> None:
     mdevs = await make(2)
-    guest = await lifecycle.launch(spec(*mdevs))
+    guest = await guest_ops.launch(machine(), spec(*mdevs))
     assert guest.record is not None
     os.kill(guest.record.pid, signal.SIGKILL)
     assert await process.wait_ended(guest, 20)
-    other = await lifecycle.launch(spec(*mdevs, name="other"))
+    other = await guest_ops.launch(machine(), spec(*mdevs, name="other"))
     assert process.has_started(other)
     assert not process.has_started(guest)
 
 
 async def test_the_last_detach_stops_and_the_first_does_not(explicit: None) -> None:
     mdevs = await make(2)
-    guest = await lifecycle.launch(spec())
+    guest = await guest_ops.launch(machine(), spec())
     for mdev in mdevs:
-        await lifecycle.attach(guest, guest_mdev(mdev))
+        await guest_ops.attach(machine(), guest, guest_mdev(mdev))
     for mdev in mdevs:
         assert states(*mdevs) == {True}
         await end_by_monitor(guest, mdev)
-        await lifecycle.reclaim_groups()
+        await start_groups.reclaim_groups(machine())
     assert (states(*mdevs), free()) == ({False}, LINKS)
-    assert process.find("g").state is State.RUNNING
+    assert process.find(machine(), "g").state is State.RUNNING
 
 
 async def end_by_monitor(guest: RunningGuest, mdev: Mdev) -> None:
@@ -242,12 +243,12 @@ async def test_a_group_that_does_not_fit_is_refused_with_its_reason(driver: str)
     mdevs = await make(4)
     since = vfio.now()
     with pytest.raises(CapacityError) as refusal:
-        await lifecycle.launch(spec(*mdevs))
+        await guest_ops.launch(machine(), spec(*mdevs))
     text = str(refusal.value)
     for word in ("start group", "on igd0", *(str(mdev.uuid) for mdev in mdevs)):
         assert word in text
     assert "6 links asked, 3 of 3 left" in text
-    assert (states(*mdevs), free(), process.list_guests()) == ({False}, LINKS, [])
+    assert (states(*mdevs), free(), process.list_guests(machine())) == ({False}, LINKS, [])
     assert "opened" not in {event.event for event in vfio.events(since)}
 
 
@@ -256,8 +257,8 @@ async def test_a_refusal_by_the_hardware_is_told(driver: str) -> None:
         pytest.skip("its refusal is QEMU's to tell")
     mdevs = await make(2)
     with vfio.fault("start", "errno=5"), pytest.raises(MdoError, match="Input/output error"):
-        await lifecycle.launch(spec(*mdevs))
-    assert (states(*mdevs), process.list_guests()) == ({False}, [])
+        await guest_ops.launch(machine(), spec(*mdevs))
+    assert (states(*mdevs), process.list_guests(machine())) == ({False}, [])
 
 
 async def test_a_failed_open_gives_back_what_was_started(driver: str) -> None:
@@ -266,11 +267,11 @@ async def test_a_failed_open_gives_back_what_was_started(driver: str) -> None:
         vfio.fault("open", f"errno=5 uuid={mdevs[1].uuid}"),
         pytest.raises(QemuError, match="Input/output error"),
     ):
-        await lifecycle.launch(spec(*mdevs))
+        await guest_ops.launch(machine(), spec(*mdevs))
     assert states(*mdevs) <= {False, None}
-    guest = await lifecycle.launch(spec())
+    guest = await guest_ops.launch(machine(), spec())
     with vfio.fault("open", f"errno=5 uuid={mdevs[0].uuid}"), pytest.raises(QemuError):
-        await lifecycle.attach(guest, guest_mdev(mdevs[0]))
+        await guest_ops.attach(machine(), guest, guest_mdev(mdevs[0]))
     assert states(*mdevs) <= {False, None}
     assert not process.has_started(guest)
 
@@ -281,31 +282,31 @@ async def test_a_start_that_hangs_ends_at_its_deadline(explicit: None) -> None:
         vfio.fault("start", "delay_ms=60000"),
         pytest.raises(DeadlineError, match="did not come online within 1 s"),
     ):
-        await lifecycle.launch(spec(*mdevs), deadline=1)
-    assert (states(*mdevs), free(), process.list_guests()) == ({False}, LINKS, [])
+        await guest_ops.launch(machine(), spec(*mdevs), deadline=1)
+    assert (states(*mdevs), free(), process.list_guests(machine())) == ({False}, LINKS, [])
 
 
 async def test_one_user_for_one_group(explicit: None) -> None:
     first, second = mdevs = await make(2)
     with pytest.raises(RequestError, match=f"is not complete: it lacks mdev {second.uuid}"):
-        await lifecycle.launch(spec(first))
-    guest = await lifecycle.launch(spec())
-    await lifecycle.attach(guest, guest_mdev(first))
+        await guest_ops.launch(machine(), spec(first))
+    guest = await guest_ops.launch(machine(), spec())
+    await guest_ops.attach(machine(), guest, guest_mdev(first))
     held = rf"has a user already: mdev {first.uuid} of it is held by guest 'g' \(pid"
     with pytest.raises(BusyError, match=held):
-        await lifecycle.launch(spec(second, name="other"))
-    other = await lifecycle.launch(spec(name="other"))
+        await guest_ops.launch(machine(), spec(second, name="other"))
+    other = await guest_ops.launch(machine(), spec(name="other"))
     with pytest.raises(BusyError, match=held):
-        await lifecycle.attach(other, guest_mdev(second))
+        await guest_ops.attach(machine(), other, guest_mdev(second))
     assert states(*mdevs) == {True}
-    await lifecycle.attach(guest, guest_mdev(second))
+    await guest_ops.attach(machine(), guest, guest_mdev(second))
 
 
-async def test_what_somebody_else_started_is_left_online(explicit: None) -> None:
+async def test_what_another_program_started_is_left_online(explicit: None) -> None:
     mdevs = await make(2)
     vfio.put(str(mdevs[0].uuid), "online", "1")
-    guest = await lifecycle.launch(spec(*mdevs))
-    await lifecycle.end(guest, deadline=0, force=True)
+    guest = await guest_ops.launch(machine(), spec(*mdevs))
+    await guest_ops.end(machine(), guest, deadline=0, force=True)
     assert states(*mdevs) == {True}
     vfio.put(str(mdevs[0].uuid), "online", "0")
 
@@ -315,25 +316,31 @@ async def test_a_driver_without_groups_says_so(driver: str) -> None:
         pytest.skip("it has groups")
     with pytest.raises(HostError, match="the driver of igd0 has no start groups"):
         await make(1)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(machine()).mdevs == ()
 
 
 KILLED = """
 import asyncio, os, signal, sys
-from lab.test_startstop import make, spec
-from mdev_orchestrator.engine import lifecycle
-from mdev_orchestrator.host import sysfs, writer
+from lab.machine import machine
+from lab.test_startstop import spec
+from mdev_orchestrator.engine import guest_ops
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.system.writer import SysfsWriter
 from uuid import UUID
 
-async def write(path, data):
-    number = await writer.write_or_kill(path, data)
+write = SysfsWriter.write
+
+async def struck(*arguments, **more):
+    result = await write(*arguments, **more)
     if sys.argv[1] == "started":
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
+    return result
 
-mdevs = [sysfs.read_mdev(UUID(text)) for text in sys.argv[2:]]
-asyncio.run(lifecycle.launch(spec(*mdevs), write=write))
+SysfsWriter.write = struck
+mdevs = [sysfs.read_mdev(machine(), UUID(text)) for text in sys.argv[2:]]
+asyncio.run(guest_ops.launch(machine(), spec(*mdevs)))
 """
+"""A command that starts a guest; it is killed when a group of it has come online."""
 
 
 @pytest.mark.parametrize("moment", ["starting", "started"])
@@ -347,12 +354,15 @@ async def test_an_orchestrator_that_is_killed_leaves_nothing(explicit: None, mom
         )
         if moment == "starting":
             async with asyncio.timeout(60):
-                await until(lambda: any(map(process.has_started, process.list_guests())))
+                await wait_until(
+                    machine(), lambda: any(map(process.has_started, process.list_guests(machine())))
+                )
             killed.kill()
         assert await killed.wait() == -signal.SIGKILL
         async with asyncio.timeout(30):
-            while process.list_guests():  # the driver lets nobody stop what it still starts
-                await lifecycle.reclaim_groups()
+            # the driver refuses to stop what it still starts
+            while process.list_guests(machine()):
+                await start_groups.reclaim_groups(machine())
                 await asyncio.sleep(0.1)
     assert (states(*mdevs), free()) == ({False}, LINKS)
 
@@ -364,16 +374,18 @@ async def test_a_qemu_that_starts_groups_is_left_to_it(
     assert features.START in await features.properties(patched["qemu"], "vfio-pci")
     mdevs = await make(2)
     since = vfio.now()
-    guest = await lifecycle.launch(replace(spec(*(mdevs if plug == "cold" else ())), **patched))
+    guest = await guest_ops.launch(
+        machine(), replace(spec(*(mdevs if plug == "cold" else ())), **patched)
+    )
     if plug == "hot":
         for mdev in mdevs:
-            await lifecycle.attach(guest, guest_mdev(mdev))
+            await guest_ops.attach(machine(), guest, guest_mdev(mdev))
     assert guest.record is not None
     assert starters(since) == {guest.record.pid}
     await quit_(guest)
     assert await process.wait_ended(guest, 20)
     assert (states(*mdevs), free()) == ({False}, LINKS)  # QEMU's doing
-    assert await lifecycle.reclaim_groups() == ()
+    assert await start_groups.reclaim_groups(machine()) == ()
     in_order(mdevs, since)
 
 
@@ -382,11 +394,11 @@ async def test_a_killed_qemu_that_starts_groups_is_tidied_up_after(
 ) -> None:
     mdevs = await make(2)
     since = vfio.now()
-    guest = await lifecycle.launch(replace(spec(*mdevs), **patched))
+    guest = await guest_ops.launch(machine(), replace(spec(*mdevs), **patched))
     await ENDS["SIGKILL"](guest)
     assert await process.wait_ended(guest, 20)
     assert states(*mdevs) == {True}
-    assert len(await lifecycle.reclaim_groups()) == 1
+    assert len(await start_groups.reclaim_groups(machine())) == 1
     assert (states(*mdevs), free()) == ({False}, LINKS)
     in_order(mdevs, since)
 

@@ -21,7 +21,8 @@ from typing import Any, Self
 from uuid import UUID, uuid4
 
 from lab import vfio
-from mdev_orchestrator.engine import lifecycle
+from lab.machine import machine
+from mdev_orchestrator.engine import guest_ops, start_groups
 from mdev_orchestrator.errors import QemuError
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -248,7 +249,7 @@ class Direct:
         self._process.stderr.close()
 
     @staticmethod
-    def sweep(*uuids: str) -> None:
+    def reclaim(*uuids: str) -> None:
         """What whoever launched a QEMU does when it has ended."""
         for uuid in uuids:
             with contextlib.suppress(FileNotFoundError):
@@ -289,7 +290,7 @@ class Orchestrated:
     ) -> None:
         self.version = version
         self._guest = guest or asyncio.run(
-            lifecycle.launch(guest_spec(version, *uuids, extra=extra))
+            guest_ops.launch(machine(), guest_spec(version, *uuids, extra=extra))
         )
         assert self._guest.record
         self.pid = self._guest.record.pid
@@ -298,19 +299,19 @@ class Orchestrated:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run(lifecycle.end(self._guest, deadline=0, force=True))
+        asyncio.run(guest_ops.end(machine(), self._guest, deadline=0, force=True))
 
     def command(self, name: str, **arguments: object) -> Any:  # noqa: ANN401
         with Qmp.at(self._guest.qmp_socket) as qmp:
             return qmp.command(name, **arguments)
 
     def plug(self, uuid: str) -> None:
-        asyncio.run(lifecycle.attach(self._guest, guest_mdev(uuid)))
+        asyncio.run(guest_ops.attach(machine(), self._guest, guest_mdev(uuid)))
 
     def unplug(self, uuid: str) -> None:
         with Qmp.at(self._guest.qmp_socket) as qmp:
             qmp.unplug(f"mdev-{uuid}")
-        asyncio.run(lifecycle.reclaim_groups())
+        asyncio.run(start_groups.reclaim_groups(machine()))
 
     def quit(self) -> None:
         with contextlib.suppress(GoneError):
@@ -328,9 +329,9 @@ class Orchestrated:
         self.ended()
 
     @staticmethod
-    def sweep(*_: str) -> None:
-        for swept in asyncio.run(lifecycle.reclaim_groups()):
-            assert not swept.error, swept
+    def reclaim(*_: str) -> None:
+        for reclaimed in asyncio.run(start_groups.reclaim_groups(machine())):
+            assert not reclaimed.error, reclaimed
 
 
 Machine = Direct | Orchestrated

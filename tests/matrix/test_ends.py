@@ -16,12 +16,13 @@ from guests import BOOT_SECONDS, FILL_BYTES, GUEST_SECONDS, refused, spec, start
 from msgspec.structs import replace
 
 from lab import vfio
+from lab.machine import machine
 from lab.vfio import get, links
 from matrix import checks
 from matrix.cell import DRIVERS, QEMUS, Cell
 from matrix.machines import Machine, Orchestrated
 from mdev_lab import l2
-from mdev_orchestrator.engine import lifecycle
+from mdev_orchestrator.engine import start_groups
 from mdev_orchestrator.errors import MdoError, QemuError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.qemu import process
@@ -108,7 +109,7 @@ class Ends(Cell):
             )
             self.is_left_online(uuids, left)
             if left:
-                qemu.sweep(*uuids)
+                qemu.reclaim(*uuids)
             if how != "device_del-twice":
                 checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)
@@ -157,13 +158,13 @@ class Ends(Cell):
             assert launcher.stdout.readline() == b"up\n"
             launcher.kill()
             launcher.wait()
-        with Orchestrated(self.version, guest=process.find("matrix")) as qemu:
-            qemu.sweep()
+        with Orchestrated(self.version, guest=process.find(machine(), "matrix")) as qemu:
+            qemu.reclaim()
             assert checks.online(uuids) == {True}, "it was taken from a guest that runs"
             assert links() == self.links - self.cost(2)
             qemu.kill()
             self.is_left_online(uuids, self.driver == "explicit")
-            qemu.sweep()
+            qemu.reclaim()
             checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)
 
@@ -172,7 +173,7 @@ class Ends(Cell):
         """A booted guest uses its devices, is told to power off, and nobody looks after it."""
         uuids = self.group(2)
         since = vfio.now()
-        mdevs = [mdev for uuid in uuids if (mdev := sysfs.read_mdev(UUID(uuid)))]
+        mdevs = [mdev for uuid in uuids if (mdev := sysfs.read_mdev(machine(), UUID(uuid)))]
         what = replace(
             spec("matrix", *mdevs), qemu=self.version.binary, firmware=self.version.firmware
         )
@@ -190,6 +191,6 @@ class Ends(Cell):
                 await qmp.execute("system_powerdown", object)
             assert await process.wait_ended(guest, BOOT_SECONDS)
             self.is_left_online(uuids, self.by_launcher)
-            assert not any(swept.error for swept in await lifecycle.reclaim_groups())
+            assert not any(one.error for one in await start_groups.reclaim_groups(machine()))
             checks.closed_before_stopped(uuids, since, as_group=self.grouped)
             checks.given_back(uuids, self.links)

@@ -20,6 +20,7 @@ from typing import Any
 from cells import cells
 from guests import GuestTest, refused
 
+from lab.machine import machine
 from matrix.machines import PATCHED, Direct, Version, versions
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import QemuError
@@ -60,13 +61,15 @@ def loaded(driver: str) -> Iterator[list[str]]:
     """The driver, with two devices of it."""
     subprocess.run(["insmod", Path(os.environ["MDO_LAB_SAMPLES"], f"{driver}.ko")], check=True)
     try:
-        (parent,) = (parent for parent in sysfs.scan().parents if parent.name == driver)
-        made = asyncio.run(create_devices(parent.types[0].id, 2))
+        (parent,) = (
+            parent for parent in sysfs.read_host(machine()).parents if parent.name == driver
+        )
+        made = asyncio.run(create_devices(machine(), parent.types[0].id, 2))
         uuids = [str(mdev.uuid) for mdev in made]
         try:
             yield uuids
         finally:
-            asyncio.run(remove_devices(uuids))
+            asyncio.run(remove_devices(machine(), [mdev.uuid for mdev in made]))
     finally:
         subprocess.run(["rmmod", driver], check=True)
 

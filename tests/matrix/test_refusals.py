@@ -78,7 +78,7 @@ class Refusals(Cell):
                 qemu.plug(uuid)
                 for mdev in qemu.command("query-vfio-mdevs"):
                     assert sorted(mdev["missing"]) == sorted(uuids[number:])
-        qemu.sweep(*uuids)
+        qemu.reclaim(*uuids)
         checks.given_back(uuids, self.links)
 
     @cells(driver=GROUPING, qemu=PATCHED, plug=PLUGS)

@@ -134,7 +134,7 @@ class Schedule:
             if group.owner == slot and group.held:
                 if self.explicit and how in {"SIGKILL", "SIGABRT"}:
                     assert get(group.members[0], "online") == "1"
-                    qemu.sweep(group.members[0])
+                    qemu.reclaim(group.members[0])
                 group.held.clear()
         self.note(f"end by {how}", str(slot))
 
@@ -170,7 +170,7 @@ class RandomSchedule(Cell):
             for qemu in schedule.qemus.values():
                 qemu.kill()
             for group in groups:
-                Direct.sweep(*group.members)
+                Direct.reclaim(*group.members)
             self.log.info("%s\nmoves: %s", "\n".join(schedule.trace[-40:]), schedule.done)
 
     def play(self, schedule: Schedule) -> None:

@@ -45,7 +45,7 @@ class Table(Cell):
                 qemu.quit()
                 qemu.ended()
                 if qemu.orchestrated:
-                    qemu.sweep()
+                    qemu.reclaim()
             assert checks.online(uuids) == {False}
             assert links() == self.links
             checks.closed_before_stopped(uuids, since, as_group=self.grouped)

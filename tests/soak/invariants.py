@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from campaign import world
-from campaign.world import Foreign, Look, Machine
+from campaign.world import Foreign, Look, Observed
 from lab import vfio
 from mdev_orchestrator.model import Mdev, Parent, StartGroup
 from mdev_orchestrator.qemu import process
@@ -22,39 +22,39 @@ class State:
     """The machine at one moment."""
 
     others: Foreign
-    machine: Machine
+    observed: Observed
     look: Look
 
     @classmethod
     def now(cls, others: Foreign) -> State:
-        machine = Machine.now()
-        return cls(others, machine, world.look(others, machine))
+        observed = Observed.now()
+        return cls(others, observed, world.look(others, observed))
 
     # ---- what is there --------------------------------------------------------------------------
 
     @property
     def guests(self) -> tuple[process.RunningGuest, ...]:
-        return self.machine.guests
+        return self.observed.guests
 
     @property
     def ours(self) -> dict[str, Mdev]:
         """All devices that are not foreign."""
         foreign = set(self.others.uuids)
-        return {str(m.uuid): m for m in self.machine.host.mdevs if str(m.uuid) not in foreign}
+        return {str(m.uuid): m for m in self.observed.host.mdevs if str(m.uuid) not in foreign}
 
     @property
     def bare(self) -> list[str]:
         """Our devices that no spec asked for."""
-        return sorted(str(d.uuid) for d in self.machine.owned.devices.values() if d.spec is None)
+        return sorted(str(d.uuid) for d in self.observed.managed.devices.values() if d.spec is None)
 
     @property
     def idle(self) -> list[str]:
-        """Those of them that nobody has open."""
-        return [uuid for uuid in self.bare if not self.machine.held.of(UUID(uuid))]
+        """Those of them that no process has open."""
+        return [uuid for uuid in self.bare if not self.observed.held.of(UUID(uuid))]
 
     def held_by(self, guest: str) -> list[str]:
         """What a guest has."""
-        held = self.machine.held
+        held = self.observed.held
         return sorted(
             uuid
             for uuid, mdev in self.ours.items()
@@ -73,20 +73,20 @@ class State:
     @property
     def of_spec(self) -> set[str]:
         """Guests that a spec asked for."""
-        return set(self.machine.owned.guests)
+        return set(self.observed.managed.guests)
 
     @property
     def spec(self) -> bool:
-        return bool(self.machine.owned.specs)
+        return bool(self.observed.managed.specs)
 
     def left(self, type_: str) -> int:
         """How many more of a type there can be."""
-        types = (one for parent in self.machine.host.parents for one in parent.types)
+        types = (one for parent in self.observed.host.parents for one in parent.types)
         return next(one.available_instances or 0 for one in types if one.id == type_)
 
     def with_group(self, uuid: str) -> list[str]:
         """A device and all others of its start group."""
-        host = self.machine.host
+        host = self.observed.host
         mdev = host.find(UUID(uuid))
         return [] if mdev is None else [str(one) for one in host.group_of(mdev).members]
 
@@ -102,11 +102,13 @@ class State:
 
     def _of_the_journal(self, killed: set[str]) -> list[str]:
         wrong = []
-        ours, owned = self.ours, {str(d.uuid): d for d in self.machine.owned.devices.values()}
-        wrong += [f"{uuid} is left over: it is not in the journal" for uuid in ours.keys() - owned]
-        wrong += [f"{uuid} is lost: it is only in the journal" for uuid in owned.keys() - ours]
-        for uuid in ours.keys() & owned.keys():
-            wanted = (owned[uuid].parent, owned[uuid].type, owned[uuid].group)
+        ours, managed = self.ours, {str(d.uuid): d for d in self.observed.managed.devices.values()}
+        wrong += [
+            f"{uuid} is left over: it is not in the journal" for uuid in ours.keys() - managed
+        ]
+        wrong += [f"{uuid} is lost: it is only in the journal" for uuid in managed.keys() - ours]
+        for uuid in ours.keys() & managed.keys():
+            wanted = (managed[uuid].parent, managed[uuid].type, managed[uuid].group)
             found = (ours[uuid].parent, ours[uuid].type_id, ours[uuid].group_uuid)
             if wanted != found:
                 wrong.append(f"{uuid} is {found}, the journal says {wanted}")
@@ -118,7 +120,7 @@ class State:
         return wrong
 
     def _of_the_kernel(self) -> list[str]:
-        host, held = self.machine.host, self.machine.held
+        host, held = self.observed.host, self.observed.held
         wrong = []
         for parent in host.parents:
             mdevs = [mdev for mdev in host.mdevs if mdev.parent == parent.name]
@@ -142,7 +144,7 @@ class State:
         if self.look["foreign"] != before["foreign"]:
             wrong.append(f"foreign: {before['foreign']} became {self.look['foreign']}")
         if self.look["strays"]:
-            wrong.append(f"processes that nobody knows: {self.look['strays']}")
+            wrong.append(f"processes that are not meant to be there: {self.look['strays']}")
         return wrong
 
 

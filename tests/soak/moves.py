@@ -40,7 +40,8 @@ from soak.worker import DONE, Outcome, Worker
 LIGHT = 20
 """Light moves between two heavy ones."""
 PATIENCE = 60.0
-"""Seconds until what was asked shows everywhere: the kernel gives some things back later."""
+"""Seconds until what was asked shows everywhere: the kernel gives some things back later, and the
+children of the writer end when they were idle for :data:`~.writer.IDLE_SECONDS`."""
 SPECS: dict[str, tuple[Callable[[Path], str], ...]] = {
     "": (specs.three, specs.known, specs.plain),
     "three.json": (specs.three,),
@@ -91,7 +92,7 @@ class Arena:
 
     def settle(self) -> list[str]:
         """Nothing of ours is there: soon nothing is under way either, and a sample is taken."""
-        self.worker.call("sweep")
+        self.worker.call("reclaim")
         end = time.monotonic() + PATIENCE
         while self._left() and time.monotonic() < end:
             time.sleep(0.1)
@@ -100,10 +101,8 @@ class Arena:
         return [f"the service has children left: {left}"] if left else []
 
     def _left(self) -> list[int]:
-        """The children of the service but one writer to sysfs, which stays for a minute."""
-        service, children = self.worker.pid, world.children(self.worker.pid)
-        writers = [pid for pid in children if world.words(pid) == world.words(service)]
-        return [pid for pid in children if pid not in writers[:1]]
+        """The children of the service. Those that write to sysfs end when they were idle."""
+        return world.children(self.worker.pid)
 
 
 ARENA: list[Arena] = []
@@ -143,7 +142,7 @@ class BrokenError(Exception):
 
 
 def tell(line: str) -> None:
-    """An hour is long: who waits sees what happens."""
+    """An hour is long: show what happens meanwhile."""
     print(line, flush=True)  # noqa: T201
 
 
@@ -325,7 +324,7 @@ class Soak(RuleBasedStateMachine):
             ("remove_idle", ([opened],), "BusyError"),
             ("create", ("mvgpu-128M", [opened]), "UuidError"),
             ("create", ("mvgpu-13", self.fresh(1)), "CapacityError"),
-            ("stop", ("nobody",), "UnknownError"),
+            ("stop", ("no-such-guest",), "UnknownError"),
         )[what]
         outcome = self.call(name, *arguments)
         if outcome.done:
@@ -376,9 +375,9 @@ class Soak(RuleBasedStateMachine):
 
     @rule()
     @when(always)
-    def sweep(self) -> None:
+    def reclaim(self) -> None:
         began = time.monotonic()
-        self.moved("sweep", began, self.call("sweep"))
+        self.moved("reclaim groups", began, self.call("reclaim"))
 
     # ---- hotplug --------------------------------------------------------------------------------
 
@@ -448,7 +447,7 @@ class Soak(RuleBasedStateMachine):
 
     def _spec(self, number: int) -> str:
         """The file of a spec that can be applied now."""
-        known = self.state.machine.owned.specs.values()
+        known = self.state.observed.managed.specs.values()
         now = next((Path(spec.source).name for spec in known), "")
         hot = next((guest for guest in self.state.guests if guest.name == "hot"), None)
         if hot is not None and not (hot.alive and hot.record and len(hot.record.mdevs) == 1):
@@ -564,7 +563,7 @@ class Soak(RuleBasedStateMachine):
     def _after(self, kind: str, began: float, ended: Ended, expected: dict[str, Any]) -> None:
         if not ended.killed and ended.status not in range(6):
             self.fail(kind, [f"mdo ended with {ended}"])
-        if "up" in expected:  # not journalled: its directory tells, and whoever stops it tidies up
+        if "up" in expected:  # a start that is cut short may leave a directory; a stop removes it
             stopped = self.call("stop", expected.pop("up")[0])
             if not stopped.done and stopped.kind != "UnknownError":
                 self.fail(kind, [f"what is left of a guest: {stopped}"])
@@ -634,7 +633,7 @@ class Soak(RuleBasedStateMachine):
     @rule(held=st.booleans())
     @when(lambda self: SAMPLES and self.light > LIGHT)
     def unload(self, held: bool) -> None:
-        """The kernel's own mtty comes, has devices, and goes; unless somebody has one open."""
+        """The kernel's own mtty comes, has devices, and goes; unless one of them is open."""
         self.heavy()
         began, uuids = time.monotonic(), self.fresh(2)
         subprocess.run(["insmod", f"{SAMPLES}/mtty.ko"], check=True)
@@ -758,7 +757,7 @@ def _unlike(
 
 
 _PASSING = frozenset(("files", "guests"))
-"""What even a failure may tidy up: who starts a guest clears away an ended one of its name. The
+"""What even a failure may tidy up: the start of a guest clears away an ended one of its name. The
 guests that run are looked at apart."""
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A service as somebody might write it with the library: one process, one event loop, for hours.
+"""A service that uses the library as any other would: one process, one event loop, for hours.
 
 It is told what to do through a pipe, and follows events meanwhile. What the soak looks for in it is
-what an hour leaves behind: memory, descriptors, children, exceptions that nobody took.
+what an hour leaves behind: memory, descriptors, children, exceptions that were never retrieved.
 """
 
 from __future__ import annotations
@@ -25,20 +25,16 @@ import pyudev
 
 import mdev_orchestrator as mdo
 from campaign.specs import EXTRA
-from mdev_orchestrator.engine import lifecycle, recovery
-from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine import start_groups
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host.events import Rescan, UdevMonitor, events
-from mdev_orchestrator.model import parse_uuid
-from mdev_orchestrator.qemu import process
-from mdev_orchestrator.qemu.command import GuestSpec
+from mdev_orchestrator.spec import Size
 
 TESTS = Path(__file__).resolve().parents[1]
 LONGEST = 900.0
 """Seconds after which a move hangs; none takes a tenth of that, unless the machine is very busy."""
 SLOW = 300.0
-"""Seconds for a QEMU to start: who is late because the machine is busy has done nothing wrong."""
+"""Seconds for a QEMU to start: on a busy machine it is late without any fault."""
 BUFFER = 4096
 """Bytes of events that may wait for the service: a few."""
 DONE = "done"
@@ -52,7 +48,7 @@ class Outcome:
     :ivar kind: :data:`DONE`, the name of an error's class, or :data:`BARE`.
     :ivar kinds: That, and the classes of :mod:`mdev_orchestrator.errors` that it is one of.
     :ivar words: The error's message; a bare exception's traceback.
-    :ivar stray: What the event loop complained about since the last time, or who tidied up.
+    :ivar stray: What the event loop complained about since the last time, or finalizers did.
     """
 
     kind: str
@@ -114,7 +110,7 @@ class Worker:
 
 
 def serve(descriptor: int) -> None:
-    """Be the service, for who holds the other end of this pipe."""
+    """Be the service, for the process at the other end of this pipe."""
     asyncio.run(_Service(Connection(descriptor)).run())
 
 
@@ -123,6 +119,7 @@ class _Service:
         self.pipe = pipe
         self.stray: list[str] = []
         self.lost = 0
+        self.machine = mdo.open()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -163,61 +160,52 @@ class _Service:
         async for event in events(_narrow_monitor):
             if isinstance(event, Rescan) and "lost" in event.reason:
                 self.lost += 1
-                mdo.scan()  # as one does
+                await self.machine.scan()  # as one does
 
     # ---- what it can be told --------------------------------------------------------------------
 
     async def create(self, type_: str, uuids: list[str], group: str | None = None) -> None:
-        await mdo.create_devices(type_, uuids=uuids, group=group)
+        asked = [UUID(uuid) for uuid in uuids]
+        await self.machine.create_many(type_, len(asked), uuids=asked, group=group)
 
     async def remove(self, uuids: list[str]) -> None:
-        async def detach(guest: str, uuid: UUID, deadline: float) -> None:
-            await lifecycle.detach(guest, uuid, deadline)
-
-        await mdo.remove_devices(uuids, detach=detach)
+        await self.machine.remove(*map(UUID, uuids), detach=True)
 
     async def remove_idle(self, uuids: list[str]) -> None:
-        await mdo.remove_devices(uuids)
+        await self.machine.remove(*map(UUID, uuids))
 
     async def apply(self, path: str) -> bool:
-        return (await mdo.apply(mdo.load(path))).nothing
+        return (await self.machine.apply(mdo.load(path))).nothing
 
     async def diff(self, path: str) -> int:
-        return len((await mdo.diff(mdo.load(path))).steps)
+        return len((await self.machine.diff(mdo.load(path))).steps)
 
     async def destroy(self, name: str) -> None:
-        await mdo.destroy(name, force=True, deadline=0)
+        await self.machine.destroy(name, force=True, deadline=0)
 
     async def attach(self, guest: str, what: str) -> str:
-        return str((await mdo.attach(guest, what)).uuid)
+        return str((await self.machine.attach(guest, what)).uuid)
 
     async def detach(self, guest: str, uuid: str, remove: bool) -> None:
-        await mdo.detach(guest, parse_uuid(uuid), remove=remove)
+        await self.machine.detach(guest, UUID(uuid), remove=remove)
 
     async def start(self, name: str, uuids: list[str]) -> None:
-        await lifecycle.reclaim_groups()
-        mdevs = [await lifecycle.usable_mdev(parse_uuid(uuid), 10) for uuid in uuids]
-        spec = GuestSpec(
-            name=name,
-            uuid=uuid5(UUID(int=5), name),
-            memory=16 << 20,
-            mdevs=tuple(mdevs),
-            extra=tuple(EXTRA),
-        )
-        await lifecycle.launch(spec, deadline=SLOW)
+        config = mdo.GuestConfig(name=name, memory=Size(16 << 20), extra=tuple(EXTRA))
+        asked = [UUID(uuid) for uuid in uuids]
+        own = uuid5(UUID(int=5), name)
+        await self.machine.start_guest(config, asked, uuid=own, deadline=SLOW)
 
     async def stop(self, name: str) -> str:
-        ended = await lifecycle.end(process.find(name), deadline=0, force=True)
-        await lifecycle.reclaim_groups()
+        ended = await self.machine.stop_guest(name, deadline=0, force=True)
+        await self.reclaim()
         return ended.how
 
-    async def sweep(self) -> None:
-        await lifecycle.reclaim_groups()
+    async def reclaim(self) -> None:
+        await start_groups.reclaim_groups(self.machine)
 
     async def recover(self) -> list[str]:
-        with Journal.open() as book:
-            done = await recovery.recover(book, context=Context(), again=True)
-        await lifecycle.reclaim_groups()
+        done = await self.machine.recover()
+        await self.reclaim()
         return [str(error) for run in done for error in run.errors]
 
     async def stall(self, seconds: float) -> None:

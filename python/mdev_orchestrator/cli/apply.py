@@ -5,43 +5,54 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json, seconds
 from mdev_orchestrator.cli.plan import Policy, policy_of
-from mdev_orchestrator.spec import Document, load
+from mdev_orchestrator.spec import load
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.diff import Changes
 
-SpecArgument = Annotated[str, Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")]
-PolicyOption = Annotated[Policy, Option(help="Fill parents one after the other, or all alike.")]
-JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")
+]
+PolicyOption = Annotated[
+    Policy,
+    typer.Option(metavar="pack|spread", help="Fill parents one after the other, or all alike."),
+]
 
 
 def apply(
     spec: SpecArgument,
     *,
     restart: Annotated[
-        bool, Option("--restart", help="Restart guests where a change needs it.")
+        bool, typer.Option("--restart", help="Restart guests where a change needs it.")
     ] = False,
     force: Annotated[
-        bool, Option("--force", help="End guests that must stop and do not power down in time.")
+        bool,
+        typer.Option("--force", help="End guests that must stop and do not power down in time."),
     ] = False,
     policy: PolicyOption = Policy.PACK,
-    deadline: Annotated[float, Option(min=0.1, help="Seconds for each device.")] = 30.0,
-    json: JsonOption = False,
+    deadline: Annotated[
+        float | None,
+        seconds("Seconds for each step; a device has 30 and a guest 60 if not given.", least=0.1),
+    ] = None,
+    json: Json = False,
 ) -> None:
     """Make a spec true, all of it or nothing; where it is true already, do nothing."""
     from mdev_orchestrator.engine.apply import apply as engine_apply
 
     document = load(spec)
-    changes = output.run(
-        engine_apply(
+    changes = run(
+        lambda machine: engine_apply(
+            machine,
             document,
             policy=policy_of(policy),
             restart=restart,
             force=force,
-            host=output.host_root(),
             deadline=deadline,
             observe=output.progress,
         )
@@ -54,51 +65,45 @@ def diff(
     *,
     policy: PolicyOption = Policy.PACK,
     exit_code: Annotated[
-        bool, Option("--exit-code", help="End with 1 if there is something to do.")
+        bool, typer.Option("--exit-code", help="End with 1 if there is something to do.")
     ] = False,
-    json: JsonOption = False,
+    json: Json = False,
 ) -> int:
     """Show what apply would do; changes nothing."""
-    changes = output.run(_diff(load(spec), policy))
+    from mdev_orchestrator.engine.apply import diff as engine_diff
+
+    document = load(spec)
+    changes = run(lambda machine: engine_diff(machine, document, policy=policy_of(policy)))
     if json:
         output.emit_json(shape(changes))
     else:
         for planned in changes.steps:
             output.emit(str(planned.step))
         for name, why in changes.restarts.items():
-            output.say(f"guest {name} needs a restart: {why}")
+            output.remark(f"guest {name} needs a restart: {why}")
         if not changes.steps:
-            output.say(f"{changes.name}: nothing to do")
+            output.remark(f"{changes.name}: nothing to do")
     return 1 if exit_code and changes.steps else 0
-
-
-async def _diff(document: Document, policy: Policy) -> Changes:
-    from mdev_orchestrator.engine.apply import diff as engine_diff
-
-    return await engine_diff(document, policy=policy_of(policy), host=output.host_root())
 
 
 def destroy(
     spec: Annotated[
-        str, Argument(metavar="SPEC|NAME", help="The file, or the name that it was given.")
+        str, typer.Argument(metavar="SPEC|NAME", help="The file, or the name that it was given.")
     ],
     *,
     force: Annotated[
-        bool, Option("--force", help="End guests that do not power down in time.")
+        bool, typer.Option("--force", help="End guests that do not power down in time.")
     ] = False,
-    deadline: Annotated[float, Option(min=0, help="Seconds for a guest to power down.")] = 60.0,
-    json: JsonOption = False,
+    deadline: Annotated[float, seconds("Seconds for a guest to power down.")] = 60.0,
+    json: Json = False,
 ) -> None:
-    """Remove all that a spec has brought: its guests and devices."""
+    """Remove the guests and devices of a spec."""
     from mdev_orchestrator.engine.apply import destroy as engine_destroy
 
-    changes = output.run(
-        engine_destroy(
-            _name(spec),
-            force=force,
-            host=output.host_root(),
-            deadline=deadline,
-            observe=output.progress,
+    name = _name(spec)
+    changes = run(
+        lambda machine: engine_destroy(
+            machine, name, force=force, deadline=deadline, observe=output.progress
         )
     )
     _result(changes, json=json, word="destroyed")
@@ -114,13 +119,12 @@ def _name(spec: str) -> str:
 
 
 def _result(changes: Changes, *, json: bool, word: str) -> None:
+    count = len(changes.steps)
+    made = f"{changes.name}: {word}, {count} step{'s' * (count > 1)}" if count else ""
     if json:
-        output.emit_json(shape(changes))
-    elif changes.steps:
-        count = len(changes.steps)
-        output.emit(f"{changes.name}: {word}, {count} step{'s' * (count > 1)}")
+        output.emit_json(shape(changes), made=made)
     else:
-        output.emit(f"{changes.name}: nothing to do")
+        output.emit(made or f"{changes.name}: nothing to do", made=made)
 
 
 def shape(changes: Changes) -> dict[str, Any]:

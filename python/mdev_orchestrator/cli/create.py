@@ -6,56 +6,80 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
+import typer
+
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.host import mdev_shape
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.params import Json, complete_parent, complete_type, seconds
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
 from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.model import Host, Mdev, parse_uuid
 
 
 def create(
-    type_id: Annotated[str, Argument(metavar="TYPE", help="Id of a type; mdo host lists them.")],
+    type_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="TYPE",
+            help="Id of a type; mdo host lists them.",
+            autocompletion=complete_type,
+        ),
+    ],
     *,
-    count: Annotated[int | None, Option("-n", "--count", help="How many devices.")] = None,
-    parent: Annotated[str | None, Option(help="Parent, when several offer the type.")] = None,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", metavar="COUNT", help="How many devices.")
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT",
+            help="Parent, when several offer the type.",
+            autocompletion=complete_parent,
+        ),
+    ] = None,
     uuid: Annotated[
-        list[str] | None, Option(help="UUID to use; may be given again. Others are random.")
+        list[str] | None,
+        typer.Option(metavar="UUID", help="UUID to use; may be repeated. Others are random."),
     ] = None,
     group: Annotated[
         str | None,
-        Option(metavar="UUID|NAME", help="Start group that they are put into."),
+        typer.Option(metavar="UUID|NAME", help="Start group that they are put into."),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
+        typer.Option("--set", metavar="FILE=VALUE", help="Write a file of each; may be repeated."),
     ] = None,
-    deadline: Annotated[float, Option(min=0.1, help="Seconds for each device.")] = DEADLINE,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    deadline: Annotated[float, seconds("Seconds for each device.", least=0.1)] = DEADLINE,
+    json: Json = False,
 ) -> None:
     """Create devices of one type, all or none; prints their UUIDs, one a line."""
-    root = output.host_root()
-    before = read_host(Machine(root))
-    made = output.run(
-        create_devices(
+    uuids = [parse_uuid(text) for text in uuid or ()]
+    attributes = parse_attributes(set_ or ())
+
+    async def work(machine: Machine) -> tuple[Host, tuple[Mdev, ...]]:
+        return await scan(machine), await create_devices(
+            machine,
             type_id,
             count,
             parent=parent,
-            uuids=uuid or (),
+            uuids=uuids,
             group=group,
-            attributes=parse_attributes(set_ or ()),
+            attributes=attributes,
             deadline=deadline,
-            root=root,
         )
-    )
+
+    before, devices = run(work)
+    made = f"created mdev {', '.join(str(mdev.uuid) for mdev in devices)}"
     if json:
-        output.emit_json({"created": [mdev_shape(mdev) for mdev in made]})
+        output.emit_json({"created": [mdev_shape(mdev) for mdev in devices]}, made=made)
     else:
-        output.emit("\n".join(str(mdev.uuid) for mdev in made))
-    model_cache.learn_from(before, root)
+        output.emit("\n".join(str(mdev.uuid) for mdev in devices), made=made)
+    run(lambda machine: model_cache.learn_from(machine, before))
 
 
 def parse_attributes(texts: Iterable[str]) -> list[tuple[str, str]]:

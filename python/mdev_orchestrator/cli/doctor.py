@@ -5,23 +5,28 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import doctor as host_doctor
 from mdev_orchestrator.host.doctor import Finding
-from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.host.sysfs import scan
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import doctor as qemu_doctor
 
 
 def doctor(
     *,
-    qemu: Annotated[str, Option(help="QEMU binary to look at.")] = qemu_doctor.QEMU,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    qemu: Annotated[
+        str, typer.Option(metavar="PROGRAM", help="QEMU binary to examine.")
+    ] = qemu_doctor.QEMU,
+    json: Json = False,
 ) -> int:
     """Look at modules, nodes, permissions and QEMU; every fault is shown with its remedy."""
-    findings = output.run(_examine(qemu))
+    findings = run(lambda machine: _examine(machine, qemu))
     if json:
         output.emit_json({"findings": findings})
     else:
@@ -29,13 +34,12 @@ def doctor(
             "Findings",
             ("level", "subject", "finding", "remedy"),
             [(f.level, f.subject, f.message, f.remedy) for f in findings],
+            whole={"level", "subject"},
         )
     faulty = any(finding.level == "fault" for finding in findings)
     return HostError.exit_code if faulty else 0
 
 
-async def _examine(qemu: str) -> list[Finding]:
-    root = output.host_root()
-    machine = Machine(root)
-    host = read_host(machine)
+async def _examine(machine: Machine, qemu: str) -> list[Finding]:
+    host = await scan(machine)
     return [*host_doctor.examine(machine, host), *await qemu_doctor.examine(qemu, host.mdevs)]

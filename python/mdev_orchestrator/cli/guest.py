@@ -3,189 +3,232 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
+
+import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import machine, run
+from mdev_orchestrator.cli.params import Json, complete_device, complete_guest, seconds
+from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
+    from mdev_orchestrator.engine.restore import PoweredDown
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host
-    from mdev_orchestrator.qemu.command import GuestSpec
     from mdev_orchestrator.qemu.hotplug import Plugged
     from mdev_orchestrator.qemu.process import Ended, RunningGuest
     from mdev_orchestrator.qemu.status import Report
+    from mdev_orchestrator.spec import GuestConfig
 
 NONE = "-"
-NameArgument = Annotated[str, Argument(metavar="NAME", help="Name of the guest.")]
-JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Name of the guest.", autocompletion=complete_guest),
+]
+
+app = noun("List, start and stop guests, and open their consoles.")
 
 
-def list_(*, json: JsonOption = False) -> None:
+@app.command("list")
+def list_(*, json: Json = False) -> None:
     """Show all guests, with what they hold."""
-    from mdev_orchestrator.host.sysfs import read_host
-    from mdev_orchestrator.machine import Machine
-
-    reports = output.run(_look_all())
-    host = read_host(Machine(output.host_root()))
+    reports, host, names = run(_look)
     if json:
-        output.emit_json({"guests": [guest_shape(report, host) for report in reports]})
+        output.emit_json({"guests": [guest_shape(report, host, names) for report in reports]})
         return
-    output.emit_table("Guests", HEADERS, [_row(report, host) for report in reports])
+    output.emit_table(
+        "Guests",
+        HEADERS,
+        [_row(report, host, names) for report in reports],
+        whole={"name", "mdevs"},
+    )
     for report in reports:
         if report.damage:
-            output.say(f"{report.guest.label}: {report.damage}")
+            output.remark(f"{report.guest.label}: {report.damage}")
 
 
-async def _look_all() -> list[Report]:
-    from mdev_orchestrator.machine import Machine
-    from mdev_orchestrator.qemu.process import list_guests
-    from mdev_orchestrator.qemu.status import look_all
+async def _look(machine: Machine) -> tuple[list[Report], Host, dict[UUID, str]]:
+    """All guests, the host's devices, and the names of the start groups that guests hold."""
+    from mdev_orchestrator.engine.guests import guest_reports
 
-    await reclaim_groups()
-    return await look_all(list_guests(Machine(output.host_root())))
-
-
-async def reclaim_groups() -> None:
-    """Take offline what guests that have ended left online, and say so."""
-    from mdev_orchestrator.engine.lifecycle import reclaim_groups as sweep_groups
-
-    for swept in await sweep_groups(host=output.host_root()):
-        output.say(str(swept))
+    await reclaim_groups(machine)
+    return await _beside(machine, await guest_reports(machine))
 
 
+async def _beside(
+    machine: Machine, reports: list[Report]
+) -> tuple[list[Report], Host, dict[UUID, str]]:
+    from mdev_orchestrator.host.sysfs import scan
+
+    host = await scan(machine)
+    return reports, host, await _group_names(machine, reports, host)
+
+
+async def reclaim_groups(machine: Machine) -> None:
+    """Take offline the start groups that guests left online when they ended, and say so."""
+    from mdev_orchestrator.engine import start_groups
+
+    for group in await start_groups.reclaim_groups(machine):
+        output.remark(str(group))
+
+
+@app.command("start")
 def start(
-    name: NameArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the guest.")],
     *,
-    kernel: Annotated[Path | None, Option(help="Linux image to boot.")] = None,
-    initrd: Annotated[Path | None, Option(help="Its initial file system.")] = None,
+    kernel: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Linux image to boot.")
+    ] = None,
+    initrd: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its initial file system.")
+    ] = None,
     append: Annotated[
-        str | None, Option(help="Kernel parameters; console=ttyS0 if not given.")
+        str | None,
+        typer.Option(metavar="TEXT", help="Kernel parameters; console=ttyS0 if not given."),
     ] = None,
-    disk: Annotated[Path | None, Option(help="Image of its first disk.")] = None,
-    disk_format: Annotated[str, Option(help="Format of the image: raw, qcow2…")] = "raw",
-    memory: Annotated[str, Option(help="Such as 512M or 2G.")] = "512M",
-    cpus: Annotated[int, Option(help="Number of CPUs.")] = 1,
+    disk: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Image of its first disk.")
+    ] = None,
+    disk_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Format of the image: raw, qcow2…")
+    ] = "raw",
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Such as 512M or 2G.")] = "512M",
+    cpus: Annotated[int, typer.Option(metavar="N", help="Number of CPUs.")] = 1,
     mdev: Annotated[
-        list[str] | None, Option(metavar="UUID", help="A device it gets; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="UUID",
+            help="A device it gets; may be repeated.",
+            autocompletion=complete_device,
+        ),
     ] = None,
-    hotplug_ports: Annotated[int, Option(help="Root ports kept free for attach.")] = 4,
+    hotplug_ports: Annotated[
+        int, typer.Option(metavar="N", help="Root ports kept free for attach.")
+    ] = 4,
     hotplug_window: Annotated[
-        str, Option(help="Memory window of each port, a power of two.")
+        str, typer.Option(metavar="SIZE", help="Memory window of each port, a power of two.")
     ] = "256M",
-    uuid: Annotated[str | None, Option(help="The guest's UUID; random if not given.")] = None,
-    qemu: Annotated[str, Option(envvar="MDO_QEMU", help="QEMU's program.")] = "qemu-system-x86_64",
-    firmware: Annotated[
-        Path | None, Option(envvar="MDO_QEMU_FIRMWARE", help="Its firmware directory (-L).")
+    uuid: Annotated[
+        str | None, typer.Option(metavar="UUID", help="The guest's UUID; random if not given.")
     ] = None,
-    machine: Annotated[str, Option(help="QEMU's machine type.")] = "q35",
+    qemu: Annotated[
+        str, typer.Option(envvar="MDO_QEMU", metavar="PROGRAM", help="QEMU's program.")
+    ] = "qemu-system-x86_64",
+    firmware: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MDO_QEMU_FIRMWARE", metavar="DIRECTORY", help="Its firmware directory (-L)."
+        ),
+    ] = None,
+    machine_type: Annotated[
+        str, typer.Option("--machine", metavar="TYPE", help="QEMU's machine type.")
+    ] = "q35",
     accel: Annotated[
-        str, Option(envvar="MDO_ACCEL", help="kvm, tcg, or auto: KVM where QEMU can.")
+        str,
+        typer.Option(envvar="MDO_ACCEL", metavar="auto|kvm|tcg", help="auto: KVM where QEMU can."),
     ] = "auto",
     arg: Annotated[
-        list[str] | None, Option(help="One more argument for QEMU; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="ARGUMENT", help="One more argument for QEMU; may be repeated."),
     ] = None,
-    deadline: Annotated[float, Option(min=0.1, help="Seconds until QEMU answers.")] = 60.0,
-    json: JsonOption = False,
+    deadline: Annotated[float, seconds("Seconds until QEMU answers.", least=0.1)] = 60.0,
+    json: Json = False,
 ) -> None:
     """Start a guest; it goes on running when this command ends."""
-    from uuid import uuid4
-
     from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu.command import GuestSpec, parse_accel
+    from mdev_orchestrator.qemu.command import parse_accel
     from mdev_orchestrator.qemu.process import qemu_words
-    from mdev_orchestrator.spec import parse_size
+    from mdev_orchestrator.spec import GuestConfig, parse_size
+    from mdev_orchestrator.spec.sizes import Size
 
-    spec = GuestSpec(
+    config = GuestConfig(
         name=name,
-        uuid=parse_uuid(uuid) if uuid else uuid4(),
-        memory=parse_size(memory),
+        uuid=parse_uuid(uuid) if uuid else None,
+        memory=Size(parse_size(memory)),
         cpus=cpus,
-        kernel=kernel,
-        initrd=initrd,
+        kernel=_absolute(kernel),
+        initrd=_absolute(initrd),
         append=append if append is not None else "console=ttyS0" if kernel else "",
-        disk=disk,
+        disk=_absolute(disk),
         disk_format=disk_format,
         hotplug_ports=hotplug_ports,
-        hotplug_window=parse_size(hotplug_window),
+        hotplug_window=Size(parse_size(hotplug_window)),
         accel=parse_accel(accel),
-        machine=machine,
+        machine=machine_type,
         qemu=qemu,
-        firmware=firmware,
+        firmware=_absolute(firmware),
         extra=tuple(arg or ()),
     )
-    report = output.run(_start(spec, mdev or [], deadline))
+    mdevs = [parse_uuid(text) for text in mdev or ()]
+    (report,), host, names = run(lambda machine: _start(machine, config, mdevs, deadline))
     if words := qemu_words(report.guest.qemu_log):
-        output.say(f"{report.guest.label}: QEMU says: {words}")
+        output.remark(f"{report.guest.label}: QEMU says: {words}")
+    record = report.guest.record
+    made = f"{name} runs as process {record.pid if record else NONE}"
     if json:
-        from mdev_orchestrator.host.sysfs import read_host
-        from mdev_orchestrator.machine import Machine
-
-        output.emit_json(guest_shape(report, read_host(Machine(output.host_root()))))
+        output.emit_json(guest_shape(report, host, names), made=f"guest {made}")
     else:
-        record = report.guest.record
-        output.emit(f"{name} runs as process {record.pid if record else NONE}")
+        output.emit(made, made=f"guest {made}")
 
 
-async def _start(spec: GuestSpec, uuids: list[str], deadline: float) -> Report:
-    from msgspec.structs import replace
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
-    from mdev_orchestrator.engine.lifecycle import launch, usable_mdev
-    from mdev_orchestrator.model import parse_uuid
+
+async def _start(
+    machine: Machine, config: GuestConfig, mdevs: list[UUID], deadline: float
+) -> tuple[list[Report], Host, dict[UUID, str]]:
+    from mdev_orchestrator.engine.guests import start_guest
     from mdev_orchestrator.qemu.status import look
 
-    await reclaim_groups()
-    root = output.host_root()
-    mdevs = [await usable_mdev(parse_uuid(uuid), deadline, root) for uuid in uuids]
-    spec = replace(spec, mdevs=tuple(mdevs))
-    guest = await launch(spec, deadline=deadline, host=root)
-    return await look(guest)
+    await reclaim_groups(machine)
+    guest = await start_guest(machine, config, mdevs, deadline=deadline)
+    return await _beside(machine, [await look(guest)])
 
 
+@app.command("stop")
 def stop(
-    name: Annotated[str | None, Argument(metavar="NAME", help="Name of the guest.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Name of the guest.", autocompletion=complete_guest),
+    ] = None,
     *,
     all_: Annotated[
-        bool, Option("--all", help="Every guest that runs, all at the same time.")
+        bool, typer.Option("--all", help="Every guest that runs, all at the same time.")
     ] = False,
-    deadline: Annotated[float, Option(min=0, help="Seconds for the guest to power down.")] = 60.0,
+    deadline: Annotated[float, seconds("Seconds for the guest to power down.")] = 60.0,
     force: Annotated[
-        bool, Option("--force", help="Then end it without asking; --deadline 0: at once.")
+        bool, typer.Option("--force", help="Then end it without asking; --deadline 0: at once.")
     ] = False,
-    json: JsonOption = False,
+    json: Json = False,
 ) -> int:
     """Power a guest down and remove its files. One that has ended is only tidied up."""
     from mdev_orchestrator.errors import RequestError
 
     if (name is None) != all_:
-        raise RequestError("name one guest, or give --all", "mdo guest list shows what there is")
+        raise RequestError("name one guest, or give --all", "mdo guest list shows the guests")
     if name is None:
         return _stop_all(deadline, force=force, json=json)
-    ended = output.run(_stop(name, deadline, force=force))
+    ended = run(lambda machine: _stop(machine, name, deadline, force=force))
     if json:
-        output.emit_json({"name": ended.name, "how": ended.how})
+        output.emit_json(
+            {"name": ended.name, "how": ended.how}, made=f"guest {name} {HOW[ended.how]}"
+        )
     else:
-        output.emit(f"{name} {HOW[ended.how]}")
+        output.emit(f"{name} {HOW[ended.how]}", made=f"guest {name} {HOW[ended.how]}")
     return 0
 
 
 def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
     from mdev_orchestrator.engine.restore import power_down
 
-    ended = output.run(power_down(deadline=deadline, force=force, host=output.host_root()))
+    ended = run(lambda machine: power_down(machine, deadline=deadline, force=force))
     if json:
-        output.emit_json(
-            {
-                "guests": [
-                    {
-                        "name": guest.name,
-                        "how": guest.how or None,
-                        "error": guest.error and guest.error.message,
-                    }
-                    for guest in ended
-                ]
-            }
-        )
+        output.emit_json({"guests": [ended_shape(guest) for guest in ended]})
     else:
         for guest in ended:
             if guest.how:
@@ -194,22 +237,24 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
             output.emit("no guest runs")
     for guest in ended:
         if guest.error is not None:
-            output.say_error(guest.error)
+            output.report(guest.error)
     return 1 if any(guest.error for guest in ended) else 0
 
 
-async def _stop(name: str, deadline: float, *, force: bool) -> Ended:
-    from mdev_orchestrator.engine.lifecycle import end
-    from mdev_orchestrator.machine import Machine
-    from mdev_orchestrator.qemu.process import find
+def ended_shape(guest: PoweredDown) -> dict[str, Any]:
+    """The documented JSON shape of one of several guests that were to be stopped."""
+    return {
+        "name": guest.name,
+        "how": guest.how or None,
+        "error": None if guest.error is None else guest.error.message,
+    }
 
-    ended = await end(
-        find(Machine(output.host_root()), name),
-        deadline=deadline,
-        force=force,
-        host=output.host_root(),
-    )
-    await reclaim_groups()
+
+async def _stop(machine: Machine, name: str, deadline: float, *, force: bool) -> Ended:
+    from mdev_orchestrator.engine.guests import stop_guest
+
+    ended = await stop_guest(machine, name, deadline=deadline, force=force)
+    await reclaim_groups(machine)
     return ended
 
 
@@ -222,38 +267,55 @@ HOW = {
 }
 
 
+@app.command("console")
 def console(
     name: NameArgument,
     *,
     log: Annotated[
-        bool, Option("--log", help="Print what the guest has printed so far, and end.")
+        bool, typer.Option("--log", help="Print what the guest has printed so far, and end.")
     ] = False,
 ) -> None:
     """Connect the terminal to the guest's first serial port; ctrl-] ends it."""
     from mdev_orchestrator.cli.console import interact, print_log
-    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.qemu.process import find, find_running
     from mdev_orchestrator.qemu.status import check_console_free
 
     if log:
-        print_log(find(Machine(output.host_root()), name))
+        print_log(find(machine(), name))
         return
-    guest = find_running(Machine(output.host_root()), name)
-    output.run(check_console_free(guest))
+    guest = find_running(machine(), name)
+    run(lambda _: check_console_free(guest))
     interact(guest)
 
 
 HEADERS = ("name", "state", "qemu", "pid", "memory", "cpus", "mdevs")
 
 
-def _row(report: Report, host: Host) -> tuple[str, ...]:
+async def _group_names(machine: Machine, reports: Iterable[Report], host: Host) -> dict[UUID, str]:
+    """The names of the start groups that guests hold; reads the journal only if they hold any."""
+    held = [host.find(plugged.uuid) for report in reports for plugged in report.mdevs or ()]
+    if not any(mdev and mdev.group_uuid for mdev in held):
+        return {}
+    import asyncio
+
+    from mdev_orchestrator.cli.host import group_names
+    from mdev_orchestrator.engine.journal_db import read_managed
+    from mdev_orchestrator.errors import MdoError
+
+    try:
+        return group_names(await asyncio.to_thread(read_managed, machine))
+    except MdoError:
+        return {}  # they are shown by their UUIDs; mdo host says why
+
+
+def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ...]:
     record = report.guest.record
     held = NONE if report.mdevs is None else str(len(report.mdevs))
     if report.mdevs:
-        held = ", ".join(sorted(_held(plugged, host) for plugged in report.mdevs))
+        held = ", ".join(sorted(_held(plugged, host, names) for plugged in report.mdevs))
     return (
         report.guest.name,
-        str(report.guest.state),
+        str(report.state),
         report.status or NONE,
         str(record.pid) if record and report.guest.alive else NONE,
         f"{record.memory >> 20}M" if record else NONE,
@@ -262,25 +324,25 @@ def _row(report: Report, host: Host) -> tuple[str, ...]:
     )
 
 
-def _held(plugged: Plugged, host: Host) -> str:
+def _held(plugged: Plugged, host: Host, names: Mapping[UUID, str]) -> str:
     """An mdev with its state and group, as far as its driver has them."""
     mdev = host.find(plugged.uuid)
     words = [str(plugged.uuid)]
     if mdev is not None and mdev.online is not None:
         words.append("online" if mdev.online else "offline")
     if mdev is not None and mdev.group_uuid is not None:
-        words.append(f"in group {mdev.group_uuid}")
+        words.append(f"in group {names.get(mdev.group_uuid, mdev.group_uuid)}")
     return " ".join(words)
 
 
-def guest_shape(report: Report, host: Host) -> dict[str, Any]:
+def guest_shape(report: Report, host: Host, names: Mapping[UUID, str]) -> dict[str, Any]:
     """The documented JSON shape of a guest."""
     from mdev_orchestrator.qemu.process import created
 
     guest, record = report.guest, report.guest.record
     return {
         "name": guest.name,
-        "state": str(guest.state),
+        "state": str(report.state),
         "status": report.status,
         "uuid": record and str(record.uuid),
         "pid": _pid(guest),
@@ -289,13 +351,13 @@ def guest_shape(report: Report, host: Host) -> dict[str, Any]:
         "created": record and created(record).isoformat(timespec="seconds"),
         "mdevs": None
         if report.mdevs is None
-        else [_plugged_shape(plugged, host) for plugged in report.mdevs],
+        else [_plugged_shape(plugged, host, names) for plugged in report.mdevs],
         "directory": str(guest.directory),
         "damage": report.damage,
     }
 
 
-def _plugged_shape(plugged: Plugged, host: Host) -> dict[str, Any]:
+def _plugged_shape(plugged: Plugged, host: Host, names: Mapping[UUID, str]) -> dict[str, Any]:
     mdev = host.find(plugged.uuid)
     return {
         "uuid": str(plugged.uuid),
@@ -303,12 +365,10 @@ def _plugged_shape(plugged: Plugged, host: Host) -> dict[str, Any]:
         "driver": plugged.driver,
         "port": plugged.port,
         "group_uuid": mdev and mdev.group_uuid and str(mdev.group_uuid),
+        "group": mdev and mdev.group_uuid and names.get(mdev.group_uuid),
         "online": mdev and mdev.online,
     }
 
 
 def _pid(guest: RunningGuest) -> int | None:
     return guest.record.pid if guest.record and guest.alive else None
-
-
-COMMANDS = {"list": list_, "start": start, "stop": stop, "console": console}

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+from mdev_orchestrator import model
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Option
+from mdev_orchestrator.cli.context import machine
+from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.host.holders import Holders, read_holders
 from mdev_orchestrator.host.sysfs import read_host
 from mdev_orchestrator.machine import Machine
@@ -23,36 +27,34 @@ FOREIGN = "foreign"
 STATES = {None: NONE, False: "offline", True: "online"}
 
 
-def host(
-    *,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
-) -> None:
+def host(*, json: Json = False) -> None:
     """Show parents, their types with free and used instances, and devices with their holders."""
-    root = output.host_root()
-    found = read_host(Machine(root))
-    held = read_holders(Machine(root), found.mdevs)
-    owned = _owned()
+    here = machine()
+    found = read_host(here)
+    held = read_holders(here, found.mdevs)
+    owned = _owned(here)
     if json:
         output.emit_json(shape(found, held, owned))
     else:
         _show(found, held, owned)
 
 
-def _owned() -> Managed | None:
+def _owned(here: Machine) -> Managed | None:
     """What is ours; ``None`` when the journal cannot be read."""
     from mdev_orchestrator.engine.journal_db import read_managed
     from mdev_orchestrator.errors import MdoError
 
     try:
-        return read_managed()
+        return read_managed(here)
     except MdoError as error:
-        output.say_error(error)
+        output.report(error)
         return None
 
 
 def shape(found: Host, held: Holders, owned: Managed | None) -> dict[str, Any]:
     """The documented JSON shape of a host."""
     used = _used(found)
+    names = group_names(owned)
     return {
         "mdev_bus": found.mdev_bus,
         "parents": [
@@ -78,7 +80,9 @@ def shape(found: Host, held: Holders, owned: Managed | None) -> dict[str, Any]:
             }
             for parent in found.parents
         ],
-        "mdevs": [{**mdev_shape(mdev, held), **_ownership(mdev, owned)} for mdev in found.mdevs],
+        "mdevs": [
+            {**mdev_shape(mdev, held), **_ownership(mdev, owned, names)} for mdev in found.mdevs
+        ],
         "lost": [
             {
                 "uuid": str(device.uuid),
@@ -86,12 +90,14 @@ def shape(found: Host, held: Holders, owned: Managed | None) -> dict[str, Any]:
                 "type": device.type,
                 "spec": device.spec,
                 "for": device.owner or None,
+                "remedy": _remedy(device),
             }
             for device in _lost(found, owned)
         ],
         "groups": [
             {
                 "uuid": str(group.uuid),
+                "name": None if group.uuid is None else names.get(group.uuid),
                 "parent": group.parent,
                 "members": [str(uuid) for uuid in group.members],
                 "online": group.online,
@@ -125,32 +131,46 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
     return result
 
 
-def _ownership(mdev: Mdev, owned: Managed | None) -> dict[str, Any]:
-    """Whose an mdev is: ``owner`` is ``ours`` or ``foreign``, null when that cannot be told."""
+def _ownership(mdev: Mdev, owned: Managed | None, names: Mapping[UUID, str]) -> dict[str, Any]:
+    """The owner of an mdev, ``ours`` or ``foreign``, and what the journal knows of it."""
     device = None if owned is None else _device(mdev, owned)
     return {
         "owner": None if owned is None else FOREIGN if device is None else OURS,
         "spec": None if device is None else device.spec,
         "for": None if device is None else device.owner or None,
+        "group": None if mdev.group_uuid is None else names.get(mdev.group_uuid),
     }
 
 
 def _device(mdev: Mdev, owned: Managed) -> DeviceRecord | None:
-    """An mdev as the journal has it; one of the same UUID elsewhere is somebody else's."""
+    """An mdev as the journal has it; one of the same UUID on another parent is foreign."""
     device = owned.devices.get(mdev.uuid)
     same = device and device.parent == mdev.parent and mdev.type_id in {device.type, None}
     return device if same else None
 
 
 def _lost(found: Host, owned: Managed | None) -> list[DeviceRecord]:
-    """Devices that are ours and not there (any more)."""
+    """Devices that are ours and do not exist (any more)."""
     here = {mdev.uuid for mdev in found.mdevs if owned is not None and _device(mdev, owned)}
     devices = () if owned is None else owned.devices.values()
     return [device for device in devices if device.uuid not in here]
 
 
-def _whose(mdev: Mdev, owned: Managed | None) -> str:
-    ownership = _ownership(mdev, owned)
+def _remedy(device: DeviceRecord) -> str:
+    """What brings a lost device back."""
+    if device.spec is not None:
+        return f"mdo apply brings it back, mdo destroy {device.spec} removes all of its spec"
+    return f"mdo create {device.type} --parent {device.parent} --uuid {device.uuid} brings it back"
+
+
+def group_names(owned: Managed | None) -> dict[UUID, str]:
+    """The names of start groups, as far as they were given any."""
+    devices = () if owned is None else owned.devices.values()
+    return model.group_names((device.group, device.label) for device in devices)
+
+
+def _owner(mdev: Mdev, owned: Managed | None) -> str:
+    ownership = _ownership(mdev, owned, {})
     words = [ownership["owner"] or UNKNOWN, ownership["spec"], ownership["for"]]
     return " ".join(word for word in words if word)
 
@@ -161,6 +181,7 @@ def _used(found: Host) -> Counter[tuple[str, str | None]]:
 
 def _show(found: Host, held: Holders, owned: Managed | None) -> None:
     used = _used(found)
+    names = group_names(owned)
     output.emit_table(
         "Types",
         ("parent", "type", "name", "free", "used", "api", "remarks"),
@@ -182,6 +203,7 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
             for parent in found.parents
             if not parent.types
         ],
+        whole={"parent", "type"},
     )
     linked = [parent for parent in found.parents if parent.links is not None]
     if linked:
@@ -190,12 +212,13 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
         "Links between devices of a start group",
         ("parent", "links", "free"),
         [(parent.name, _line(parent.links), _line(parent.links_free)) for parent in linked],
+        whole={"parent"},
     )
     if found.parents and found.mdevs:
         output.emit("")
     output.emit_table(
         "Devices",
-        ("uuid", "parent", "type", "iommu", "state", "group", "whose", "holder", "remarks"),
+        ("uuid", "parent", "type", "iommu", "state", "group", "owner", "holder", "remarks"),
         [
             (
                 str(mdev.uuid),
@@ -203,29 +226,38 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
                 _line(mdev.type_id),
                 _line(mdev.iommu_group),
                 STATES[mdev.online],
-                NONE if mdev.group_uuid is None else str(mdev.group_uuid),
-                _whose(mdev, owned),
+                _group(mdev, names),
+                _owner(mdev, owned),
                 ", ".join(map(str, held.of(mdev.uuid))),
                 "; ".join(mdev.damage),
             )
             for mdev in found.mdevs
         ],
+        whole={"uuid", "parent", "type", "group"},
     )
     for device in _lost(found, owned):
         spec = f" of spec {device.spec}" if device.spec is not None else ""
-        output.say(
+        output.remark(
             f"mdev {device.uuid}{spec} is lost: it is ours and not on {device.parent} any more"
+            f" \u2014 {_remedy(device)}"
         )
     for damage in found.damage:
-        output.say(damage)
+        output.remark(damage)
     if not found.mdev_bus:
-        output.say("this host has no mdev bus \u2014 modprobe mdev, and see mdo doctor")
+        output.remark("this host has no mdev bus \u2014 modprobe mdev, and see mdo doctor")
     elif not found.parents:
-        output.say("no device of this host offers mdevs \u2014 mdo doctor says what is missing")
+        output.remark("no device of this host offers mdevs \u2014 mdo doctor says what is missing")
     if held.unseen and found.mdevs:
-        output.say(
+        output.remark(
             f"{held.unseen} processes of other users may hold devices too \u2014 run as root"
         )
+
+
+def _group(mdev: Mdev, names: Mapping[UUID, str]) -> str:
+    """A start group by its name, or else by its UUID."""
+    if mdev.group_uuid is None:
+        return NONE
+    return names.get(mdev.group_uuid, str(mdev.group_uuid))
 
 
 def _line(value: object) -> str:

@@ -3,76 +3,111 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
+
+import typer
 
 from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.guest import reclaim_groups
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.params import (
+    Json,
+    complete_device,
+    complete_device_or_type,
+    complete_guest,
+    complete_parent,
+    seconds,
+)
+from mdev_orchestrator.machine import Machine
 
-GuestArgument = Annotated[str, Argument(metavar="GUEST", help="Name of a running guest.")]
-JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
+if TYPE_CHECKING:
+    from mdev_orchestrator.engine.attach import Attached
+
+GuestArgument = Annotated[
+    str,
+    typer.Argument(metavar="GUEST", help="Name of a running guest.", autocompletion=complete_guest),
+]
 
 
 def attach(
     guest: GuestArgument,
     what: Annotated[
-        str, Argument(metavar="UUID|TYPE", help="A device, or a type to create one of.")
+        str,
+        typer.Argument(
+            metavar="UUID|TYPE",
+            help="A device, or a type to create one of.",
+            autocompletion=complete_device_or_type,
+        ),
     ],
     *,
-    parent: Annotated[str | None, Option(help="Parent, when several offer the type.")] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT",
+            help="Parent, when several offer the type.",
+            autocompletion=complete_parent,
+        ),
+    ] = None,
     wait_guest: Annotated[
-        bool, Option("--wait-guest", help="Return when the guest has taken the device.")
+        bool, typer.Option("--wait-guest", help="Return when the guest has taken the device.")
     ] = False,
-    deadline: Annotated[float, Option(min=0.1, help="Seconds for the whole.")] = 30.0,
-    json: JsonOption = False,
+    deadline: Annotated[float, seconds("Seconds for the whole.", least=0.1)] = 30.0,
+    json: Json = False,
 ) -> None:
     """Plug a device into a running guest."""
     from mdev_orchestrator.engine import attach
 
-    output.run(reclaim_groups())
-    done = output.run(
-        attach.attach(
-            guest,
-            what,
-            parent=parent,
-            wait_guest=wait_guest,
-            deadline=deadline,
-            host=output.host_root(),
+    async def work(machine: Machine) -> Attached:
+        await reclaim_groups(machine)
+        return await attach.attach(
+            machine, guest, what, parent=parent, wait_guest=wait_guest, deadline=deadline
         )
-    )
+
+    done = run(work)
+    made = f"mdev {done.uuid} is attached to guest {guest}"
     if json:
-        output.emit_json(
-            {
-                "guest": guest,
-                "uuid": str(done.uuid),
-                "device": done.device_id,
-                "port": done.port,
-                "created": done.created,
-                "taken": True if wait_guest else None,
-            }
-        )
+        output.emit_json(attached_shape(guest, done, taken=wait_guest), made=made)
     else:
-        output.emit(str(done.uuid))
+        output.emit(str(done.uuid), made=made)
+
+
+def attached_shape(guest: str, done: Attached, *, taken: bool) -> dict[str, Any]:
+    """The documented JSON shape of a device that was attached."""
+    return {
+        "guest": guest,
+        "uuid": str(done.uuid),
+        "device": done.device_id,
+        "port": done.port,
+        "created": done.created,
+        "taken": True if taken else None,
+    }
 
 
 def detach(
     guest: GuestArgument,
-    uuid: Annotated[str, Argument(metavar="UUID", help="The device.")],
+    uuid: Annotated[
+        str,
+        typer.Argument(metavar="UUID", help="The device.", autocompletion=complete_device),
+    ],
     *,
     remove: Annotated[
-        bool, Option("--remove", help="Remove the device from the host afterwards.")
+        bool, typer.Option("--remove", help="Remove the device from the host afterwards.")
     ] = False,
-    deadline: Annotated[float, Option(min=0.1, help="Seconds for the guest to let go.")] = 60.0,
-    json: JsonOption = False,
+    deadline: Annotated[float, seconds("Seconds for the guest to let go.", least=0.1)] = 60.0,
+    json: Json = False,
 ) -> None:
     """Unplug a device from a running guest; returns when QEMU has closed it."""
     from mdev_orchestrator.engine import attach
     from mdev_orchestrator.model import parse_uuid
 
-    output.run(
-        attach.detach(
-            guest, parse_uuid(uuid), remove=remove, deadline=deadline, host=output.host_root()
-        )
-    )
+    device = parse_uuid(uuid)
+    run(lambda machine: attach.detach(machine, guest, device, remove=remove, deadline=deadline))
     if json:
-        output.emit_json({"guest": guest, "uuid": uuid, "removed": remove})
+        made = f"mdev {device} is detached from guest {guest}"
+        output.emit_json(detached_shape(guest, device, removed=remove), made=made)
+
+
+def detached_shape(guest: str, device: UUID, *, removed: bool) -> dict[str, Any]:
+    """The documented JSON shape of a device that was detached."""
+    return {"guest": guest, "uuid": str(device), "removed": removed}

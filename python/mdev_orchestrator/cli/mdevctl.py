@@ -7,47 +7,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import machine
+from mdev_orchestrator.cli.params import Json, complete_parent
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
 from mdev_orchestrator.host.sysfs import read_host
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
-from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.spec import load, to_plain, to_toml
-
-Json = Annotated[bool, Option("--json", help="One JSON document.")]
 
 
 def import_(
     uuids: Annotated[
-        list[str] | None, Argument(metavar="UUID…", help="Devices; all without any.")
+        list[str] | None, typer.Argument(metavar="UUID...", help="Devices; all if none is named.")
     ] = None,
     *,
-    parent: Annotated[str | None, Option(help="Only those on this parent.")] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT", help="Only those on this parent.", autocompletion=complete_parent
+        ),
+    ] = None,
     from_: Annotated[
         Path | None,
-        Option("--from", metavar="DIR", help="Definitions; /etc/mdevctl.d without it."),
+        typer.Option(
+            "--from", metavar="DIR", help="Directory of definitions; /etc/mdevctl.d if not given."
+        ),
     ] = None,
     to: Annotated[
         Path | None,
-        Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
+        typer.Option("-o", "--output", metavar="FILE", help="Spec to write; .json for JSON."),
     ] = None,
-    force: Annotated[bool, Option("--force", help="Replace FILE.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     json: Json = False,
 ) -> None:
-    """Make a spec of mdevctl's definitions: a pool for each device. Changes nothing of theirs."""
+    """Make a spec of mdevctl's definitions: a pool for each device. Changes no definition."""
     if from_ is not None and not from_.is_dir():
         raise RequestError(f"{from_} is not a directory", "--from names one like /etc/mdevctl.d")
-    found = mdevctl.read(Machine(output.host_root()), from_)
+    found = mdevctl.read(machine(), from_)
     asked = mdevctl.select(found, [parse_uuid(text) for text in uuids or ()], parent)
     spec, faults = mdevctl.to_spec(asked.found)
     for damage in asked.damage:
-        output.say(str(damage))
+        output.remark(str(damage))
     for fault in faults:
-        output.say_error(fault)
+        output.report(fault)
     if spec.pools:
         as_json = json or (to is not None and to.suffix == ".json")
         if to is not None:
@@ -67,15 +74,17 @@ def import_(
 def export(
     what: Annotated[
         list[str] | None,
-        Argument(metavar="SPEC|UUID…", help="Devices of a spec, or some; ours without any."),
+        typer.Argument(
+            metavar="SPEC|UUID...", help="Devices of a spec, or devices; ours if none is named."
+        ),
     ] = None,
     *,
     to: Annotated[
         Path | None,
-        Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
+        typer.Option(metavar="DIR", help="Write files there: /etc/mdevctl.d is mdevctl's own."),
     ] = None,
     force: Annotated[
-        bool, Option("--force", help="Replace definitions that are different.")
+        bool, typer.Option("--force", help="Replace definitions that are different.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -84,11 +93,7 @@ def export(
     Of one device it prints what mdevctl define --jsonfile takes.
     """
     definitions = _wanted(what or [], to)
-    written = (
-        []
-        if to is None
-        else mdevctl.write(Machine(output.host_root()), definitions, to, force=force)
-    )
+    written = [] if to is None else mdevctl.write(machine(), definitions, to, force=force)
     if json:
         output.emit_json({"definitions": [_shape(it, to, written) for it in definitions]})
     elif to is not None:
@@ -101,8 +106,8 @@ def export(
 
 
 def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
-    root = output.host_root()
-    host = read_host(Machine(root))
+    here = machine()
+    host = read_host(here)
     if len(what) == 1 and not is_uuid(what[0]):
         return mdevctl.of_spec(load(what[0]), host)
     ours = [
@@ -114,7 +119,7 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
             attributes=own.attributes,
             group=own.group,
         )
-        for own in read_managed().devices.values()
+        for own in read_managed(here).devices.values()
     ]
     found = []
     for uuid in dict.fromkeys(parse_uuid(text) for text in what):
@@ -126,7 +131,7 @@ def _wanted(what: list[str], to: Path | None) -> Sequence[Definition]:
         found = [it for it in host.mdevs if any(mdevctl.is_of(it, own) for own in ours)]
         if not found:
             raise UnknownError("no mdev here is ours", "name those that you want; mdo host has all")
-    known = (*mdevctl.read(Machine(root), to).found, *ours)
+    known = (*mdevctl.read(here, to).found, *ours)
     return [mdevctl.of_mdev(mdev, known) for mdev in found]
 
 

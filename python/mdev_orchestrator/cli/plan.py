@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
+import typer
+
 from mdev_orchestrator.capacity.models import Confidence
 from mdev_orchestrator.capacity.planner import ParentPlan, Plan
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.engine.apply import diff
-from mdev_orchestrator.engine.diff import Changes, Existing, MisfitError
+from mdev_orchestrator.engine.diff import Existing, MisfitError
 from mdev_orchestrator.spec import Document, GuestMdev, key, load
 
 
 class Policy(StrEnum):
-    """How devices are placed where several parents will do."""
+    """How devices are placed where several parents offer the type."""
 
     PACK = "pack"
     SPREAD = "spread"
@@ -30,12 +33,13 @@ def policy_of(policy: Policy) -> Literal["pack", "spread"]:
 
 
 def plan(
-    spec: Annotated[str, Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="TOML or JSON file, - for stdin.")],
     *,
     policy: Annotated[
-        Policy, Option(help="Fill parents one after the other, or all alike.")
+        Policy,
+        typer.Option(metavar="pack|spread", help="Fill parents one after the other, or all alike."),
     ] = Policy.PACK,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    json: Json = False,
 ) -> None:
     """Show where the devices of a spec would go and what capacity would remain; changes nothing.
 
@@ -44,7 +48,7 @@ def plan(
     document = load(spec)
     error: MisfitError | None = None
     try:
-        changes = output.run(_diff(document, policy_of(policy)))
+        changes = run(lambda machine: diff(machine, document, policy=policy_of(policy)))
     except MisfitError as misfit:
         error, answer, existing = misfit, misfit.plan, misfit.existing
     else:
@@ -58,13 +62,9 @@ def plan(
         raise error
 
 
-async def _diff(document: Document, policy: Literal["pack", "spread"]) -> Changes:
-    return await diff(document, policy=policy, host=output.host_root())
-
-
 def shape(document: Document, existing: Sequence[Existing], answer: Plan) -> dict[str, Any]:
     """The documented JSON shape of a plan."""
-    who = _owners(document)
+    owners = _owners(document)
     return {
         "fits": answer.fits,
         "proven": answer.proven,
@@ -72,7 +72,7 @@ def shape(document: Document, existing: Sequence[Existing], answer: Plan) -> dic
         "existing": [
             {
                 "request": device.request,
-                **who[device.request],
+                **owners[device.request],
                 "uuid": str(device.uuid),
                 "parent": device.parent,
                 "type": device.type_id,
@@ -82,7 +82,7 @@ def shape(document: Document, existing: Sequence[Existing], answer: Plan) -> dic
         "placements": [
             {
                 "request": placement.request,
-                **who[placement.request],
+                **owners[placement.request],
                 "parent": placement.parent,
                 "type": placement.type_id,
             }
@@ -91,7 +91,7 @@ def shape(document: Document, existing: Sequence[Existing], answer: Plan) -> dic
         "shortfalls": [
             {
                 "request": shortfall.request,
-                **who[shortfall.request],
+                **owners[shortfall.request],
                 "asked": shortfall.asked,
                 "placed": shortfall.placed,
                 "reason": shortfall.reason,
@@ -140,10 +140,10 @@ def _owners(document: Document) -> dict[str, dict[str, str | None]]:
 
 
 def _show(document: Document, existing: Sequence[Existing], answer: Plan) -> None:
-    who = _owners(document)
+    owners = _owners(document)
 
     def words(request: str) -> tuple[str, str]:
-        owner = who[request]
+        owner = owners[request]
         name = owner["guest"] or f"pool {owner['pool']}"
         return name, owner["group"] or ""
 
@@ -159,6 +159,7 @@ def _show(document: Document, existing: Sequence[Existing], answer: Plan) -> Non
         "Devices" if answer.fits else "Devices that would fit",
         ("for", "group", "type", "parent", "devices"),
         there + [(*where, str(count)) for where, count in placed.items()],
+        whole={"for", "type", "parent", "devices"},
     )
     if placed or there:
         output.emit("")
@@ -169,6 +170,7 @@ def _show(document: Document, existing: Sequence[Existing], answer: Plan) -> Non
             (*words(s.request), str(s.asked), str(s.placed), s.reason, s.hint)
             for s in answer.shortfalls
         ],
+        whole={"for"},
     )
     if answer.shortfalls:
         output.emit("")
@@ -189,6 +191,7 @@ def _show(document: Document, existing: Sequence[Existing], answer: Plan) -> Non
             for parent in answer.parents
             for type_ in parent.capacity.types
         ],
+        whole={"parent", "type"},
     )
 
 
@@ -204,4 +207,4 @@ def _say_doubts(answer: Plan) -> None:
     for parent in answer.parents:
         capacity = parent.capacity
         if capacity.name in used and capacity.confidence is Confidence.GUESSED:
-            output.say(f"what remains on {capacity.name} is a guess: {capacity.why}")
+            output.remark(f"what remains on {capacity.name} is a guess: {capacity.why}")

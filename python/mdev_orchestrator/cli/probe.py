@@ -7,59 +7,65 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
-from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json, complete_parent
 from mdev_orchestrator.engine.probe import TOGETHER, Candidates, Probed, candidates
 from mdev_orchestrator.engine.probe import probe as learn
 from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.machine import Machine
 
 
 def probe(
     parents: Annotated[
         list[str] | None,
-        Argument(metavar="PARENT...", help="Parents; all that have no devices without one."),
+        typer.Argument(
+            metavar="PARENT...",
+            help="Parents; all that have no devices if none is named.",
+            autocompletion=complete_parent,
+        ),
     ] = None,
     *,
-    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
 ) -> None:
     """Learn how parents fill, by creating devices on them and removing them again.
 
     What is learned is remembered for all parents of that kind. Refuses a parent that has devices.
     """
-    context = Context(host=output.host_root())
-    chosen = output.run(candidates(parents or (), context))
+    chosen = run(lambda machine: candidates(machine, parents or ()))
     names = [parent.name for parent in chosen.idle]
     _announce(chosen, yes=yes)
-    found = output.run(_all(names, context))
+    found = run(lambda machine: _all(machine, names))
     if json:
         output.emit_json(
-            {"parents": [_shape(probed) for probed in found], "in_use": list(chosen.busy)}
+            {"parents": [shape(probed) for probed in found], "in_use": list(chosen.busy)}
         )
     else:
         _show(found)
     for probed in found:
         if not probed.learned and probed.created:
-            output.say(f"nothing was learned of {probed.after.name}: {probed.after.why}")
+            output.remark(f"nothing was learned of {probed.after.name}: {probed.after.why}")
 
 
-async def _all(names: Sequence[str], context: Context) -> list[Probed]:
-    return [await learn(name, context) for name in names]
+async def _all(machine: Machine, names: Sequence[str]) -> list[Probed]:
+    return [await learn(machine, name) for name in names]
 
 
 def _announce(chosen: Candidates, *, yes: bool) -> None:
-    """Say what will happen, and ask whether it may.
+    """Say what will happen, and ask for permission.
 
-    :raise RequestError: There is nobody to ask.
-    :raise SystemExit: It may not.
+    :raise RequestError: Standard input is no terminal, and ``yes`` is false.
+    :raise SystemExit: The answer is no.
     """
     if chosen.busy:
-        output.say(f"left out, since they have devices: {', '.join(chosen.busy)}")
+        output.remark(f"left out, since they have devices: {', '.join(chosen.busy)}")
     most = max(len(parent.types) for parent in chosen.idle) + TOGETHER
     names = ", ".join(parent.name for parent in chosen.idle)
     what = f"up to {most} devices will be created and removed again on each of: {names}"
-    output.say(f"{what}; use nothing of them meanwhile")
+    output.remark(f"{what}; use nothing of them meanwhile")
     if yes:
         return
     if not sys.stdin.isatty():
@@ -67,7 +73,7 @@ def _announce(chosen: Candidates, *, yes: bool) -> None:
     output.confirm("Go on?")
 
 
-def _shape(probed: Probed) -> dict[str, Any]:
+def shape(probed: Probed) -> dict[str, Any]:
     """The documented JSON shape of what was learned of a parent."""
     return {
         "name": probed.after.name,
@@ -99,4 +105,5 @@ def _show(found: Sequence[Probed]) -> None:
             )
             for probed in found
         ],
+        whole={"parent"},
     )

@@ -3,38 +3,51 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
-from mdev_orchestrator.cli.options import Argument, Option
+import typer
 
-Series = Annotated[str, Option("--series", help="Series of QEMU: 10.0 or 10.2.")]
+from mdev_orchestrator.cli import output
+from mdev_orchestrator.cli.params import Json
+from mdev_orchestrator.cli.tree import noun
+
+Series = Annotated[
+    str, typer.Option("--series", metavar="SERIES", help="Series of QEMU: 10.0 or 10.2.")
+]
 
 
+app = noun("Build a QEMU that starts and stops groups itself.")
+
+
+@app.command("build")
 def build(
     series: Series = "10.0",
     source: Annotated[
-        Path | None, Option(help="A source tree to take instead of Debian's; it is copied.")
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY", help="A source tree to take instead of Debian's; it is copied."
+        ),
     ] = None,
-    jobs: Annotated[int, Option(min=0, help="Compilers at a time; 0: one a processor.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Compilers at a time; 0: one a processor.")
+    ] = 0,
 ) -> None:
     """Fetch, patch and build a series; quick when only our files have changed."""
-    from mdev_orchestrator.cli import output
     from mdev_orchestrator.qemu_build import builds
 
     def progress(line: str) -> None:
-        sys.stderr.write(f"qemu {series}: {line}\n")
+        output.write_error(f"qemu {series}: {line}\n")
 
     done = builds.build(series, source=source, jobs=jobs, progress=progress)
     output.emit(str(done.binary))
 
 
+@app.command("list")
 def list_(
-    json: Annotated[bool, Option("--json", help="Machine-readable output.")] = False,
+    json: Json = False,
 ) -> None:
     """List the series that there are patches for, and what is built of them."""
-    from mdev_orchestrator.cli import output
     from mdev_orchestrator.qemu_build import builds, patches
 
     rows = []
@@ -66,19 +79,19 @@ def list_(
             )
             for row in rows
         ],
+        whole={"series", "version"},
     )
 
 
+@app.command("export")
 def export(
-    directory: Annotated[Path, Argument(metavar="DIRECTORY", help="Where to write the patches.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Where to write the patches.")
+    ],
     series: Series = "10.0",
 ) -> None:
     """Write the complete series, new files included, for 'git am' or quilt."""
-    from mdev_orchestrator.cli import output
     from mdev_orchestrator.qemu_build import patches
 
     for path in patches.export(series, directory):
         output.emit(str(path))
-
-
-COMMANDS = {"build": build, "list": list_, "export": export}

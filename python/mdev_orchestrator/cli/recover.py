@@ -3,111 +3,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json
 
 if TYPE_CHECKING:
-    from mdev_orchestrator.engine.recovery import Adopted, Recovered
+    from mdev_orchestrator.engine.recovery import Recovered
+    from mdev_orchestrator.machine import Machine
 
-JsonOption = Annotated[bool, Option("--json", help="One JSON document.")]
+DONE = {"undo": "undone", "finish": "finished", "close": "closed", "forget": "forgotten"}
 
 
 def recover(
     *,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Say what would be done; changes nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be done; changes nothing.")
     ] = False,
-    json: JsonOption = False,
+    json: Json = False,
 ) -> int:
     """Undo or finish what a command that was killed left open.
 
     Ends with 1 if something could not be undone.
     """
-    done = output.run(_recover(dry_run=dry_run))
+    done = run(lambda machine: _recover(machine, dry_run=dry_run))
     if json:
-        output.emit_json({"dry_run": dry_run, "runs": [_shape(run) for run in done]})
+        output.emit_json({"dry_run": dry_run, "runs": [shape(recovered) for recovered in done]})
     else:
-        for run in done:
-            verb = {"undo": "undone", "finish": "finished", "forget": "forgotten"}[run.way]
-            count = len(run.steps)
-            words = f"{count} step{'s' * (count != 1)}"
-            output.emit(
-                f"{run.run}: {words} to {run.way}" if dry_run else f"{run.run}: {words} {verb}"
-            )
-            if run.why:
-                output.emit(f"  since it could not be finished: {run.why}")
-            for step in run.steps:
-                output.emit(f"  {step}")
+        for recovered in done:
+            _show(recovered, dry_run=dry_run)
         if not done:
-            output.emit("nothing stands open")
-    for run in done:
-        for error in run.errors:
-            output.say_error(error)
-    return 1 if any(run.errors for run in done) else 0
+            output.emit("nothing is open")
+    for recovered in done:
+        for error in recovered.errors:
+            output.report(error)
+    return 1 if any(recovered.errors for recovered in done) else 0
 
 
-async def _recover(*, dry_run: bool) -> list[Recovered]:
+async def _recover(machine: Machine, *, dry_run: bool) -> list[Recovered]:
+    from mdev_orchestrator.cli.guest import reclaim_groups
     from mdev_orchestrator.engine import recovery
-    from mdev_orchestrator.engine.context import Context
-    from mdev_orchestrator.engine.journal import Journal
-    from mdev_orchestrator.engine.lifecycle import reclaim_groups
-    from mdev_orchestrator.state import journal_path
 
-    if dry_run and not journal_path().exists():
-        return []
-    with Journal.open() as journal:
-        if dry_run:
-            return recovery.pending(journal)
-        done = await recovery.recover(
-            journal,
-            context=Context(host=output.host_root()),
-            observe=output.progress,
-            again=True,
-        )
-        for swept in await reclaim_groups(host=output.host_root()):
-            output.say(str(swept))
-        return done
+    if dry_run:
+        return await recovery.pending(machine)
+    done = await recovery.recover(machine, observe=output.progress)
+    await reclaim_groups(machine)
+    return done
 
 
-def _shape(run: Recovered) -> dict[str, Any]:
+def _show(recovered: Recovered, *, dry_run: bool) -> None:
+    verb = f"to {recovered.way}" if dry_run else DONE[recovered.way]
+    if recovered.steps or not recovered.stuck:
+        output.emit(f"{recovered.run}: {_count(recovered.steps)} {verb}")
+    if recovered.why:
+        output.emit(f"  since it could not be finished: {recovered.why}")
+    for step in recovered.steps:
+        output.emit(f"  {step}")
+    if recovered.stuck:
+        output.emit(f"{recovered.run}: {_count(recovered.stuck)} could not be {verb}")
+    for step in recovered.stuck:
+        output.emit(f"  {step}")
+
+
+def _count(steps: Sequence[str]) -> str:
+    return f"{len(steps)} step{'s' * (len(steps) != 1)}"
+
+
+def shape(recovered: Recovered) -> dict[str, Any]:
+    """The documented JSON shape of a run that was recovered."""
     return {
-        "command": run.run.kind,
-        "title": run.run.title,
-        "pid": run.run.process.pid,
-        "began": run.run.began,
-        "way": run.way,
-        "why": run.why or None,
-        "steps": list(run.steps),
-        "errors": [error.message for error in run.errors],
+        "command": recovered.run.kind,
+        "title": recovered.run.title,
+        "pid": recovered.run.process.pid,
+        "began": recovered.run.began,
+        "way": recovered.way,
+        "why": recovered.why or None,
+        "steps": list(recovered.steps),
+        "stuck": list(recovered.stuck),
+        "errors": [error.message for error in recovered.errors],
     }
 
 
 def adopt(
     what: Annotated[
-        list[str] | None, Argument(metavar="GUEST|UUID...", help="Guests and devices.")
+        list[str] | None,
+        typer.Argument(metavar="GUEST|UUID...", help="Guests and devices."),
     ] = None,
     *,
     all_: Annotated[
         bool,
-        Option("--all", help="All guests of this state directory, and the devices they have."),
+        typer.Option(
+            "--all", help="All guests of this state directory, and the devices they have."
+        ),
     ] = False,
-    json: JsonOption = False,
+    json: Json = False,
 ) -> None:
-    """Make guests and devices ours that the journal does not know, or does not know any more."""
-    from mdev_orchestrator.engine.recovery import adopt as engine_adopt
+    """Take over guests and devices that the journal does not know (any more)."""
+    from mdev_orchestrator.engine.adopt import adopt as engine_adopt
     from mdev_orchestrator.errors import RequestError
 
-    if bool(what) == all_:
+    if what and all_:
+        raise RequestError("--all and names exclude each other", "give the names, or only --all")
+    if not what and not all_:
         raise RequestError("nothing to adopt was named", "name guests and UUIDs, or --all")
-    done: Adopted = output.run(engine_adopt(what or [], everything=all_, host=output.host_root()))
+    done = run(lambda machine: engine_adopt(machine, what or [], everything=all_))
+    guests = [f"guest {name} is ours" for name in done.guests]
+    devices = [f"mdev {uuid} is ours" for uuid in done.devices]
+    made = ", ".join((*guests, *devices))
     if json:
-        output.emit_json(
-            {"guests": list(done.guests), "devices": [str(uuid) for uuid in done.devices]}
-        )
-        return
-    for name in done.guests:
-        output.emit(f"guest {name} is ours")
-    for uuid in done.devices:
-        output.emit(f"mdev {uuid} is ours")
+        shape = {"guests": list(done.guests), "devices": [str(uuid) for uuid in done.devices]}
+        output.emit_json(shape, made=made)
+    elif made:
+        output.emit("\n".join((*guests, *devices)), made=made)

@@ -4,39 +4,36 @@
 from __future__ import annotations
 
 from typing import Annotated
-from uuid import UUID
+
+import typer
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json, complete_device, seconds
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import remove_devices
+from mdev_orchestrator.model import parse_uuid
 
 
 def remove(
-    uuids: Annotated[list[str], Argument(metavar="UUID...", help="Devices to remove.")],
+    uuids: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="UUID...", help="Devices to remove.", autocompletion=complete_device
+        ),
+    ],
     *,
     detach: Annotated[
-        bool, Option("--detach", help="Take a device out of the guest that holds it first.")
+        bool, typer.Option("--detach", help="Detach a device from the guest that holds it first.")
     ] = False,
     deadline: Annotated[
-        float, Option(min=0.1, help="Seconds for each device, and again for each detach.")
+        float, seconds("Seconds for each device, and again for each detach.", least=0.1)
     ] = DEADLINE,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    json: Json = False,
 ) -> None:
     """Remove devices. One that a guest holds is refused at once, and none is removed then."""
-    removed = output.run(
-        remove_devices(
-            uuids,
-            detach=_detach if detach else None,
-            deadline=deadline,
-            root=output.host_root(),
-        )
-    )
+    wanted = [parse_uuid(text) for text in uuids]
+    removed = run(lambda machine: remove_devices(machine, wanted, detach=detach, deadline=deadline))
     if json:
-        output.emit_json({"removed": [str(uuid) for uuid in removed]})
-
-
-async def _detach(guest: str, uuid: UUID, deadline: float) -> None:
-    from mdev_orchestrator.engine import lifecycle  # needs QMP, and few removals do
-
-    await lifecycle.detach(guest, uuid, deadline, host=output.host_root())
+        words = [str(uuid) for uuid in removed]
+        output.emit_json({"removed": words}, made=f"removed mdev {', '.join(words)}")

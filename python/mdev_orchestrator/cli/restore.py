@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Argument, Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json, seconds
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.restore import Restored
@@ -14,13 +17,11 @@ if TYPE_CHECKING:
 
 def restore(
     spec: Annotated[
-        list[str] | None, Argument(metavar="NAME...", help="Specs; all without any.")
+        list[str] | None, typer.Argument(metavar="NAME...", help="Specs; all if none is named.")
     ] = None,
     *,
-    wait: Annotated[
-        float, Option(min=0, help="Seconds to wait for parents that are not there yet.")
-    ] = 60.0,
-    json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    wait: Annotated[float, seconds("Seconds to wait for parents that are not there yet.")] = 60.0,
+    json: Json = False,
 ) -> int:
     """Bring back every spec that was applied: devices with their UUIDs, and guests.
 
@@ -28,11 +29,11 @@ def restore(
     """
     from mdev_orchestrator.engine.restore import restore as engine_restore
 
-    done = output.run(
-        engine_restore(spec or [], wait=wait, host=output.host_root(), observe=output.progress)
+    done = run(
+        lambda machine: engine_restore(machine, spec or [], wait=wait, observe=output.progress)
     )
     if json:
-        output.emit_json({"specs": [_shape(one) for one in done]})
+        output.emit_json({"specs": [shape(one) for one in done]})
     else:
         for one in done:
             if one.changes is not None:
@@ -43,14 +44,15 @@ def restore(
             output.emit("no spec was applied")
     for one in done:
         if one.error is not None:
-            output.say_error(one.error)
+            output.report(one.error)
     return 1 if any(one.error for one in done) else 0
 
 
-def _shape(one: Restored) -> dict[str, Any]:
-    from mdev_orchestrator.cli.apply import shape
+def shape(one: Restored) -> dict[str, Any]:
+    """The documented JSON shape of a spec that was to be restored."""
+    from mdev_orchestrator.cli.apply import shape as changes_shape
 
-    changes = None if one.changes is None else shape(one.changes)["changes"]
+    changes = None if one.changes is None else changes_shape(one.changes)["changes"]
     return {
         "spec": one.name,
         "changes": changes,

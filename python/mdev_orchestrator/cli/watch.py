@@ -7,10 +7,11 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
 from mdev_orchestrator.cli import output
-from mdev_orchestrator.cli.options import Option
+from mdev_orchestrator.cli.context import run
+from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.host.events import (
     Event,
     MdevEvent,
@@ -29,25 +30,26 @@ from mdev_orchestrator.qemu.events import (
     guest_events,
 )
 
-EVERY = (700, 10, 10)
-"""How often garbage is looked for: Python's own numbers, because this command lives long."""
+GARBAGE = (700, 10, 10)
+"""Thresholds of garbage collection: Python's own, because this command runs for long."""
 
 
 def watch(
     *,
-    json: Annotated[bool, Option("--json", help="One JSON document a line.")] = False,
+    json: Json = False,
 ) -> None:
     """Print events of parents, devices, VFIO nodes and guests as they happen, until ctrl-C."""
-    gc.set_threshold(*EVERY)
-    output.run(_watch(json=json))
+    gc.set_threshold(*GARBAGE)
+    run(lambda machine: _watch(machine, json=json))
 
 
-async def _watch(*, json: bool) -> None:
-    root = output.host_root()
-    await asyncio.gather(
-        _print(events(lambda: udev_monitor(Machine(root))), json=json),
-        _print(guest_events(Machine(root)), json=json),
-    )
+async def _watch(machine: Machine, *, json: bool) -> None:
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_print(events(lambda: udev_monitor(machine)), json=json))
+            group.create_task(_print(guest_events(machine), json=json))
+    except BaseExceptionGroup as both:
+        raise both.exceptions[0] from None  # the first that failed ended the other
 
 
 async def _print(stream: AsyncGenerator[Any, None], *, json: bool) -> None:
@@ -66,8 +68,8 @@ def shape(event: Event | GuestEvent) -> dict[str, str]:
             action = "registered" if registered else "unregistered"
             return {"event": "parent", "action": action, "parent": parent}
         case MdevEvent(action, uuid, parent, state):
-            told = {"event": "mdev", "action": action, "uuid": str(uuid), "parent": parent}
-            return told if state is None else told | {"state": state}
+            result = {"event": "mdev", "action": action, "uuid": str(uuid), "parent": parent}
+            return result if state is None else result | {"state": state}
         case NodeEvent(action, node):
             return {"event": "node", "action": action, "node": node}
         case Rescan(reason):
@@ -83,10 +85,10 @@ def _guest_shape(event: GuestEvent) -> dict[str, str]:
         case Unwatched(guest):
             return {"action": "unwatched", "guest": guest}
         case StateChange(guest, uuid, parent, group, before, state, reason):
-            told = {"action": "change", "guest": guest, "uuid": str(uuid), "parent": parent}
-            told |= {"old_state": before, "state": state}
-            told |= {"group_uuid": str(group)} if group else {}
-            return told | ({"reason": reason} if reason else {})
+            result = {"action": "change", "guest": guest, "uuid": str(uuid), "parent": parent}
+            result |= {"old_state": before, "state": state}
+            result |= {"group_uuid": str(group)} if group else {}
+            return result | ({"reason": reason} if reason else {})
 
 
 def line(event: Event | GuestEvent) -> str:

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from mdev_orchestrator.cli import main, output, watch
+from mdev_orchestrator.cli import main, watch
 from mdev_orchestrator.cli.watch import line, shape
 from mdev_orchestrator.host.events import MdevEvent
 from mdev_orchestrator.qemu.events import StateChange, Unwatched, Watched
@@ -33,7 +33,7 @@ def test_an_event_without_a_state_has_no_such_member() -> None:
     assert "state" not in shape(MdevEvent("add", U1, "grid0"))
 
 
-def test_what_qemu_tells() -> None:
+def test_what_qemu_reports() -> None:
     event = StateChange("g", U1, "igd0", GROUP, "offline", "online")
     assert shape(event) == {
         "event": "guest",
@@ -49,9 +49,9 @@ def test_what_qemu_tells() -> None:
 
 
 def test_a_start_that_was_refused_has_a_reason_and_a_group_of_its_own_no_uuid() -> None:
-    told = shape(StateChange("g", U1, "igd0", None, "offline", "offline", "no link left"))
-    assert told["reason"] == "no link left"
-    assert "group_uuid" not in told
+    result = shape(StateChange("g", U1, "igd0", None, "offline", "offline", "no link left"))
+    assert result["reason"] == "no link left"
+    assert "group_uuid" not in result
 
 
 def test_a_guest_that_is_watched_and_no_more() -> None:
@@ -59,12 +59,12 @@ def test_a_guest_that_is_watched_and_no_more() -> None:
     assert line(Unwatched("g")) == "guest   unwatched  g"
 
 
-def test_it_lives_long_and_looks_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that do not never look for it, which takes as long as some of them."""
+def test_it_runs_for_long_and_collects_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other commands never do: it takes as long as some of them."""
     before = gc.get_threshold()
     gc.set_threshold(main.GARBAGE)
     try:
-        monkeypatch.setattr(output, "run", lambda endless: endless.close())
+        monkeypatch.setattr(watch, "run", lambda _: None)
         watch.watch()
         assert gc.get_threshold() == before
     finally:

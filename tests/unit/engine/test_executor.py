@@ -154,8 +154,8 @@ def node(machine: Machine, number: int) -> str:
 class Bad(Create, frozen=True, tag="bad"):
     """A step that ends as a test wants, after it has made its device."""
 
-    async def _act(self, context: Context) -> None:
-        await super()._act(context)
+    async def act(self, context: Context) -> None:
+        await super().act(context)
         raise ENDS[self.device.want]
 
 
@@ -178,7 +178,7 @@ class Broken(Create, frozen=True, tag="broken"):
 
 
 class BrokenInverse(Remove, frozen=True, tag="broken inverse"):
-    async def _act(self, context: Context) -> None:
+    async def act(self, context: Context) -> None:
         raise ZeroDivisionError("no such number")
 
 
