@@ -710,14 +710,15 @@ async def test_two_that_create_on_one_parent_take_turns(machine: Machine) -> Non
         operation = Operation(kind="apply", title=f"from {first}", look=look, wait=20)
         await perform(operation, Context(machine.context.machine))
 
-    both = asyncio.gather(six(0), six(6), return_exceptions=True)
+    first = asyncio.ensure_future(six(0))
     await begun(machine, 0)
+    second = asyncio.ensure_future(six(6))
     await asyncio.sleep(0.2)
     assert not any(uuid == TEXTS[6] for _, uuid in machine.system.writes)
     gate.set()
-    first, second = await both
-    assert first is None
-    assert str(second) == "6 do not fit: 2 would"
+    await first
+    with pytest.raises(CapacityError, match="6 do not fit: 2 would"):
+        await second
     assert machine.system.uuids() == machine.managed == set(TEXTS[:6])
 
 
@@ -831,6 +832,52 @@ async def test_interrupted_while_it_is_written_down_nothing_is_ours(
     assert caught.value.__notes__ == ["nothing was changed"]
     assert machine.system.writes == []
     machine.untouched()
+
+
+async def test_interrupted_while_a_later_step_is_written_down_it_is_not_managed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is on the disk, and it has not acted."""
+    writing, commit = threading.Event(), Journal._commit
+
+    def slow(self: Journal, changes: Sequence[Callable[[], object]]) -> list[object]:
+        results = commit(self, changes)
+        if UUIDS[1] in self.managed().devices:
+            writing.set()
+            time.sleep(0.1)
+        return results
+
+    monkeypatch.setattr(Journal, "_commit", slow)
+    work = asyncio.ensure_future(execute(machine.context, [create(0), create(1, 0)]))
+    await seen(writing.is_set)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await work
+    assert caught.value.__notes__ == ["all was undone"]
+    assert ("create", TEXTS[1]) not in machine.system.writes
+    machine.untouched()
+
+
+async def test_interrupted_while_the_journal_is_closed_all_was_done(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, close = threading.Event(), Journal.close
+
+    def slow(self: Journal) -> None:
+        closing.set()
+        time.sleep(0.1)
+        close(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "close", slow)
+        work = asyncio.ensure_future(execute(machine.context, [create(0)]))
+        await seen(closing.is_set)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await work
+    assert caught.value.__notes__ == ["all was done already"]
+    assert machine.system.uuids() == machine.managed == {TEXTS[0]}
+    assert machine.journal.open_runs() == []
 
 
 async def test_interrupted_once_it_takes_back_what_it_did(machine: Machine) -> None:
