@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -268,11 +268,16 @@ async def _create_batch(
     if cause is not None:
         raise cause
     if failed:
-        first, *others = (_refusal(devices[i], failed[i], context) for i in sorted(failed))
-        for other in others:
-            first.add_note(f"also: {other}")
-        raise first
+        raise _first_of(_refusal(devices[i], failed[i], context) for i in sorted(failed))
     return unready
+
+
+def _first_of(errors: Iterable[MdoError]) -> MdoError:
+    """The first of some errors, with the others as its notes."""
+    first, *others = errors
+    for other in others:
+        first.add_note(f"also: {other}")
+    return first
 
 
 async def _finish_batch(
@@ -479,14 +484,14 @@ async def _remove_batch(
 ) -> None:
     """Write to the ``remove`` files of mdevs that are there and that no process has open."""
     lingering: list[int] = []
-    refused: list[int] = []
+    refused: dict[int, int] = {}
 
     def written(index: int, result: WriteResult) -> None:
         if result.outcome is Outcome.UNKNOWN:
             lingering.append(index)
         elif result.errno not in sysfs.REMOVING:
             on_result(index, Outcome.NO_EFFECT)
-            refused.append(index)
+            refused[index] = result.errno
         elif Path(files[index]).parent.exists():
             lingering.append(index)
         else:
@@ -504,9 +509,7 @@ async def _remove_batch(
     if isinstance(cause, asyncio.CancelledError):
         raise cause
     if refused:
-        first = refused[0]
-        result = batch.results[first]
-        raise sysfs.not_removed(devices[first].uuid, 0 if result is None else result.errno)
+        raise _first_of(sysfs.not_removed(devices[i].uuid, refused[i]) for i in sorted(refused))
     for index, result in enumerate(batch.results):
         if result is None and index not in batch.unknown:
             raise DeadlineError(

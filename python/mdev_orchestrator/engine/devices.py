@@ -43,6 +43,7 @@ from mdev_orchestrator.model import (
     is_uuid,
 )
 from mdev_orchestrator.qemu import process
+from mdev_orchestrator.spec.structures import MAX_DEVICES
 
 _LISTED = 8  # candidates that fit one line
 
@@ -135,8 +136,8 @@ def place(
         if times > 1:
             raise UuidError(f"mdev {uuid} is given {times} times", "name each device once")
     wanted = max(len(uuids), 1) if count is None else count
-    if wanted < 1:
-        raise RequestError(f"cannot create {wanted} devices", "ask for one or more")
+    if not 1 <= wanted <= MAX_DEVICES:
+        raise RequestError(f"cannot create {wanted} devices", f"ask for 1 to {MAX_DEVICES}")
     if len(uuids) > wanted:
         raise RequestError(f"{len(uuids)} UUIDs were given for {wanted} devices")
     if not host.mdev_bus:

@@ -5,11 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import resource
+import signal
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
 
+from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
+from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
+from mdev_orchestrator.engine.journal import Journal, open_journal
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.operation import Operation
+from mdev_orchestrator.engine.records import Change, DeviceRecord
 from mdev_orchestrator.errors import (
     BusyError,
     CapacityError,
@@ -20,13 +33,15 @@ from mdev_orchestrator.errors import (
     UnknownError,
     UuidError,
 )
+from mdev_orchestrator.machine import Machine
+from unit.engine.scripted import scripted_guest
 from unit.fakesys import FakeSystem
 
-U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
-U3 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003"
+U1, U2, U3 = UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{n}") for n in "123"]
+T1, T2, T3 = TEXTS = [str(uuid) for uuid in UUIDS]
 POOL = {"igd-512M": 4, "igd-256M": 2, "igd-128M": 1}
 """Units of 128 MiB that an instance takes out of the pool of 1 GiB."""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
 
 
 @pytest.fixture
@@ -66,34 +81,34 @@ def counts(system: FakeSystem) -> list[str]:
     ]
 
 
-async def create(system: FakeSystem, *arguments: object, **options: object) -> list[str]:
-    made = await create_devices(*arguments, root=system.root, **options)  # type: ignore[arg-type]
-    return [str(mdev.uuid) for mdev in made]
+async def create(machine: Machine, *arguments: object, **options: object) -> list[UUID]:
+    made = await create_devices(machine, *arguments, **options)  # type: ignore[arg-type]
+    return [mdev.uuid for mdev in made]
 
 
-async def test_the_seeds_example(igd: FakeSystem) -> None:
+async def test_the_seeds_example(igd: FakeSystem, machine: Machine) -> None:
     assert counts(igd) == ["8", "4", "2"]
-    large = await create(igd, "igd-512M")
+    large = await create(machine, "igd-512M")
     assert counts(igd) == ["4", "2", "1"]
-    small = await create(igd, "igd-128M")
+    small = await create(machine, "igd-128M")
     assert counts(igd) == ["3", "1", "0"]
-    await remove_devices(large + small, root=igd.root)
+    await remove_devices(machine, large + small)
     assert counts(igd) == ["8", "4", "2"]
 
 
-async def test_chosen_and_random_uuids(cards: FakeSystem) -> None:
-    made = await create(cards, "grid-11", 3, parent="card0", uuids=[U2, U1])
+async def test_chosen_and_random_uuids(cards: FakeSystem, machine: Machine) -> None:
+    made = await create(machine, "grid-11", 3, parent="card0", uuids=[U2, U1])
     assert made[:2] == [U2, U1]
-    assert cards.uuids() == set(made)
-    assert UUID(made[2]).version == 4
+    assert cards.uuids() == set(map(str, made))
+    assert made[2].version == 4
 
 
-async def test_as_many_as_uuids_are_given(cards: FakeSystem) -> None:
-    assert await create(cards, "grid-12", uuids=[U1, U2]) == [U1, U2]
+async def test_as_many_as_uuids_are_given(cards: FakeSystem, machine: Machine) -> None:
+    assert await create(machine, "grid-12", uuids=[U1, U2]) == [U1, U2]
 
 
-async def test_what_is_returned_is_complete(cards: FakeSystem) -> None:
-    (mdev,) = await create_devices("grid-12", root=cards.root)
+async def test_what_is_returned_is_complete(cards: FakeSystem, machine: Machine) -> None:
+    (mdev,) = await create_devices(machine, "grid-12")
     assert (mdev.parent, mdev.type_id, mdev.device_api) == ("card1", "grid-12", "vfio-pci")
     assert mdev.iommu_group is not None
 
@@ -107,7 +122,8 @@ async def test_what_is_returned_is_complete(cards: FakeSystem) -> None:
         (("grid-12", 0), RequestError, "cannot create 0 devices"),
         (("grid-12", -3), RequestError, "cannot create -3 devices"),
         (("grid-12", 9), CapacityError, "9 of grid-12 do not fit on card1: 8 would"),
-        (("grid-12", 10**9), CapacityError, "8 would; nothing was created (-n 8)"),
+        (("grid-12", 4096), CapacityError, "8 would; nothing was created (-n 8)"),
+        (("grid-12", 10**9), RequestError, "cannot create 1000000000 devices (ask for 1 to 4096)"),
         (("grid-13",), UnknownError, "no parent offers a type 'grid-13' (did you mean grid-1"),
         (("zzz",), UnknownError, "there are grid-11, grid-12"),
         (("Name of grid-12",), UnknownError, "that is the name of grid-12"),
@@ -115,10 +131,14 @@ async def test_what_is_returned_is_complete(cards: FakeSystem) -> None:
     ],
 )
 async def test_bad_requests(
-    cards: FakeSystem, request_: tuple[object, ...], error: type[MdoError], words: str
+    cards: FakeSystem,
+    machine: Machine,
+    request_: tuple[object, ...],
+    error: type[MdoError],
+    words: str,
 ) -> None:
     with pytest.raises(error) as caught:
-        await create(cards, *request_)
+        await create(machine, *request_)
     assert words in str(caught.value)
     assert caught.value.exit_code == 2
     assert cards.writes == []
@@ -129,208 +149,464 @@ async def test_bad_requests(
     [
         ({"parent": "card7"}, UnknownError, "there is no parent 'card7' (did you mean card1"),
         ({"parent": "card0"}, UnknownError, "card0 does not offer grid-12 (on card1 (8 free))"),
-        ({"uuids": ["nonsense"]}, UuidError, "'nonsense' is not a UUID"),
-        ({"uuids": [U1, U1.upper()]}, UuidError, f"{U1} is given 2 times"),
+        ({"uuids": [U1, U1]}, UuidError, f"{U1} is given 2 times"),
         ({"count": 1, "uuids": [U1, U2]}, RequestError, "2 UUIDs were given for 1 devices"),
         ({"uuids": [U3]}, UuidError, "exists already under parent card0 as grid-11"),
     ],
 )
 async def test_bad_options(
-    cards: FakeSystem, options: dict[str, object], error: type[MdoError], words: str
+    cards: FakeSystem,
+    machine: Machine,
+    options: dict[str, object],
+    error: type[MdoError],
+    words: str,
 ) -> None:
-    cards.mdev("card0", "grid-11", U3)
+    cards.mdev("card0", "grid-11", T3)
     with pytest.raises(error) as caught:
-        await create(cards, "grid-12", **options)
+        await create(machine, "grid-12", **options)
     assert words in str(caught.value)
     assert caught.value.exit_code == 2
     assert cards.writes == []
 
 
-async def test_no_instance_left_says_what_is_in_use_and_what_fits(igd: FakeSystem) -> None:
-    await create(igd, "igd-512M")
-    await create(igd, "igd-128M")
+async def test_no_instance_left_says_what_is_in_use_and_what_fits(
+    igd: FakeSystem, machine: Machine
+) -> None:
+    await create(machine, "igd-512M")
+    await create(machine, "igd-128M")
     with pytest.raises(CapacityError) as caught:
-        await create(igd, "igd-512M")
+        await create(machine, "igd-512M")
     text = str(caught.value)
     assert text.startswith("no instance of igd-512M is left on igd0: in use there 1 of igd-")
     assert text.endswith("nothing was created (3 of igd-128M, 1 of igd-256M would fit instead)")
 
 
-async def test_a_count_that_lags_behind_a_removal_is_waited_for(cards: FakeSystem) -> None:
+async def test_a_count_that_lags_behind_a_removal_is_waited_for(
+    cards: FakeSystem, machine: Machine
+) -> None:
     count = cards.types("card1") / "grid-12" / "available_instances"
     count.write_text("0\n")
     asyncio.get_running_loop().call_later(0.15, count.write_text, "1\n")
-    assert len(await create(cards, "grid-12")) == 1
+    assert len(await create(machine, "grid-12")) == 1
 
 
-async def test_a_spoilt_count_leaves_the_answer_to_the_kernel(cards: FakeSystem) -> None:
+async def test_a_spoilt_count_leaves_the_answer_to_the_kernel(
+    cards: FakeSystem, machine: Machine
+) -> None:
     (cards.types("card1") / "grid-12" / "available_instances").write_text("lots\n")
-    cards.refuse[U1] = errno.EUSERS
+    cards.refuse[T1] = errno.EUSERS
     with pytest.raises(CapacityError):
-        await create(cards, "grid-12", uuids=[U1])
-    assert cards.writes == [("create", U1)]
+        await create(machine, "grid-12", uuids=[U1])
+    assert cards.writes == [("create", T1)]
 
 
-async def test_a_host_without_mdev(system: FakeSystem) -> None:
+async def test_a_host_without_mdev(system: FakeSystem, machine: Machine) -> None:
     with pytest.raises(HostError, match=r"no mdev bus .*modprobe mdev") as caught:
-        await create(system, "grid-11")
+        await create(machine, "grid-11")
     assert caught.value.exit_code == 5
 
 
-async def test_a_host_without_parents(system: FakeSystem) -> None:
+async def test_a_host_without_parents(system: FakeSystem, machine: Machine) -> None:
+    system.load_mdev()
     with pytest.raises(UnknownError, match="no device of this host offers mdevs"):
-        await create(system.load_mdev(), "grid-11")
+        await create(machine, "grid-11")
 
 
 # ---- undone ----
 
 
-async def test_one_refusal_undoes_the_others(cards: FakeSystem) -> None:
-    cards.refuse[U2] = errno.EIO
+async def test_one_refusal_undoes_the_others(cards: FakeSystem, machine: Machine) -> None:
+    cards.refuse[T2] = errno.EIO
     with pytest.raises(MdoError, match="Input/output error") as caught:
-        await create(cards, "grid-12", uuids=[U1, U2, U3])
+        await create(machine, "grid-12", uuids=[U1, U2, U3])
     assert cards.uuids() == set()
     assert caught.value.__notes__ == ["all was undone"]
 
 
-async def test_a_failed_undo_stands_beside_the_first_error(cards: FakeSystem) -> None:
-    cards.refuse |= {U2: errno.EIO, f"{U1}/remove": errno.EPERM}
+async def test_a_failed_undo_stands_beside_the_first_error(
+    cards: FakeSystem, machine: Machine
+) -> None:
+    cards.refuse |= {T2: errno.EIO, f"{U1}/remove": errno.EPERM}
     with pytest.raises(MdoError, match="Input/output error") as caught:
-        await create(cards, "grid-12", uuids=[U1, U2])
+        await create(machine, "grid-12", uuids=[U1, U2])
     stuck, recover = caught.value.__notes__
     assert stuck.startswith(f"could not undo: create grid-12 on card1: mdev {U1}: ")
     assert "mdo recover" in recover
-    assert cards.uuids() == {U1}
+    assert cards.uuids() == {T1}
 
 
-async def test_a_race_lost_for_a_uuid_leaves_the_winners_device(cards: FakeSystem) -> None:
+async def test_a_race_lost_for_a_uuid_leaves_the_winners_device(
+    cards: FakeSystem, machine: Machine
+) -> None:
     def winner_first(_name: str, uuid: str) -> None:
-        if uuid == U1:
-            cards.mdev("card0", "grid-11", U1)
+        if uuid == T1:
+            cards.mdev("card0", "grid-11", T1)
 
     cards.before = winner_first
     with pytest.raises(UuidError, match="exists already under parent card0"):
-        await create_devices("grid-12", uuids=[U1, U2], root=cards.root)
-    assert cards.uuids() == {U1}
+        await create_devices(machine, "grid-12", uuids=[U1, U2])
+    assert cards.uuids() == {T1}
 
 
-async def test_ctrl_c_waits_for_a_write_that_has_begun_and_undoes_it(cards: FakeSystem) -> None:
-    cards.block[U2] = asyncio.Event()
-    task = asyncio.ensure_future(create(cards, "grid-12", uuids=[U1, U2]))
-    while ("create", U2) not in cards.writes:
+async def test_ctrl_c_waits_for_a_write_that_has_begun_and_undoes_it(
+    cards: FakeSystem, machine: Machine
+) -> None:
+    cards.block[T2] = asyncio.Event()
+    task = asyncio.ensure_future(create(machine, "grid-12", uuids=[U1, U2]))
+    while ("create", T2) not in cards.writes:
         await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.wait((task,), timeout=0.05)
     assert not task.done()
-    cards.block[U2].set()
+    cards.block[T2].set()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cards.uuids() == set()
 
 
-async def test_a_device_that_never_becomes_usable_is_undone(cards: FakeSystem) -> None:
+async def test_a_device_that_never_becomes_usable_is_undone(
+    cards: FakeSystem, machine: Machine
+) -> None:
     cards.after = lambda *_: (cards.root / "dev/vfio/1").unlink(missing_ok=True)
     with pytest.raises(DeadlineError, match=r"vfio/1 is not there"):
-        await create_devices("grid-12", deadline=0.1, root=cards.root)
+        await create_devices(machine, "grid-12", deadline=0.1)
     assert cards.uuids() == set()
 
 
 # ---- removal ----
 
 
+def managed(machine: Machine) -> set[UUID]:
+    return set(read_managed(machine).devices)
+
+
+def closed(machine: Machine) -> bool:
+    """Whether no run stands open."""
+    with Journal.open(machine.journal_path) as journal:
+        return journal.open_runs() == []
+
+
 @pytest.fixture
 def held(cards: FakeSystem) -> FakeSystem:
-    """One free device, and one in the hands of a guest."""
-    cards.mdev("card0", "grid-11", U1)
-    cards.mdev("card0", "grid-11", U2)
+    """One free device, and one in the hands of a guest that mdo did not start."""
+    cards.mdev("card0", "grid-11", T1)
+    cards.mdev("card0", "grid-11", T2)
     cards.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], ["/dev/vfio/2"])
     return cards
 
 
-async def test_what_a_guest_holds_is_refused_and_nothing_is_removed(held: FakeSystem) -> None:
-    with pytest.raises(BusyError) as caught:
-        await remove_devices([U1, U2], root=held.root)
-    assert str(caught.value) == (
-        f"mdev {U2} is held by guest 'g1' (pid 41) "
-        f"(mdo remove --detach {U2} takes it out of the guest first)"
-    )
-    assert held.uuids() == {U1, U2}
+@pytest.fixture
+def three(cards: FakeSystem) -> FakeSystem:
+    """Three devices of another program."""
+    for uuid in TEXTS:
+        cards.mdev("card0", "grid-11", uuid)
+    return cards
+
+
+@pytest.fixture
+def short(system: FakeSystem, place: Path) -> Machine:
+    """The machine with guests, whose sockets need a state directory with a short name."""
+    return Machine(system.root, state=place)
+
+
+async def test_nothing_to_remove_is_no_error(cards: FakeSystem, machine: Machine) -> None:
+    assert await remove_devices(machine, []) == ()
+    assert await remove_devices(machine, [], detach=True) == ()
+    assert cards.writes == []
+
+
+async def test_what_is_managed_is_not_any_more_when_it_is_removed(
+    cards: FakeSystem, machine: Machine
+) -> None:
+    made = await create(machine, "grid-12", 3)
+    assert managed(machine) == set(made)
+    assert await remove_devices(machine, made[:2]) == tuple(made[:2])
+    assert managed(machine) == {made[2]}
+    assert cards.uuids() == {str(made[2])}
+
+
+async def test_what_a_guest_holds_is_refused_and_nothing_is_removed(
+    held: FakeSystem, machine: Machine
+) -> None:
+    with pytest.raises(BusyError, match=rf"^mdev {U2} is held by guest 'g1' \(pid 41\)"):
+        await remove_devices(machine, UUIDS[:2])
+    assert held.uuids() == {T1, T2}
     assert held.writes == []
 
 
-async def test_detach_first(held: FakeSystem) -> None:
-    calls: list[tuple[str, UUID]] = []
-
-    async def detach(guest: str, uuid: UUID, deadline: float) -> None:
-        calls.append((guest, uuid))
-        assert str(uuid) in held.uuids()
-
-    removed = await remove_devices([U1, U2], detach=detach, root=held.root)
-    assert calls == [("g1", UUID(U2))]
-    assert [str(uuid) for uuid in removed] == [U1, U2]
-    assert held.uuids() == set()
-
-
-async def test_a_failed_detach_leaves_the_device(held: FakeSystem) -> None:
-    async def detach(guest: str, uuid: UUID, deadline: float) -> None:
-        raise DeadlineError("the guest did not answer")
-
-    with pytest.raises(DeadlineError, match="did not answer"):
-        await remove_devices([U2], detach=detach, root=held.root)
-    assert held.uuids() == {U1, U2}
+async def test_a_guest_of_mdo_is_detached_from_if_that_is_wanted(
+    three: FakeSystem, short: Machine
+) -> None:
+    async with scripted_guest(short, three, "g", U2) as guest:
+        with pytest.raises(BusyError) as caught:
+            await remove_devices(short, UUIDS[:2])
+        assert caught.value.hint == f"mdo remove --detach {U2} takes it out of the guest first"
+        assert three.writes == []
+        assert await remove_devices(short, UUIDS[:2], detach=True) == tuple(UUIDS[:2])
+        assert guest.asked == ["device_del"]
+    assert three.uuids() == {T3}
+    assert closed(short)
 
 
-async def test_a_holder_that_is_no_guest_cannot_be_detached(held: FakeSystem) -> None:
+async def test_a_failed_detach_leaves_all_devices(three: FakeSystem, short: Machine) -> None:
+    async with scripted_guest(short, three, "g", U2) as guest:
+        guest.on_detach = "refuses"
+        with pytest.raises(BusyError, match="guest g refuses to let go"):
+            await remove_devices(short, UUIDS[:2], detach=True)
+        assert guest.has(U2)
+    assert three.uuids() == set(TEXTS)
+    assert closed(short)
+
+
+async def test_a_device_that_stays_is_plugged_in_again(three: FakeSystem, short: Machine) -> None:
+    three.refuse[f"{T2}/remove"] = errno.EIO
+    async with scripted_guest(short, three, "g", U2) as guest:
+        with pytest.raises(MdoError, match="Input/output error") as caught:
+            await remove_devices(short, [U2], detach=True)
+        assert caught.value.__notes__ == ["all was undone"]
+        assert guest.has(U2)
+        assert guest.asked == ["device_del", "device_add"]
+
+
+async def test_a_holder_that_is_no_guest_cannot_be_detached(
+    held: FakeSystem, machine: Machine
+) -> None:
     held.process(9, "spdk", ["spdk"], ["/dev/vfio/1"])
+    with pytest.raises(BusyError, match=r"held by spdk \(pid 9\) .*end that process first"):
+        await remove_devices(machine, [U1], detach=True)
+    with pytest.raises(BusyError, match=r"held by guest 'g1' .*mdo did not start that guest"):
+        await remove_devices(machine, [U2], detach=True)
+    assert held.writes == []
 
-    async def detach(guest: str, uuid: UUID, deadline: float) -> None:
-        raise AssertionError
 
-    with pytest.raises(BusyError, match=r"held by spdk \(pid 9\)"):
-        await remove_devices([U1], detach=detach, root=held.root)
+async def test_a_removal_that_blocks_names_the_process_that_came_in_between(
+    held: FakeSystem, machine: Machine
+) -> None:
+    held.block[f"{T1}/remove"] = asyncio.Event()
 
+    def before(name: str, _: str) -> None:
+        if name == "remove":
+            held.process(9, "spdk", ["spdk"], ["/dev/vfio/1"])
 
-async def test_a_removal_that_blocks_names_who_came_in_between(held: FakeSystem) -> None:
-    held.block[f"{U1}/remove"] = asyncio.Event()
-    asyncio.get_running_loop().call_later(0.02, held.process, 9, "spdk", ["spdk"], ["/dev/vfio/1"])
-    with pytest.raises(DeadlineError, match=r"within 0.2 s: held by spdk \(pid 9\)"):
-        await remove_devices([U1], deadline=0.2, root=held.root)
+    held.before = before
+    with pytest.raises(DeadlineError, match=r"within 0.3 s: held by spdk \(pid 9\)"):
+        await remove_devices(machine, [U1], deadline=0.3)
 
 
 @pytest.mark.parametrize(
     ("uuids", "words"),
     [
-        (["x"], "'x' is not a UUID"),
         ([U1, U1], "given 2 times"),
-        ([U1, U1[:-1] + "9"], f"did you mean {U1}?"),
-        ([U1, "00000000-0000-0000-0000-000000000000"], "mdo host lists them"),
+        ([U1, UUID(T1[:-1] + "9")], f"did you mean {U1}?"),
+        ([U1, UUID(int=0)], "mdo host lists them"),
     ],
 )
 async def test_a_removal_that_makes_no_sense(
-    cards: FakeSystem, uuids: list[str], words: str
+    cards: FakeSystem, machine: Machine, uuids: Sequence[UUID], words: str
 ) -> None:
-    cards.mdev("card0", "grid-11", U1)
+    cards.mdev("card0", "grid-11", T1)
     with pytest.raises(RequestError) as caught:
-        await remove_devices(uuids, root=cards.root)
+        await remove_devices(machine, uuids)
     assert words in str(caught.value)
-    assert cards.uuids() == {U1}
+    assert cards.uuids() == {T1}
 
 
-async def test_the_first_error_comes_first(cards: FakeSystem) -> None:
-    for uuid in (U1, U2, U3):
-        cards.mdev("card0", "grid-11", uuid)
-    cards.refuse |= {f"{U1}/remove": errno.EIO, f"{U3}/remove": errno.EPERM}
-    with pytest.raises(MdoError, match="Input/output error") as caught:
-        await remove_devices([U1, U2, U3], root=cards.root)
-    (note,) = caught.value.__notes__
-    assert U3 in note
-    assert cards.uuids() == {U1, U3}
+async def test_when_one_stays_the_others_are_created_again(
+    three: FakeSystem, machine: Machine
+) -> None:
+    """And what is not managed here stays so."""
+    three.refuse[f"{T2}/remove"] = errno.EIO
+    with pytest.raises(MdoError, match=f"cannot remove mdev {U2}: Input/output error") as caught:
+        await remove_devices(machine, UUIDS)
+    assert caught.value.__notes__ == ["all was undone"]
+    assert caught.value.subject == f"mdev {U2}"
+    assert three.uuids() == set(TEXTS)
+    assert managed(machine) == set()
+    assert closed(machine)
+
+
+async def test_what_else_was_refused_stands_beside_the_first_error(
+    three: FakeSystem, machine: Machine
+) -> None:
+    gate = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.3, gate.set)
+    three.block |= {f"{T1}/remove": gate, f"{T2}/remove": gate}
+    three.refuse |= {f"{T1}/remove": errno.EIO, f"{T2}/remove": errno.EPERM}
+    with pytest.raises(MdoError, match=f"mdev {U1}: Input/output error") as caught:
+        await remove_devices(machine, UUIDS)
+    assert caught.value.__notes__[0].startswith(f"also: cannot remove mdev {U2}: Operation not")
+    assert three.uuids() == set(TEXTS)
+
+
+async def test_what_is_created_again_is_as_it_was(grouped: FakeSystem, machine: Machine) -> None:
+    """Its group and its parameters too, whether it is managed or not."""
+    own = await create(machine, "t-0", group=GROUP, attributes=[("vgpu_params", "a=1")])
+    for uuid, text in ((T1, "b=2"), (T2, "")):
+        path = grouped.mdev("card0", "t-0", uuid)
+        (path / "group_uuid").write_text(f"{GROUP}\n")
+        (path / "vgpu_params").write_text(f"{text}\n")
+    grouped.refuse[f"{T2}/remove"] = errno.EIO
+    with pytest.raises(MdoError, match="Input/output error"):
+        await remove_devices(machine, [*own, U1, U2])
+    texts = {
+        uuid: [(grouped.bus / uuid / file).read_text().strip() for file in ("group_uuid", PARAMS)]
+        for uuid in grouped.uuids()
+    }
+    assert texts == {str(own[0]): [GROUP, "a=1"], T1: [GROUP, "b=2"], T2: [GROUP, ""]}
+    assert managed(machine) == set(own)
+
+
+@pytest.mark.parametrize("when", ["at the first", "at the last"])
+async def test_a_cancelled_removal_leaves_all_devices(
+    three: FakeSystem, machine: Machine, when: str
+) -> None:
+    """Not some of them, as many as were gone by then."""
+    await take_over(machine, U1)
+    blocked = T1 if when == "at the first" else T3
+    gate = three.block[f"{blocked}/remove"] = asyncio.Event()
+    work = asyncio.ensure_future(remove_devices(machine, UUIDS))
+    while ("remove", blocked) not in three.writes:
+        await asyncio.sleep(0.01)
+    work.cancel()
+    await asyncio.wait((work,), timeout=0.1)
+    assert not work.done()  # the kernel has not answered
+    gate.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await work
+    assert caught.value.__notes__ == ["all was undone"]
+    assert three.uuids() == set(TEXTS)
+    assert managed(machine) == {U1}
+    assert closed(machine)
+
+
+async def take_over(machine: Machine, *uuids: UUID) -> None:
+    """Have devices managed."""
+    records = {uuid: DeviceRecord(uuid=uuid, parent="card0", type="grid-11") for uuid in uuids}
+    async with open_journal(machine) as journal:
+        await journal.put(Change(devices=records))
+
+
+async def test_a_device_that_another_command_is_at_work_at_is_not_removed(
+    three: FakeSystem, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Operation.__init__.__kwdefaults__, "wait", 0.3)
+    async with open_journal(machine) as journal:
+        run = await journal.begin("attach", f"g {U2}", (), [f"mdev:{U2}"])
+        with pytest.raises(BusyError, match=f"mdev {U2} is being changed by mdo attach g {U2}"):
+            await remove_devices(machine, UUIDS)
+        assert three.writes == []
+        await journal.end(run, "done")
+    await remove_devices(machine, UUIDS)
+    assert three.uuids() == set()
+
+
+async def test_a_device_of_a_creation_under_way_is_not_removed(
+    cards: FakeSystem, machine: Machine
+) -> None:
+    """It is waited for, and what is there then is removed."""
+    gate = cards.block[T2] = asyncio.Event()
+    creating = asyncio.ensure_future(create(machine, "grid-12", uuids=[U1, U2]))
+    while T1 not in cards.uuids():
+        await asyncio.sleep(0.01)
+    removing = asyncio.ensure_future(remove_devices(machine, [U1]))
+    await asyncio.sleep(0.3)
+    assert ("remove", T1) not in cards.writes
+    gate.set()
+    await creating
+    await removing
+    assert cards.uuids() == {T2}
+
+
+async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine: Machine) -> None:
+    await take_over(machine, U1)
+
+    def die(event: StepEvent) -> None:
+        if event.kind is StepEventKind.ACTED:
+            os._exit(9)
+
+    if not (pid := os.fork()):
+        try:
+            asyncio.run(remove_devices(machine, UUIDS, observe=die))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    (done,) = await recovery.recover(machine)
+    assert (done.way, done.errors) == ("finish", ())
+    assert three.uuids() == set()
+    assert managed(machine) == set()
+    assert closed(machine)
+
+
+# ---- a journal that cannot be written ----
+
+
+@contextmanager
+def full_disk(_: Machine) -> Iterator[None]:
+    """A limit on the size of files stands in for the disk's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def read_only(machine: Machine) -> Iterator[None]:
+    """A state directory that may not be written, and a user that is not root."""
+    for directory in machine.state_dir.parents:
+        if directory.stat().st_uid == os.geteuid():
+            directory.chmod(directory.stat().st_mode | 0o055)
+    for file in (machine.state_dir, *machine.state_dir.iterdir()):
+        os.chown(file, 65534, 65534)
+    machine.state_dir.chmod(0o500)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def locked(machine: Machine) -> Iterator[None]:
+    """Another process writes and does not come to its end."""
+    with closing(sqlite3.connect(machine.journal_path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (full_disk, "cannot be written"),
+        pytest.param(read_only, "see its permissions and those of its directory", marks=needs_root),
+        (locked, "is locked by another process"),
+    ],
+)
+async def test_nothing_is_removed_when_the_journal_cannot_be_written(
+    three: FakeSystem,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: object,
+    words: str,
+) -> None:
+    await take_over(machine, U1)
+    monkeypatch.setattr(journal_db, "LOCK_SECONDS", 0.2)
+    with broken(machine), pytest.raises(HostError) as caught:  # type: ignore[operator]
+        await remove_devices(machine, UUIDS)
+    assert words in str(caught.value)
+    assert three.writes == []
+    assert three.uuids() == set(TEXTS)
 
 
 # ---------------------------------------------------------------- groups and attributes
 
 
 GROUP = "aaaaaaaa-1111-4222-8333-444444444444"
+PARAMS = "vgpu_params"
 
 
 @pytest.fixture
@@ -342,13 +618,13 @@ def grouped(system: FakeSystem) -> FakeSystem:
     return system
 
 
-async def test_create_into_a_group_with_parameters(grouped: FakeSystem) -> None:
+async def test_create_into_a_group_with_parameters(grouped: FakeSystem, machine: Machine) -> None:
     made = await create_devices(
+        machine,
         "t-0",
         2,
         group=GROUP,
         attributes=[("vgpu_params", "a=1"), ("vgpu_params", "a=1,b=2")],
-        root=grouped.root,
     )
     assert {mdev.group_uuid for mdev in made} == {UUID(GROUP)}
     assert {(mdev.online, mdev.params) for mdev in made} == {(False, "a=1,b=2")}
@@ -356,26 +632,23 @@ async def test_create_into_a_group_with_parameters(grouped: FakeSystem) -> None:
     assert written == ["vgpu_params", "vgpu_params", "group_uuid"] * 2
 
 
-async def test_the_group_may_stand_among_the_attributes(grouped: FakeSystem) -> None:
+async def test_the_group_may_stand_among_the_attributes(
+    grouped: FakeSystem, machine: Machine
+) -> None:
     (mdev,) = await create_devices(
-        "t-0",
-        attributes=[("group_uuid", GROUP), ("vgpu_params", "a=1")],
-        root=grouped.root,
+        machine, "t-0", attributes=[("group_uuid", GROUP), ("vgpu_params", "a=1")]
     )
     assert (mdev.group_uuid, mdev.params) == (UUID(GROUP), "a=1")
     assert [name for name, _ in grouped.writes] == ["create", "group_uuid", "vgpu_params"]
     with pytest.raises(RequestError, match="the start group is given twice"):
-        await create_devices(
-            "t-0",
-            group="peers",
-            attributes=[("group_uuid", GROUP)],
-            root=grouped.root,
-        )
+        await create_devices(machine, "t-0", group="peers", attributes=[("group_uuid", GROUP)])
     assert grouped.uuids() == {str(mdev.uuid)}
 
 
-async def test_a_group_by_name_is_the_same_every_time(grouped: FakeSystem) -> None:
-    found = [(await create_devices("t-0", group="peers", root=grouped.root))[0] for _ in range(2)]
+async def test_a_group_by_name_is_the_same_every_time(
+    grouped: FakeSystem, machine: Machine
+) -> None:
+    found = [(await create_devices(machine, "t-0", group="peers"))[0] for _ in range(2)]
     assert found[0].group_uuid == found[1].group_uuid
 
 
@@ -394,36 +667,40 @@ async def test_a_group_by_name_is_the_same_every_time(grouped: FakeSystem) -> No
     ],
 )
 async def test_names_that_cannot_be_set_create_nothing(
-    grouped: FakeSystem, name: str, words: str
+    grouped: FakeSystem, machine: Machine, name: str, words: str
 ) -> None:
     with pytest.raises(RequestError, match=words):
-        await create_devices("t-0", attributes=[(name, "1")], root=grouped.root)
+        await create_devices(machine, "t-0", attributes=[(name, "1")])
     assert grouped.writes == []
 
 
-async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem) -> None:
+async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem, machine: Machine) -> None:
     with pytest.raises(RequestError, match="leads out of its directory"):
-        await create_devices("t-0", attributes=[("mdev_type/name", "x")], root=grouped.root)
+        await create_devices(machine, "t-0", attributes=[("mdev_type/name", "x")])
     assert grouped.uuids() == set()
     assert (grouped.types("card0") / "t-0" / "name").read_text() == "Name of t-0\n"
 
 
-async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem) -> None:
+async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem, machine: Machine) -> None:
     with pytest.raises(HostError, match=r"has no file params .*can be set: vgpu_params"):
-        await create_devices("t-0", 3, attributes=[("params", "1")], root=grouped.root)
+        await create_devices(machine, "t-0", 3, attributes=[("params", "1")])
     assert grouped.uuids() == set()
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\udcff", "x" * 5000])
-async def test_a_value_fits_a_file_of_sysfs(grouped: FakeSystem, value: str) -> None:
+async def test_a_value_fits_a_file_of_sysfs(
+    grouped: FakeSystem, machine: Machine, value: str
+) -> None:
     with pytest.raises(RequestError, match="is not text of at most 4095 bytes"):
-        await create_devices("t-0", attributes=[("vgpu_params", value)], root=grouped.root)
+        await create_devices(machine, "t-0", attributes=[("vgpu_params", value)])
 
 
-async def test_a_group_of_another_parent_is_refused_in_words(grouped: FakeSystem) -> None:
-    await create_devices("t-0", group=GROUP, root=grouped.root)
+async def test_a_group_of_another_parent_is_refused_in_words(
+    grouped: FakeSystem, machine: Machine
+) -> None:
+    await create_devices(machine, "t-0", group=GROUP)
     with pytest.raises(RequestError, match=f"start group {GROUP} is on parent card0.* on card1"):
-        await create_devices("t-1", group=GROUP, root=grouped.root)
+        await create_devices(machine, "t-1", group=GROUP)
     assert len(grouped.uuids()) == 1
 
 
@@ -437,25 +714,25 @@ async def test_a_group_of_another_parent_is_refused_in_words(grouped: FakeSystem
     ],
 )
 async def test_a_driver_that_refuses_a_group_undoes_all(
-    grouped: FakeSystem, number: int, words: str
+    grouped: FakeSystem, machine: Machine, number: int, words: str
 ) -> None:
-    uuids = [str(uuid4()) for _ in range(2)]
+    uuids = [uuid4() for _ in range(2)]
     grouped.refuse[f"{uuids[1]}/group_uuid"] = number
     with pytest.raises(MdoError, match=words) as refusal:
-        await create_devices("t-0", uuids=uuids, group=GROUP, root=grouped.root)
+        await create_devices(machine, "t-0", uuids=uuids, group=GROUP)
     assert refusal.value.__notes__ == ["all was undone"]
     assert grouped.uuids() == set()
 
 
-async def test_a_driver_without_groups_says_so(system: FakeSystem) -> None:
+async def test_a_driver_without_groups_says_so(system: FakeSystem, machine: Machine) -> None:
     system.parent("card0")
     system.type("card0", "t-0", 4)
     with pytest.raises(HostError, match="card0 has no start groups"):
-        await create_devices("t-0", 2, group="peers", root=system.root)
+        await create_devices(machine, "t-0", 2, group="peers")
     assert system.uuids() == set()
 
 
-async def test_ten_left_are_enough_for_nine(cards: FakeSystem) -> None:
+async def test_ten_left_are_enough_for_nine(cards: FakeSystem, machine: Machine) -> None:
     """Counts are numbers: as text, "10" comes before "9"."""
     (cards.types("card1") / "grid-12" / "available_instances").write_text("10\n")
-    assert len(await create(cards, "grid-12", 9)) == 9
+    assert len(await create(machine, "grid-12", 9)) == 9

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest that is found like any other, and whose QEMU answers as a test wants.
+
+Its process is real and does nothing. Its monitor is served by the test's process, one client at a
+time as QEMU does. What it has plugged in is seen as open in the ``/proc`` of the machine of files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import PurePosixPath
+from typing import Literal
+from uuid import UUID, uuid4
+
+import msgspec
+
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.process import ProcessRecord
+from mdev_orchestrator.system.processes import boot_id, start_time
+from mdev_orchestrator.system.waiting import readable
+from unit.fakesys import FakeSystem
+from unit.qemu.conftest import Peer
+
+
+class ScriptedGuest:
+    """What its QEMU has and how it answers.
+
+    :ivar devices: Types of the devices with an id; :ivar:`sysfsdev` has the paths of mdevs.
+    :ivar goes_on: Cleared, QEMU answers nothing: it is stopped, or its driver holds it.
+    :ivar on_detach: What the guest does when it is asked to let go.
+    :ivar asked: The commands that change something, as they came.
+    """
+
+    def __init__(self, system: FakeSystem, name: str, pid: int) -> None:
+        self.system = system
+        self.name = name
+        self.pid = pid
+        self.uuid = uuid4()
+        self.devices = {f"port{number}": "pcie-root-port" for number in range(4)}
+        self.sysfsdev: dict[str, str] = {}
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+        self.on_detach: Literal["lets go", "refuses", "does nothing"] = "lets go"
+        self.asked: list[str] = []
+        self._serving = {socket: asyncio.Lock() for socket in (process.QMP, process.QUERY)}
+
+    def has(self, uuid: UUID) -> bool:
+        """Whether it has an mdev."""
+        return f"mdev-{uuid}" in self.devices
+
+    def plug(self, uuid: UUID) -> None:
+        """Give it an mdev, as on its command line."""
+        self.devices[f"mdev-{uuid}"] = "vfio-pci"
+        self.sysfsdev[f"mdev-{uuid}"] = f"/sys/bus/mdev/devices/{uuid}"
+        self._show()
+
+    def _unplug(self, id_: str) -> None:
+        self.devices.pop(id_, None)
+        self.sysfsdev.pop(id_, None)
+        self._show()
+
+    def _show(self) -> None:
+        """Show in ``/proc`` what it has open."""
+        shutil.rmtree(self.system.root / "proc" / str(self.pid), ignore_errors=True)
+        links = [
+            self.system.bus / PurePosixPath(path).name / "iommu_group"
+            for path in self.sysfsdev.values()
+        ]
+        nodes = [f"/dev/vfio/{link.readlink().name}" for link in links if link.is_symlink()]
+        self.system.process(self.pid, "qemu-system-x86", ["qemu", "-name", self.name], nodes)
+
+    async def serve(self, socket: str, peer: Peer) -> None:
+        """Answer one client of a monitor."""
+        async with self._serving[socket]:
+            await self.goes_on.wait()
+            await peer.greet()
+            while True:
+                command = await peer.command()
+                name = command["execute"].replace("-", "_")
+                if name in {"device_add", "device_del", "quit", "system_powerdown"}:
+                    self.asked.append(name)
+                await self.goes_on.wait()
+                reply = await getattr(self, name)(peer, **command.get("arguments", {}))
+                await peer.send({"id": command["id"], **reply})
+
+    async def qom_list(self, _: Peer, path: str) -> dict[str, object]:
+        found: dict[str, str] = {}
+        if path == "/machine/peripheral":
+            found = {name: f"child<{kind}>" for name, kind in self.devices.items()}
+        return {"return": [{"name": name, "type": kind} for name, kind in found.items()]}
+
+    async def qom_get(self, _: Peer, path: str, property: str) -> dict[str, object]:  # noqa: A002
+        name = path.rsplit("/", 1)[1]
+        if property == "sysfsdev" and name in self.sysfsdev:
+            return {"return": self.sysfsdev[name]}
+        return {"error": {"class": "GenericError", "desc": "no property"}}
+
+    async def query_status(self, _: Peer) -> dict[str, object]:
+        return {"return": {"status": "running", "running": True}}
+
+    async def device_add(self, _: Peer, **arguments: str) -> dict[str, object]:
+        uuid = UUID(PurePosixPath(arguments["sysfsdev"]).name)
+        if str(uuid) not in self.system.uuids():
+            return {"error": {"class": "GenericError", "desc": "no such host device"}}
+        self.plug(uuid)
+        return {"return": {}}
+
+    async def device_del(self, peer: Peer, id: str) -> dict[str, object]:  # noqa: A002
+        if self.on_detach == "does nothing":
+            return {"return": {}}
+        event = "DEVICE_DELETED"
+        if self.on_detach == "refuses":
+            event = "DEVICE_UNPLUG_GUEST_ERROR"
+        else:
+            self._unplug(id)
+        data = {"device": id, "path": "/x"}
+        await peer.send({"event": event, "data": data, "timestamp": {}})
+        return {"return": {}}
+
+    async def system_powerdown(self, _: Peer) -> dict[str, object]:
+        return {"return": {}}
+
+    async def quit(self, _: Peer) -> dict[str, object]:
+        os.kill(self.pid, signal.SIGKILL)
+        return {"return": {}}
+
+
+@asynccontextmanager
+async def scripted_guest(
+    machine: Machine, system: FakeSystem, name: str = "g", *mdevs: UUID
+) -> AsyncIterator[ScriptedGuest]:
+    """A guest that runs while the block does.
+
+    The state directory must have a short name, since its sockets are there.
+    """
+    uuid = uuid4()
+    command = ["bash", "-c", "read", "-uuid", str(uuid)]
+    child = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+    guest = ScriptedGuest(system, name, child.pid)
+    guest.uuid = uuid
+    directory = machine.guests_dir / name
+    directory.mkdir(mode=0o700, parents=True)
+    machine.guests_dir.chmod(0o700)
+    record = ProcessRecord(
+        name=name,
+        uuid=uuid,
+        pid=child.pid,
+        start_time=start_time(child.pid) or 0,
+        boot_id=boot_id(),
+        created=time.time(),
+        argv=command,
+        mdevs=list(mdevs),
+        memory=64 << 20,
+        cpus=1,
+        ready=True,
+    )
+    (directory / process.RECORD).write_bytes(msgspec.json.encode(record))
+    for mdev in mdevs:
+        guest.plug(mdev)
+    servers = [await _listen(guest, directory / socket) for socket in guest._serving]
+    watching = asyncio.ensure_future(_close_at_end(guest))
+    try:
+        yield guest
+    finally:
+        guest.goes_on.set()
+        for server, tasks in servers:
+            server.close()
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=5)
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+        await watching
+
+
+async def _listen(
+    guest: ScriptedGuest, path: os.PathLike[str]
+) -> tuple[asyncio.AbstractServer, set[asyncio.Task[None]]]:
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        tasks.add(task)
+        try:
+            await guest.serve(PurePosixPath(path).name, Peer(reader, writer))
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    return await asyncio.start_unix_server(client, path, limit=1 << 24), tasks
+
+
+async def _close_at_end(guest: ScriptedGuest) -> None:
+    """When its process has ended, it has nothing open any more."""
+    descriptor = os.pidfd_open(guest.pid)
+    try:
+        await readable(descriptor)
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(guest.system.root / "proc" / str(guest.pid), ignore_errors=True)
