@@ -22,8 +22,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mdev_orchestrator.engine.diff import Changes, MisfitError, diff, without
+from mdev_orchestrator.engine.diff import Changes, diff, without
 from mdev_orchestrator.engine.executor import PlannedStep
+from mdev_orchestrator.engine.placement import MisfitError
 from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.snapshot import ObservedGuest, ObservedState
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
