@@ -31,6 +31,7 @@ from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Laun
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import Host, Mdev
+from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.spec import Document, parse, read_guest, to_json
 from unit.capacity import drivers
 from unit.capacity.drivers import Driver
@@ -441,6 +442,45 @@ def test_a_guest_that_must_stop_is_only_ended_by_force(world: World, *, force: b
     assert [stop.force for stop in stops] == [force, force]
 
 
+def test_a_restart_names_sizes_as_a_user_writes_them(world: World) -> None:
+    text = ONE.replace("mdev", 'memory = "64M"\nmdev')
+    world.apply(spec(text))
+    changes = world.diff(spec(text.replace("64M", "96M")))
+    assert changes.restarts == {"a": "memory changes from 64M to 96M"}
+
+
+@pytest.mark.parametrize("deadline", [None, 5.0])
+def test_a_deadline_is_every_steps(world: World, deadline: float | None) -> None:
+    """Of a guest that stops or starts too, not of devices alone."""
+    plugged = ONE.replace('"a"', '"b"')
+    world.apply(spec(ONE + plugged + ONE.replace('"a"', '"c"')))
+    text = ONE.replace("mdev", 'memory = "1G"\nmdev') + plugged.replace("128M", "256M")
+    changes = diff(spec(text), world.observe(), deadline=deadline)
+    given = {
+        (type(step), step.deadline)
+        for step in (planned.step for planned in changes.steps)
+        if not isinstance(step, Create | Remove)
+    }
+    defaults = {
+        Stop: process.STOP_SECONDS,
+        Launch: process.START_SECONDS,
+        Attach: hotplug.ATTACH_SECONDS,
+        Detach: hotplug.DETACH_SECONDS,
+    }
+    assert given == {(kind, deadline or default) for kind, default in defaults.items()}
+
+
+def test_a_qemu_that_does_not_answer_gets_no_devices_by_hotplug(world: World) -> None:
+    world.apply(spec(ONE))
+    world.running["a"] = replace(world.running["a"], silent="it is stopped")
+    assert world.diff(spec(ONE)).nothing
+    changes = world.diff(spec(TWO))
+    assert changes.restarts == {
+        "a": "its devices change, and its QEMU does not answer: it is stopped"
+    }
+    assert kinds(changes) == "create stop launch"
+
+
 def test_another_uuid_needs_a_restart(world: World) -> None:
     world.apply(spec(ONE))
     changes = world.apply(spec(ONE.replace("mdev", f'uuid = "{U2}"\nmdev')))
@@ -481,6 +521,66 @@ def test_a_guest_that_was_adopted_is_taken_to_be_as_the_spec_says(world: World) 
     assert {device.spec for device in world.device_records.values()} == {"lab"}
     assert world.guest_records["a"].spec == "lab"
     assert world.diff(document).nothing
+
+
+def adopt(world: World, *uuids: UUID, params: str = "") -> None:
+    """Do what ``mdo adopt`` does with devices that no guest has."""
+    for uuid in uuids:
+        parent, type_, group = world.devices[uuid]
+        world.device_records[uuid] = DeviceRecord(
+            uuid=uuid, parent=parent, type=type_, group=group, params=params, adopted=True
+        )
+
+
+POOL = '[[pool]]\nname = "p"\ntype = "mvgpu-128M"\ncount = 4\n'
+
+
+def test_a_pool_takes_adopted_devices_before_any_is_created(world: World) -> None:
+    """The journal was lost: its devices are adopted, and none is made a second time."""
+    world.apply(spec(POOL))
+    before = set(world.devices)
+    world.device_records.clear()
+    world.spec_records.clear()
+    other = world.foreign("igd0", "mvgpu-256M")
+    adopt(world, *before, other)
+    assert kinds(world.apply(spec(POOL))) == ""
+    assert set(world.of("pool:p")) == before
+    assert world.device_records[other].spec is None, "it is of another type"
+    assert world.diff(spec(POOL)).nothing
+    changes = world.apply(spec(POOL.replace("4", "5")))
+    assert kinds(changes) == "create"
+
+
+def test_what_is_adopted_is_not_taken_from_a_guest(world: World) -> None:
+    world.apply(spec(ONE))
+    (uuid,) = world.of("guest:a")
+    world.device_records[uuid] = replace(world.device_records[uuid], spec=None, adopted=True)
+    assert kinds(world.diff(spec(POOL, "other"))) == "create create create create"
+
+
+def test_an_adopted_device_is_taken_to_be_as_the_spec_says(world: World) -> None:
+    """The driver shows parameters that the spec leaves to it; a second apply changes nothing."""
+    adopt(world, world.foreign("igd0", "mvgpu-128M"), params="shown=1")
+    text = POOL.replace("4", '1\nattributes = [["a", "1"]]')
+    assert kinds(world.apply(spec(text))) == ""
+    assert world.diff(spec(text)).nothing
+
+
+def test_an_adopted_device_of_another_type_is_refused_by_its_uuid(world: World) -> None:
+    """It was planned to be created, beside itself."""
+    adopt(world, world.foreign("igd0", "mvgpu-128M", U1))
+    text = f'[[pool]]\nname = "p"\ntype = "mvgpu-256M"\nuuid = "{U1}"\n'
+    with pytest.raises(RequestError, match="exists as mvgpu-128M, not as mvgpu-256M"):
+        world.diff(spec(text))
+
+
+def test_a_lost_uuid_that_another_program_took_is_refused(world: World) -> None:
+    text = f'[[pool]]\nname = "p"\ntype = "mvgpu-12"\nuuid = "{U1}"\n'
+    world.apply(spec(text))
+    world.vanish(U1)
+    world.foreign("igd0", "mvgpu-128M", U1)
+    with pytest.raises(RequestError, match=f"{U1} exists and is not ours"):
+        world.diff(spec(text))
 
 
 def test_a_guest_of_the_same_name_that_is_not_managed_is_refused(world: World) -> None:
