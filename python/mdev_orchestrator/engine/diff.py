@@ -62,15 +62,12 @@ def diff(
     observed: ObservedState,
     *,
     policy: Policy = "pack",
-    force: bool = False,
-    deadline: float | None = None,
+    options: StepOptions | None = None,
     capacity: Survey = survey,
     new_uuid: Callable[[], UUID] = uuid4,
 ) -> Changes:
     """Find the steps that make a spec true.
 
-    :param force: End guests that do not power down in time.
-    :param deadline: Seconds for each step; each kind of step has a default.
     :raise RequestError: With file and line: the spec asks for what belongs to another one.
     :raise MisfitError: The devices do not fit, not even in place of those that leave.
     """
@@ -85,7 +82,7 @@ def diff(
         matched.leaving,
         guests,
         observed,
-        StepOptions(force, deadline),
+        options or StepOptions(),
         remove_first=placed.remove_first,
     )
     created = {request.uuid for request in placed.missing}  # their steps change their records
@@ -100,14 +97,8 @@ def diff(
     )
 
 
-def without(
-    name: str, observed: ObservedState, *, force: bool = False, deadline: float | None = None
-) -> Changes:
-    """Find the steps that remove all that a spec has brought: guests first, then devices.
-
-    :param deadline: Seconds for a guest to power down; :data:`..qemu.process.STOP_SECONDS` if not
-        given.
-    """
+def without(name: str, observed: ObservedState, options: StepOptions | None = None) -> Changes:
+    """Find the steps that remove all that a spec has brought: guests first, then devices."""
     guests = [guest for guest in observed.managed.guests.values() if guest.spec == name]
     owners = {f"guest:{guest.name}" for guest in guests}
     running = [
@@ -121,7 +112,7 @@ def without(
         if device.spec == name or device.owner in owners
     ]
     present = [device for device in devices if is_present(device, observed.host)]
-    steps = step_order.order_removal(running, present, observed, StepOptions(force, deadline))
+    steps = step_order.order_removal(running, present, observed, options or StepOptions())
     # a step deletes the record of its object
     absent = {device.uuid for device in devices} - {device.uuid for device in present}
     ended = {guest.name for guest in guests} - {guest.name for guest in running}

@@ -27,6 +27,7 @@ from mdev_orchestrator.engine.executor import PlannedStep
 from mdev_orchestrator.engine.placement import MisfitError
 from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.snapshot import ObservedGuest, ObservedState
+from mdev_orchestrator.engine.step_order import StepOptions
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition
@@ -435,7 +436,7 @@ def test_a_guest_that_must_stop_is_only_ended_by_force(world: World, *, force: b
     changed = ONE.replace("mdev", 'memory = "1G"\nmdev')
     stops = [
         planned.step
-        for planned in diff(spec(changed), world.observe(), force=force).steps
+        for planned in diff(spec(changed), world.observe(), options=StepOptions(force=force)).steps
         if isinstance(planned.step, Stop)
     ]
     assert [stop.guest.name for stop in stops] == ["b", "a"]
@@ -455,7 +456,7 @@ def test_a_deadline_is_every_steps(world: World, deadline: float | None) -> None
     plugged = ONE.replace('"a"', '"b"')
     world.apply(spec(ONE + plugged + ONE.replace('"a"', '"c"')))
     text = ONE.replace("mdev", 'memory = "1G"\nmdev') + plugged.replace("128M", "256M")
-    changes = diff(spec(text), world.observe(), deadline=deadline)
+    changes = diff(spec(text), world.observe(), options=StepOptions(deadline=deadline))
     given = {
         (type(step), step.deadline)
         for step in (planned.step for planned in changes.steps)
