@@ -472,6 +472,7 @@ async def test_a_qemu_that_does_not_answer_concerns_its_own_spec_alone(
     hung = GUEST.replace('"lab"', '"hung"')
     await apply(guests, hung)
     with silenced(guests, how):
+        assert (await module.preview(guests, document(hung))).plan.fits
         assert len((await module.diff(guests, document())).steps) == 4
         assert len(await apply(guests)) == 4
         (restored,) = await restore(guests, ["lab"])
