@@ -250,7 +250,7 @@ def _row(report: Report, host: Host) -> tuple[str, ...]:
         held = ", ".join(sorted(_held(plugged, host) for plugged in report.mdevs))
     return (
         report.guest.name,
-        str(report.guest.state),
+        str(report.state),
         report.status or NONE,
         str(record.pid) if record and report.guest.alive else NONE,
         f"{record.memory >> 20}M" if record else NONE,
@@ -277,7 +277,7 @@ def guest_shape(report: Report, host: Host) -> dict[str, Any]:
     guest, record = report.guest, report.guest.record
     return {
         "name": guest.name,
-        "state": str(guest.state),
+        "state": str(report.state),
         "status": report.status,
         "uuid": record and str(record.uuid),
         "pid": _pid(guest),

@@ -44,10 +44,13 @@ def watch(
 
 async def _watch(*, json: bool) -> None:
     root = output.host_root()
-    await asyncio.gather(
-        _print(events(lambda: udev_monitor(root)), json=json),
-        _print(guest_events(Machine(root)), json=json),
-    )
+    # gather would return while one of them still ends, and asyncio.run() cancel it a second time
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_print(events(lambda: udev_monitor(root)), json=json))
+            group.create_task(_print(guest_events(Machine(root)), json=json))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _print(stream: AsyncGenerator[Any, None], *, json: bool) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +63,7 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     shown = json.loads(out)
     assert shown | {"pid": 0, "created": ""} == {
         "name": "g",
-        "state": "running",
+        "state": "paused",
         "status": "prelaunch",
         "uuid": uuid,
         "pid": 0,
@@ -75,7 +77,7 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     code, out, err = mdo("guest", "list", "--json")
     assert json.loads(out) == {"guests": [shown]}
     code, out, err = mdo("guest", "list")
-    assert out.split()[-7:] == ["g", "running", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
+    assert out.split()[-7:] == ["g", "paused", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
     code, out, err = mdo("guest", "stop", "g", "--deadline", "0.2")
     assert (code, out) == (4, "")
     assert "did not power down within 0.2 s \u2014 it still runs" in err
@@ -170,6 +172,34 @@ def test_a_damaged_guest_is_shown(mdo: Mdo, place: Path) -> None:
         0,
         "g had ended already; its files are removed\n",
     )
+
+
+@pytest.mark.parametrize("held", ["by another watcher", "by SIGSTOP"])
+def test_a_watch_that_waits_for_its_turn_ends_quietly(
+    qemu: str, mdo: Mdo, place: Path, system: FakeSystem, held: str
+) -> None:
+    """Fault 21: ctrl-C printed a hundred lines of traceback."""
+    mdo("guest", "start", "g", "--arg=-S")
+    found = find(Machine(state=place), "g")
+    assert found.record
+    first = socket.socket(socket.AF_UNIX)
+    first.connect(str(found.watch_socket))
+    if held == "by SIGSTOP":
+        os.kill(found.record.pid, signal.SIGSTOP)
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "mdev_orchestrator.cli.main", "watch"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    waiting = f"{found.watch_socket}\n"
+    while Path("/proc/net/unix").read_text().count(waiting) < 3:  # QEMU's two, and the watcher's
+        time.sleep(0.05)
+    watching.send_signal(signal.SIGINT)
+    _, err = watching.communicate()
+    first.close()
+    os.kill(found.record.pid, signal.SIGCONT)
+    assert (watching.returncode, err) == (130, b"mdo: interrupted\n")
 
 
 def test_the_log_and_a_console_without_a_terminal(qemu: str, mdo: Mdo, place: Path) -> None:
