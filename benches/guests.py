@@ -326,9 +326,10 @@ class Library(Guests):
 
     def look(self) -> Qmp:
         """The monitor for questions."""
+        from mdev_orchestrator.machine import Machine
         from mdev_orchestrator.qemu import process
 
-        return Qmp(process.find(self.names[0]).query_socket)
+        return Qmp(process.find(Machine(), self.names[0]).query_socket)
 
 
 class Mdo(Library):

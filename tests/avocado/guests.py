@@ -29,6 +29,7 @@ from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.lab.story import as_guest_mdev, counts, settled
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
@@ -124,7 +125,7 @@ async def halted_guest(name: str, *devices: Mdev) -> AsyncIterator[RunningGuest]
 
 async def attach(name: str, mdev: Mdev, *, wait_guest: bool = False) -> str | None:
     """Plug an mdev into the guest of this name; the port that it sits in."""
-    running = process.find_running(name)
+    running = process.find_running(Machine(), name)
     return await lifecycle.attach(
         running, as_guest_mdev(mdev), deadline=GUEST_SECONDS, wait_guest=wait_guest
     )

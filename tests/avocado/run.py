@@ -217,9 +217,10 @@ async def sweep(known: set[Any]) -> None:
     from mdev_orchestrator.engine.devices import remove_devices
     from mdev_orchestrator.errors import MdoError
     from mdev_orchestrator.host import sysfs
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.qemu import process
 
-    for guest in process.list_guests():
+    for guest in process.list_guests(Machine()):
         with contextlib.suppress(MdoError):
             await lifecycle.end(guest, deadline=0, force=True)
     for mdev in sysfs.scan().mdevs:

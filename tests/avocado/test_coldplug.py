@@ -7,6 +7,7 @@ from guests import GuestTest, functions, guest, mdevs, unchanged, use
 
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab.story import GRID_OTHERS, GRID_TYPE, IGD_TYPE, counts
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 
 
@@ -27,7 +28,7 @@ class ColdPlug(GuestTest):
                 assert with_msi["crc32"] != with_intx["crc32"]
                 await use(program, igd, seed=3, interrupt="msi")
 
-                plugged = await hotplug.mdevs_of(process.find("cold"))
+                plugged = await hotplug.mdevs_of(process.find(Machine(), "cold"))
                 assert {one.uuid: one.port for one in plugged} == {
                     grid.uuid: "port0",
                     igd.uuid: "port1",

@@ -19,6 +19,7 @@ from guests import GuestTest, functions, mdevs, mdo, one_line, unchanged
 from matrix import machines
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.lab.story import IGD_TYPE
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 
 SIZE = 3 << 20
@@ -114,7 +115,7 @@ async def none():  # noqa: ANN201
 @contextlib.asynccontextmanager
 async def started_guest():  # noqa: ANN201
     """The program in the guest ``disk``, which a command has started and the test ends."""
-    running = process.find_running("disk")
+    running = process.find_running(Machine(), "disk")
     try:
         async with l2.program("disk", running.console_socket, guests.BOOT_SECONDS) as program:
             yield program

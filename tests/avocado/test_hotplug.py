@@ -28,6 +28,7 @@ from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.lab.story import counts
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
 
@@ -64,7 +65,7 @@ class HotPlug(GuestTest):
                 await attach("ports", fifth)
             with refused(RequestError, "guest ports has", str(first.uuid), "already"):
                 await attach("ports", first)
-            held = await hotplug.mdevs_of(process.find("ports"))
+            held = await hotplug.mdevs_of(process.find(Machine(), "ports"))
             assert {one.uuid for one in held} == {mdev.uuid for mdev in four}
 
             # A port that is free again takes another, which the host can also remove for good.
@@ -77,7 +78,7 @@ class HotPlug(GuestTest):
             assert seen.keys() == {mdev.uuid for mdev in devices} - {second.uuid}
 
             # Whoever asks the guest to let go cannot take that back; interrupted, it plugs in anew.
-            running = process.find_running("ports")
+            running = process.find_running(Machine(), "ports")
             async with connect(running.watch_socket, running.label) as qmp:
                 with qmp.events(("DEVICE_DELETED",), lambda data: "device" in data) as events:
                     detaching = asyncio.ensure_future(engine_attach.detach("ports", fifth.uuid))

@@ -22,6 +22,7 @@ from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
 from mdev_orchestrator.lab.story import GRID_TYPE
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
@@ -44,7 +45,7 @@ class KernelRemoval(GuestTest):
             guest("asked", grid, igd) as program,
         ):
             await use(program, grid)
-            running = process.find_running("asked")
+            running = process.find_running(Machine(), "asked")
             async with connect(running.qmp_socket, running.label) as qmp:
                 # While the guest stands still it cannot let go: the writer gives up, and is
                 # abandoned in the kernel.

@@ -28,6 +28,7 @@ from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import holders
 from mdev_orchestrator.lab import l2
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 
 SMALL = "mvgpu-128M"
@@ -59,7 +60,7 @@ class Lifetime(GuestTest):
                 words = Path(f"/proc/{shape['pid']}/cmdline").read_bytes().split(b"\0")
                 assert words[words.index(b"-uuid") + 1] == uuid.encode()
 
-                found = process.find_running("later")
+                found = process.find_running(Machine(), "later")
                 async with l2.program("later", found.console_socket) as program:
                     attached = await mdo("attach", "later", str(held), "--wait-guest", "--json")
                     assert attached.json()["taken"] is True
@@ -86,7 +87,7 @@ class Lifetime(GuestTest):
                 assert not Path(f"/proc/{shape['pid']}").exists()
                 assert (await mdo("remove", str(cold))).status == 0
             finally:
-                for left in process.list_guests():
+                for left in process.list_guests(Machine()):
                     await lifecycle.end(left, deadline=0, force=True)
                 left = [str(mdev) for mdev in (cold, held) if sysfs.read_mdev(mdev)]
                 if left:
@@ -106,13 +107,13 @@ class Lifetime(GuestTest):
             assert f"-uuid {uuid}" in words
             assert str(mdev.path) in words
             # Nothing of the guest is left, and the device is as it was.
-            assert process.list_guests() == []
+            assert process.list_guests(Machine()) == []
             assert sysfs.read_mdev(mdev.uuid) == mdev
             assert not holders((mdev,)).of(mdev.uuid)
 
     async def test_qemu_killed_in_the_middle(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,), guest("victim", mdev) as program:
-            record = process.find("victim").record
+            record = process.find(Machine(), "victim").record
             assert record is not None
             in_use = asyncio.Event()
 
@@ -128,7 +129,7 @@ class Lifetime(GuestTest):
             os.kill(record.pid, signal.SIGKILL)
             with refused(QemuError, "guest victim ended"):
                 await using
-            assert await process.wait_ended(process.find("victim"))
+            assert await process.wait_ended(process.find(Machine(), "victim"))
 
             (listed,) = (await mdo("guest", "list", "--json")).json()["guests"]
             assert listed["state"] == "gone"
@@ -142,6 +143,6 @@ class Lifetime(GuestTest):
 
             stopped = await mdo("guest", "stop", "victim", "--json")
             assert stopped.json() == {"name": "victim", "how": "gone"}
-            assert not process.guests_dir().joinpath("victim").exists()
+            assert not Machine().guests_dir.joinpath("victim").exists()
             done = await mdo("remove", str(mdev.uuid))
             assert done.status == 0, done

@@ -12,6 +12,7 @@ from campaign import specs
 from lab.hang import where_it_hangs
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.lab import l2
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 
 NAME = "alive"
@@ -38,7 +39,7 @@ def answers() -> int:
 
 
 async def _answers() -> int:
-    guest = process.find_running(NAME)
+    guest = process.find_running(Machine(), NAME)
     assert guest.record is not None
     plugged = {mdev.uuid for mdev in await hotplug.mdevs_of(guest)}
     found: set[UUID] = set()

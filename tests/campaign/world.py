@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import vfio
+from mdev_orchestrator import machine
 from mdev_orchestrator.engine.journal_db import Managed, read_managed
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holders, holders
@@ -159,7 +160,7 @@ def _place() -> Path:
 
 
 def _guests() -> tuple[process.RunningGuest, ...]:
-    return tuple(process.list_guests(_place() / "guests"))
+    return tuple(process.list_guests(machine.Machine(state=_place())))
 
 
 def look(others: Foreign, machine: Machine | None = None) -> Look:

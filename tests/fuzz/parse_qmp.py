@@ -14,7 +14,7 @@ from mdev_orchestrator.qemu.command import GuestMdev
 PLACE = harness.scratch()
 DEV = UUID("0f0f9c0e-6f2c-4a5e-8d5b-0a5a1d3a9a11")
 MDEV = GuestMdev(DEV, Path(f"/sys/bus/mdev/devices/{DEV}"))
-RECORD = process.Record(
+RECORD = process.ProcessRecord(
     name="a", uuid=DEV, pid=2, start_time=0, boot_id="", created=0, argv=[], mdevs=[], memory=0,
     cpus=1, ready=True,
 )  # fmt: skip
@@ -52,7 +52,16 @@ async def _ports() -> None:
 
 
 async def _plug() -> None:
-    await hotplug.plug(GUEST, hotplug.device_for(MDEV), deadline=SECONDS, wait_guest=True)
+    end = LOOP.time() + SECONDS
+    async with monitor.connect(GUEST.qmp_socket, GUEST.label, end=end) as qmp:
+        await hotplug.plug_by(qmp, hotplug.device_for(MDEV), end, wait_guest=True)
+
+
+async def _unplug() -> None:
+    """What ``mdo detach`` does when it has found the guest."""
+    end = LOOP.time() + SECONDS
+    async with monitor.connect(GUEST.qmp_socket, GUEST.label, end=end) as qmp:
+        await hotplug._unplug(qmp, MDEV.device_id, end, SECONDS)
 
 
 TASKS = {
@@ -63,7 +72,8 @@ TASKS = {
     b"plug": _plug,
     b"mdevs": lambda: hotplug.mdevs_of(GUEST, deadline=SECONDS),
     b"taken": lambda: hotplug.wait_taken(GUEST, DEV, SECONDS),
-    b"unplug": lambda: hotplug.unplug(GUEST, MDEV.device_id, SECONDS),
+    b"unplug": _unplug,
+    b"pending": lambda: hotplug.await_pending_unplug(GUEST, DEV, deadline=SECONDS),
     b"console": lambda: status.check_console_free(GUEST, deadline=SECONDS),
 }
 

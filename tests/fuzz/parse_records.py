@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Files that earlier commands left: a guest's record and start groups, what was learned, labs."""
+"""Files that earlier commands left: a guest's record, start groups, learned models, labs."""
 
 import asyncio
 import errno
@@ -12,6 +12,7 @@ from mdev_orchestrator.cli.guest import guest_shape
 from mdev_orchestrator.engine import lifecycle, model_cache
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.lab import machine
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.status import Report
@@ -55,11 +56,11 @@ def _read() -> None:
     features._read()
     model_cache.load()
     harness.check_shown([process.qemu_words(GUEST / "qemu.log")])
-    for guest in process.list_guests():
+    for guest in process.list_guests(Machine()):
         msgspec.json.encode(guest_shape(Report(guest, damage=guest.damage), Host()))
         if guest.record is not None:
             written = msgspec.json.encode(guest.record)
-            assert msgspec.json.decode(written, type=process.Record) == guest.record
+            assert msgspec.json.decode(written, type=process.ProcessRecord) == guest.record
     for try_ in (_look_at_lab, _sweep):
         try:
             try_()

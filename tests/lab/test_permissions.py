@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
 from mdev_orchestrator.state import state_dir
@@ -46,9 +47,9 @@ async def guest() -> AsyncIterator[process.RunningGuest]:
     before = os.umask(0)
     try:
         spec = GuestSpec("g", uuid4(), memory=32 << 20, hotplug_ports=0, extra=("-S",))
-        found = await process.start(spec)
+        found = await process.start(Machine(), spec)
         yield found
-        await process.stop(found, deadline=0, force=True)
+        await process.stop(Machine(), found, deadline=0, force=True)
     finally:
         os.umask(before)
 

@@ -35,6 +35,7 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import until
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -71,7 +72,7 @@ def explicit() -> Iterator[None]:
 async def given_back(kernel_log: KernelLog) -> AsyncIterator[None]:
     """After each test there is no guest, no mdev, and every link is free."""
     yield
-    for guest in process.list_guests():
+    for guest in process.list_guests(Machine()):
         await lifecycle.end(guest, deadline=0, force=True)
     if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
         await remove_devices(left)
@@ -159,7 +160,7 @@ async def test_online_before_the_first_access_and_offline_after_the_last_release
     else:
         for mdev in mdevs:
             in_order((mdev,), since)
-    assert (free(), process.list_guests()) == (LINKS, [])
+    assert (free(), process.list_guests(Machine())) == (LINKS, [])
 
 
 async def quit_(guest: RunningGuest) -> None:
@@ -223,7 +224,7 @@ async def test_the_last_detach_stops_and_the_first_does_not(explicit: None) -> N
         await end_by_monitor(guest, mdev)
         await lifecycle.reclaim_groups()
     assert (states(*mdevs), free()) == ({False}, LINKS)
-    assert process.find("g").state is State.RUNNING
+    assert process.find(Machine(), "g").state is State.RUNNING
 
 
 async def end_by_monitor(guest: RunningGuest, mdev: Mdev) -> None:
@@ -247,7 +248,7 @@ async def test_a_group_that_does_not_fit_is_refused_with_its_reason(driver: str)
     for word in ("start group", "on igd0", *(str(mdev.uuid) for mdev in mdevs)):
         assert word in text
     assert "6 links asked, 3 of 3 left" in text
-    assert (states(*mdevs), free(), process.list_guests()) == ({False}, LINKS, [])
+    assert (states(*mdevs), free(), process.list_guests(Machine())) == ({False}, LINKS, [])
     assert "opened" not in {event.event for event in vfio.events(since)}
 
 
@@ -257,7 +258,7 @@ async def test_a_refusal_by_the_hardware_is_told(driver: str) -> None:
     mdevs = await make(2)
     with vfio.fault("start", "errno=5"), pytest.raises(MdoError, match="Input/output error"):
         await lifecycle.launch(spec(*mdevs))
-    assert (states(*mdevs), process.list_guests()) == ({False}, [])
+    assert (states(*mdevs), process.list_guests(Machine())) == ({False}, [])
 
 
 async def test_a_failed_open_gives_back_what_was_started(driver: str) -> None:
@@ -282,7 +283,7 @@ async def test_a_start_that_hangs_ends_at_its_deadline(explicit: None) -> None:
         pytest.raises(DeadlineError, match="did not come online within 1 s"),
     ):
         await lifecycle.launch(spec(*mdevs), deadline=1)
-    assert (states(*mdevs), free(), process.list_guests()) == ({False}, LINKS, [])
+    assert (states(*mdevs), free(), process.list_guests(Machine())) == ({False}, LINKS, [])
 
 
 async def test_one_user_for_one_group(explicit: None) -> None:
@@ -347,11 +348,12 @@ async def test_an_orchestrator_that_is_killed_leaves_nothing(explicit: None, mom
         )
         if moment == "starting":
             async with asyncio.timeout(60):
-                await until(lambda: any(map(process.has_started, process.list_guests())))
+                await until(lambda: any(map(process.has_started, process.list_guests(Machine()))))
             killed.kill()
         assert await killed.wait() == -signal.SIGKILL
         async with asyncio.timeout(30):
-            while process.list_guests():  # the driver lets nobody stop what it still starts
+            # the driver lets no process stop what it still starts
+            while process.list_guests(Machine()):
                 await lifecycle.reclaim_groups()
                 await asyncio.sleep(0.1)
     assert (states(*mdevs), free()) == ({False}, LINKS)

@@ -24,6 +24,7 @@ from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import MdoError, QemuError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
+from mdev_orchestrator.machine import Machine as Host
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.monitor import connect
 
@@ -157,7 +158,7 @@ class Ends(Cell):
             assert launcher.stdout.readline() == b"up\n"
             launcher.kill()
             launcher.wait()
-        with Orchestrated(self.version, guest=process.find("matrix")) as qemu:
+        with Orchestrated(self.version, guest=process.find(Host(), "matrix")) as qemu:
             qemu.sweep()
             assert checks.online(uuids) == {True}, "it was taken from a guest that runs"
             assert links() == self.links - self.cost(2)

@@ -30,6 +30,7 @@ from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host.events import Rescan, UdevMonitor, events
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
@@ -207,7 +208,7 @@ class _Service:
         await lifecycle.launch(spec, deadline=SLOW)
 
     async def stop(self, name: str) -> str:
-        ended = await lifecycle.end(process.find(name), deadline=0, force=True)
+        ended = await lifecycle.end(process.find(Machine(), name), deadline=0, force=True)
         await lifecycle.reclaim_groups()
         return ended.how
 

@@ -15,6 +15,7 @@ from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.lab import machine
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.state import private_dir, state_dir
 
@@ -39,8 +40,8 @@ def any_umask(place: Path) -> Iterator[None]:
 
 
 USERS: dict[str, Callable[[], object]] = {
-    "guest list": process.list_guests,
-    "guest, by name": lambda: process.find("a"),
+    "guest list": lambda: process.list_guests(Machine()),
+    "guest, by name": lambda: process.find(Machine(), "a"),
     "lab list": machine.labs,
     "journal, to look": read_managed,
     "journal, to change": Journal.open,
@@ -107,7 +108,7 @@ def test_a_sticky_directory_above_is_as_good_as_tmp(place: Path) -> None:
     place.parent.chmod(0o1777)
     assert state_dir() == place
     assert private_dir(place) == place
-    assert process.list_guests() == []
+    assert process.list_guests(Machine()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -136,7 +137,7 @@ def test_what_is_made_is_for_us_only(place: Path) -> None:
     with Journal.open():
         pass
     model_cache.keep({})
-    private_dir(process.guests_dir())
+    private_dir(Machine().guests_dir)
     found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()}
     assert (found["journal.db"], found["guests"]) == (0o600, 0o700)
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
