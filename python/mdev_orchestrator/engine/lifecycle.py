@@ -98,9 +98,21 @@ class ReclaimedGroup(Struct, frozen=True):
         return f"guest {self.guest} has no use for {self.group} any more: it is offline now"
 
 
+class _GuestsIn(Machine):
+    """The machine whose guests are in a directory of any name."""
+
+    def __init__(self, root: Path, guests: Path) -> None:
+        super().__init__(root, state=guests.parent)
+        self._guests = guests
+
+    @property
+    def guests_dir(self) -> Path:
+        return self._guests
+
+
 def machine_of(guests: Path | None, host: Path = ROOT) -> Machine:
     """The machine whose guests are in a directory."""
-    return Machine(host, state=guests and guests.parent)
+    return Machine(host) if guests is None else _GuestsIn(host, guests)
 
 
 # ---------------------------------------------------------------- launch and attach
