@@ -92,7 +92,7 @@ def one(data: bytes) -> None:
         harness.check_message(error)
     except TimeoutError:
         assert task is _watch  # the others have deadlines of their own
-    assert not COMPLAINTS, COMPLAINTS  # such as an exception that nobody retrieved
+    assert not COMPLAINTS, COMPLAINTS  # such as an exception that was never retrieved
 
 
 async def _between(script: bytes, task) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
@@ -116,7 +116,7 @@ async def _between(script: bytes, task) -> None:  # type: ignore[no-untyped-def]
             server.close()
         if others := asyncio.all_tasks() - {asyncio.current_task()}:
             _, left = await asyncio.wait(others, timeout=2)
-            assert not left, left  # nobody else would ever end them
+            assert not left, left  # nothing else would ever end them
 
 
 async def _say(script: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

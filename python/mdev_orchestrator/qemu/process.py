@@ -90,7 +90,7 @@ PRESS_AGAIN_SECONDS = 10.0
 OBEY_SECONDS = 30.0
 """For a guest to end after its button was pressed: nothing tells that it is about to."""
 REFUSED_SECONDS = 1.0
-"""For a guest to end whose monitor could not be told to: it may be ending already."""
+"""For a guest to end whose monitor could not be reached: it may be ending already."""
 QUIT_SECONDS = 2.0
 """For QEMU to end by ``quit``, connecting to its monitor included."""
 TERM_SECONDS = 3.0
@@ -1126,7 +1126,7 @@ async def _quit(guest: RunningGuest, process: int) -> bool:
 
     loop = asyncio.get_running_loop()
     end = loop.time() + QUIT_SECONDS
-    with contextlib.suppress(MdoError):  # a QEMU that cannot be told is killed
+    with contextlib.suppress(MdoError):  # a QEMU that does not answer is killed
         async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
             await qmp.quit()
     return await _ended(process, max(end - loop.time(), 0))
@@ -1164,7 +1164,7 @@ async def _end_damaged(machine: Machine, guest: RunningGuest, *, force: bool) ->
     how = "gone"
     if _is_listening(guest.qmp_socket):
         how = "quit"
-        with contextlib.suppress(MdoError):  # a QEMU that cannot be told is killed
+        with contextlib.suppress(MdoError):  # a QEMU that does not answer is killed
             end = asyncio.get_running_loop().time() + QUIT_SECONDS
             async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
                 await qmp.quit()

@@ -152,7 +152,7 @@ async def test_a_guest_without_software_never_takes(qemu: str, machine: Machine)
 async def test_a_guest_without_software_never_lets_go(qemu: str, machine: Machine) -> None:
     async with guest(qemu, machine) as found:
         await plug(found, RNG)
-        for _ in range(2):  # the second is told that one is on its way, and waits for that
+        for _ in range(2):  # the second hears that one is under way, and waits for that
             with pytest.raises(DeadlineError, match=r"did not let go of rng.*it still has"):
                 await unplug(found, "rng", 0.3)
             assert (await ports(found))[0].occupant == "virtio-rng-pci"

@@ -49,7 +49,7 @@ async def test_an_answer(serve: Serve) -> None:
         assert await ask(path) == {"a": 1}
 
 
-async def test_nobody_listens(place: Path) -> None:
+async def test_no_process_listens(place: Path) -> None:
     with pytest.raises(
         QemuError, match="guest g: cannot reach its monitor: No such file"
     ) as caught:
@@ -57,7 +57,7 @@ async def test_nobody_listens(place: Path) -> None:
     assert (caught.value.outcome, caught.value.subject) == (Outcome.NO_EFFECT, "guest g")
 
 
-async def test_a_socket_nobody_holds(place: Path) -> None:
+async def test_a_socket_that_no_process_holds(place: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(place / "qmp.sock"))
     with pytest.raises(QemuError, match="refused"):
@@ -201,7 +201,7 @@ def test_a_program_that_ends_while_it_waits_for_a_greeting_is_quiet(
 
 
 async def ends(qmp: QmpMonitor) -> None:
-    """QEMU is killed, and nobody had asked it anything."""
+    """QEMU is killed while no command is under way."""
     with contextlib.suppress(QemuError):
         await listen(qmp, 1)
 
@@ -392,7 +392,7 @@ async def listen(qmp: QmpMonitor, wanted: int, deadline: float = LONG) -> list[i
 async def test_events_are_filtered(serve: Serve) -> None:
     async def script(peer: Peer) -> None:
         await peer.greet()
-        await peer.send(event(0))  # before anybody listens
+        await peer.send(event(0))  # before the listener is there
         await peer.answer({})
         await peer.send({"event": "STOP", "timestamp": {}})
         await peer.send({"event": "DEVICE_DELETED", "data": 3})

@@ -124,7 +124,7 @@ async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(
         assert len(sockets) == 4
 
 
-async def test_it_outlives_who_started_it_and_another_process_stops_it(
+async def test_it_outlives_its_starter_and_another_process_stops_it(
     qemu: str, machine: Machine
 ) -> None:
     environment = {**os.environ, "MDO_STATE_DIR": str(machine.state_dir), "MDO_ACCEL": "tcg"}
@@ -495,10 +495,10 @@ async def test_the_power_button_is_pressed_again(
 async def test_whether_a_guest_obeys_is_waited_for(
     qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asked it was interrupted."""
+    """The command that asked it was interrupted."""
     monkeypatch.setattr(process, "OBEY_SECONDS", 0.5)
     async with started(machine, spec(qemu)) as guest:
-        assert not await process.await_pending_shutdown(guest)  # nobody has asked it
+        assert not await process.await_pending_shutdown(guest)  # it was not asked
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await stop(machine, guest)
@@ -603,7 +603,7 @@ async def sleeper() -> AsyncIterator[int]:
     """A process that is none of our guests."""
     other = await asyncio.create_subprocess_exec("sleep", "1000")
     yield other.pid
-    assert other.returncode is None, "somebody ended a process that is no guest"
+    assert other.returncode is None, "a process that is no guest was ended"
     other.kill()
     await other.wait()
 
