@@ -19,7 +19,7 @@ import pytest
 from campaign import specs
 from campaign.command import DEVICE_COMMANDS, Hook, mdo
 from campaign.conftest import EVERY, Tally
-from campaign.works import UUIDS, WORKS, Work, create, half_done, recovered, start
+from campaign.works import UUIDS, WORKS, Work, create, half_done, start
 from campaign.world import Foreign, Look, clear, denials, look
 from lab import vfio
 from lab.machine import machine
@@ -100,7 +100,7 @@ def test_stopped(place: Path, others: Foreign, empty: Look, tally: Tally, name: 
         left += denials(ended.err, was, lambda: look(others))  # what was late is there by now
         if ended.status == 0:
             left.append("it succeeded without an answer of QEMU")
-        left += recovered()
+        left += work.recovered(place)
         left += half_done(was, whole, look(others))
         told = [p for p in ended.points if p.split()[1:2] and p.split()[1] in DEVICE_COMMANDS]
         if left:
@@ -161,7 +161,7 @@ def test_the_open_takes_longer_than_the_deadline(
     left += denials(ended.err, was, lambda: look(others))
     if ended.status == 0:
         left.append("it succeeded without an answer of QEMU")
-    left += recovered()
+    left += work.recovered(place)
     left += half_done(was, whole, look(others))
     if left:
         left.append(str(ended))
