@@ -142,7 +142,7 @@ def status(json: Json = False) -> None:
 
     from mdev_lab import labs
 
-    found = labs.labs()
+    found = labs.find_all()
     if json:
         rows = [asdict(lab) | {"directory": lab.directory} for lab in found]
         output.emit_json({"labs": rows})
@@ -165,7 +165,7 @@ def down(
     """End a lab; a second time does nothing."""
     from mdev_lab import labs
 
-    chosen = labs.labs() if every else [labs.lookup(name)]
+    chosen = labs.find_all() if every else [labs.lookup(name)]
     for lab in chosen:
         if lab is not None:
             labs.down(lab)

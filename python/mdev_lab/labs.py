@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mdev_orchestrator.errors import BusyError, HostError, RequestError, UnknownError
 from mdev_orchestrator.state import decode, private_dir, state_dir
+from mdev_orchestrator.system.files import write_atomic
 from mdev_orchestrator.system.processes import start_time
 
 RECORD = "lab.json"
@@ -79,7 +80,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def labs() -> list[Lab]:
+def find_all() -> list[Lab]:
     """Return every lab that runs, and remove the directories of those that have ended.
 
     A lab whose record is damaged is left out and kept; :func:`find` reports it.
@@ -125,7 +126,7 @@ def lookup(name: str) -> Lab | None:
 
     :raise HostError: Its record is damaged.
     """
-    for lab in labs():
+    for lab in find_all():
         if lab.name == name:
             return lab
     directory = labs_dir() / check_name(name)
@@ -200,6 +201,4 @@ def down(lab: Lab) -> None:
 
 def write_record(directory: Path, lab: Lab) -> None:
     """Replace the record of a lab."""
-    draft = directory / f"{RECORD}.new"
-    draft.write_text(json.dumps(asdict(lab)))
-    draft.rename(directory / RECORD)
+    write_atomic(directory / RECORD, json.dumps(asdict(lab)).encode(), sync=False)

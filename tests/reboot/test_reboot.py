@@ -94,7 +94,7 @@ def reboot(disk: Path) -> None:
     # the command that asks for it must not be one that it ends
     inside("systemd-run --quiet --on-active=1 systemctl reboot")
     end = time.monotonic() + SECONDS
-    while any(lab.name == NAME for lab in labs.labs()):
+    while any(lab.name == NAME for lab in labs.find_all()):
         assert time.monotonic() < end, "L1 has not shut down"
         time.sleep(0.5)
     up(disk)

@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -165,11 +165,18 @@ class FakeSystem:
         key = uuid if name == "create" else f"{uuid}/{name}"
         self.writes.append((name, uuid))
         answer = self.before(name, uuid) if self.before is not None else None
-        while (gate := self.block.get(key)) is not None and not gate.is_set():
-            # a start waits killably, the mdev core's own files do not
-            if self.closed or (name == "online" and _has_hung_up(peer)):
-                return errno.EINTR
-            time.sleep(0.002)
+        with self._writing(pid, path) if self._blocks(key) else contextlib.nullcontext():
+            while self._blocks(key):
+                # a start waits killably, the mdev core's own files do not
+                if self.closed or (name == "online" and _has_hung_up(peer)):
+                    return errno.EINTR
+                time.sleep(0.002)
+            return self._go_on(name, uuid, path, data, answer, pid)
+
+    def _go_on(
+        self, name: str, uuid: str, path: str, data: bytes, answer: int | None, pid: int
+    ) -> int:
+        key = uuid if name == "create" else f"{uuid}/{name}"
         if self.kill.get(key) == "before":
             return self._kill(key, pid)
         if answer is None:
@@ -178,6 +185,21 @@ class FakeSystem:
         if self.after is not None:
             self.after(name, uuid)
         return self._kill(key, pid) if self.kill.get(key) == "after" else answer
+
+    def _blocks(self, key: str) -> bool:
+        gate = self.block.get(key)
+        return gate is not None and not gate.is_set()
+
+    @contextlib.contextmanager
+    def _writing(self, pid: int, path: str) -> Iterator[None]:
+        """While a write blocks, its process is seen in ``/proc`` with the file."""
+        directory = self.root / "proc" / str(pid)
+        if pid and not directory.exists():
+            self.process(pid, "mdo", ["mdo"], [os.path.realpath(path)])
+        try:
+            yield
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _kill(self, key: str, pid: int) -> int:
         del self.kill[key]
@@ -317,6 +339,23 @@ class _Kernel:
 
 
 _kernel = _Kernel()
+
+
+def wait_for_orphans() -> None:
+    """Wait for the writer's children of processes that this one has forked and that are killed."""
+    ours = Path("/proc/self/cmdline").read_bytes()
+    while any(_is_orphan(entry, ours) for entry in Path("/proc").iterdir()):
+        time.sleep(0.001)
+
+
+def _is_orphan(process: Path, command: bytes) -> bool:
+    if not process.name.isdecimal():
+        return False
+    try:
+        parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
+        return parent == 1 and (process / "cmdline").read_bytes() == command
+    except OSError:
+        return False
 
 
 def _has_hung_up(peer: socket.socket | None) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -448,10 +447,9 @@ def test_no_message_depends_on_the_words_of_a_library(
         "#" * 1_000_000,
     ],
 )
-def test_a_large_wrong_file_takes_no_time(text: str) -> None:
-    started = time.process_time()
+def test_a_large_wrong_file_is_refused(text: str) -> None:
+    """Each would take hours if the time were quadratic."""
     refused(text)
-    assert time.process_time() - started < 10
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def any_umask(place: Path) -> Iterator[None]:
 USERS: dict[str, Callable[[], object]] = {
     "guest list": process.list_guests,
     "guest, by name": lambda: process.find("a"),
-    "lab list": labs.labs,
+    "lab list": labs.find_all,
     "journal, to look": read_managed,
     "journal, to change": Journal.open,
     "what was learned": model_cache.load,

@@ -36,7 +36,10 @@ def apply(
         typer.Option("--force", help="End guests that must stop and do not power down in time."),
     ] = False,
     policy: PolicyOption = Policy.PACK,
-    deadline: Annotated[float, seconds("Seconds for each device.", least=0.1)] = 30.0,
+    deadline: Annotated[
+        float | None,
+        seconds("Seconds for each step; a device has 30 and a guest 60 if not given.", least=0.1),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a spec true, all of it or nothing; where it is true already, do nothing."""

@@ -31,11 +31,7 @@ def print_log(guest: RunningGuest) -> None:
     try:
         with guest.console_log.open("rb") as file:
             while chunk := file.read(CHUNK):
-                sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(output.BROKEN_PIPE) from None
+                output.emit_bytes(chunk)
     except OSError as error:
         raise MdoError(f"{guest.label} has no console log: {error.strerror}") from error
 

@@ -16,6 +16,7 @@ from mdev_orchestrator.cli.params import Json, complete_device, complete_guest, 
 from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
+    from mdev_orchestrator.engine.restore import PoweredDown
     from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host
     from mdev_orchestrator.qemu.hotplug import Plugged
@@ -185,7 +186,7 @@ async def _start(
     from mdev_orchestrator.qemu.status import look
 
     await reclaim_groups(machine)
-    guest = await start_guest(machine, config, mdevs, deadline=deadline, observe=output.progress)
+    guest = await start_guest(machine, config, mdevs, deadline=deadline)
     return await _beside(machine, [await look(guest)])
 
 
@@ -227,18 +228,7 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
 
     ended = run(lambda machine: power_down(machine, deadline=deadline, force=force))
     if json:
-        output.emit_json(
-            {
-                "guests": [
-                    {
-                        "name": guest.name,
-                        "how": guest.how or None,
-                        "error": guest.error and guest.error.message,
-                    }
-                    for guest in ended
-                ]
-            }
-        )
+        output.emit_json({"guests": [ended_shape(guest) for guest in ended]})
     else:
         for guest in ended:
             if guest.how:
@@ -249,6 +239,15 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
         if guest.error is not None:
             output.report(guest.error)
     return 1 if any(guest.error for guest in ended) else 0
+
+
+def ended_shape(guest: PoweredDown) -> dict[str, Any]:
+    """The documented JSON shape of one of several guests that were to be stopped."""
+    return {
+        "name": guest.name,
+        "how": guest.how or None,
+        "error": None if guest.error is None else guest.error.message,
+    }
 
 
 async def _stop(machine: Machine, name: str, deadline: float, *, force: bool) -> Ended:
@@ -306,7 +305,7 @@ async def _group_names(machine: Machine, reports: Iterable[Report], host: Host) 
     try:
         return group_names(await asyncio.to_thread(read_managed, machine))
     except MdoError:
-        return {}  # mdo host says why; their UUIDs tell them apart
+        return {}  # they are shown by their UUIDs; mdo host says why
 
 
 def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ...]:

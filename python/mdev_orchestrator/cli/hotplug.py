@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 import typer
 
@@ -19,6 +20,9 @@ from mdev_orchestrator.cli.params import (
     seconds,
 )
 from mdev_orchestrator.machine import Machine
+
+if TYPE_CHECKING:
+    from mdev_orchestrator.engine.attach import Attached
 
 GuestArgument = Annotated[
     str,
@@ -54,7 +58,7 @@ def attach(
     """Plug a device into a running guest."""
     from mdev_orchestrator.engine import attach
 
-    async def work(machine: Machine) -> attach.Attached:
+    async def work(machine: Machine) -> Attached:
         await reclaim_groups(machine)
         return await attach.attach(
             machine, guest, what, parent=parent, wait_guest=wait_guest, deadline=deadline
@@ -62,20 +66,22 @@ def attach(
 
     done = run(work)
     made = f"mdev {done.uuid} is attached to guest {guest}"
-    if not json:
+    if json:
+        output.emit_json(attached_shape(guest, done, taken=wait_guest), made=made)
+    else:
         output.emit(str(done.uuid), made=made)
-        return
-    output.emit_json(
-        {
-            "guest": guest,
-            "uuid": str(done.uuid),
-            "device": done.device_id,
-            "port": done.port,
-            "created": done.created,
-            "taken": True if wait_guest else None,
-        },
-        made=made,
-    )
+
+
+def attached_shape(guest: str, done: Attached, *, taken: bool) -> dict[str, Any]:
+    """The documented JSON shape of a device that was attached."""
+    return {
+        "guest": guest,
+        "uuid": str(done.uuid),
+        "device": done.device_id,
+        "port": done.port,
+        "created": done.created,
+        "taken": True if taken else None,
+    }
 
 
 def detach(
@@ -99,4 +105,9 @@ def detach(
     run(lambda machine: attach.detach(machine, guest, device, remove=remove, deadline=deadline))
     if json:
         made = f"mdev {device} is detached from guest {guest}"
-        output.emit_json({"guest": guest, "uuid": str(device), "removed": remove}, made=made)
+        output.emit_json(detached_shape(guest, device, removed=remove), made=made)
+
+
+def detached_shape(guest: str, device: UUID, *, removed: bool) -> dict[str, Any]:
+    """The documented JSON shape of a device that was detached."""
+    return {"guest": guest, "uuid": str(device), "removed": removed}

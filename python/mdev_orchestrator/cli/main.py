@@ -42,9 +42,7 @@ def _main(arguments: list[str]) -> int:
 
         return _failed(InterruptionError(signal.SIGINT))
     except Exception as error:  # noqa: BLE001 - a bug ends like anything else: in one line
-        # a help text is written by typer: its reader may have gone, or the disk be full
-        lost = output.lost_output() if isinstance(error, OSError) else None
-        return _failed(lost) if lost is not None else _bug(error, arguments)
+        return _bug(error, arguments)
     finally:
         output.speak_json(on=False)
 
@@ -64,7 +62,7 @@ def _bug(error: Exception, arguments: list[str]) -> int:
 
 
 class BugError(MdoError):
-    """Anything that nobody foresaw."""
+    """A bug of this program."""
 
     exit_code = output.INTERNAL_ERROR
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Writes the man pages, ``mdo.1``, ``mdo-create.1`` and so on, of the commands as they are.
 
-``python -m mdev_orchestrator.cli.manpages DIRECTORY`` is for those who package the program.
+``python -m mdev_orchestrator.cli.manpages DIRECTORY`` is for packages of the program.
 Commands of plugins have pages too, if their packages are installed.
 """
 

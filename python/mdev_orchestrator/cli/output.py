@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mdev_orchestrator.errors import MdoError, one_line
+from mdev_orchestrator.errors import CommandError, MdoError, one_line
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.executor import StepEvent
@@ -25,7 +25,7 @@ INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 BROKEN_PIPE = 141
 
 _DRAWN_ROWS = 200
-"""A longer table is printed plain: nobody reads it as a drawing, and drawing takes seconds."""
+"""A longer table is printed plain: drawing it takes seconds."""
 _NARROWEST = 10
 """Columns that a cell of words keeps in a drawn table; a longer word in it is broken."""
 
@@ -113,22 +113,6 @@ def _discard(stream: TextIO) -> None:
         os.close(null)
 
 
-def lost_output() -> OutputError | None:
-    """The error of standard output if its buffer cannot be written; ``None`` if it can.
-
-    :raise SystemExit: Its reader has gone.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard(sys.stdout)
-        raise SystemExit(BROKEN_PIPE) from None
-    except (OSError, ValueError) as error:
-        _discard(sys.stdout)
-        return OutputError(_unwritable(error))
-    return None
-
-
 # ---- results ----
 
 
@@ -139,8 +123,24 @@ def emit(text: str, *, made: str = "") -> None:
     :raise OutputError: It cannot be printed.
     :raise SystemExit: Its reader has gone, which is no error.
     """
+    _write(f"{text}\n", made)
+
+
+def emit_bytes(data: bytes) -> None:
+    """Print what a guest or a program wrote, as it is.
+
+    :raise OutputError: It cannot be printed.
+    :raise SystemExit: Its reader has gone, which is no error.
+    """
+    _write(data, "")
+
+
+def _write(data: str | bytes, made: str) -> None:
     try:
-        sys.stdout.write(text + "\n")
+        if isinstance(data, bytes):
+            sys.stdout.buffer.write(data)
+        else:
+            sys.stdout.write(data)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
@@ -274,18 +274,19 @@ def report(error: MdoError) -> None:
     say(f"{message} \u2014 {error.hint}" if error.hint else message)
 
 
-def shape(error: MdoError, kind: str | None = None) -> dict[str, Any]:
+def shape(error: MdoError) -> dict[str, Any]:
     """The documented JSON shape of an error."""
     return {
-        "kind": kind or type(error).__name__,
+        "kind": type(error).__name__,
         "message": error.message,
         "hint": error.hint or None,
         "exit_code": error.exit_code,
         "subject": error.subject or None,
         "errno": error.errno,
-        "qmp_class": getattr(error, "qmp_class", None) or getattr(error, "error_class", None),
+        "qmp_class": error.qmp_class if isinstance(error, CommandError) else None,
         "outcome": None if error.outcome is None else str(error.outcome),
         "notes": [one_line(note) for note in _notes(error)],
+        "details": error.details or None,
     }
 
 
@@ -300,10 +301,12 @@ def _document(value: object) -> None:
 
 
 def trace(error: BaseException) -> None:
-    """Print the traceback of an error."""
+    """Print the traceback of an error, and its details."""
     import traceback
 
     write_error("".join(traceback.format_exception(error)))
+    if isinstance(error, MdoError) and error.details:
+        write_error(f"{one_line(error.details)}\n")
 
 
 def progress(event: StepEvent) -> None:

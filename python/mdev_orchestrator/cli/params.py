@@ -31,8 +31,8 @@ def seconds(help: str, *, least: float = 0.0) -> Any:  # noqa: A002, ANN401 - ty
     return typer.Option(min=least, metavar="SECONDS", callback=_number, help=help)
 
 
-def _number(value: float) -> float:
-    if math.isnan(value):  # which is not below any minimum
+def _number(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # which is not below any minimum
         raise typer.BadParameter(f"{value} is not a number")
     return value
 

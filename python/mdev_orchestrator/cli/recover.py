@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,7 +37,7 @@ def recover(
         for recovered in done:
             _show(recovered, dry_run=dry_run)
         if not done:
-            output.emit("nothing stands open")
+            output.emit("nothing is open")
     for recovered in done:
         for error in recovered.errors:
             output.report(error)
@@ -55,14 +56,21 @@ async def _recover(machine: Machine, *, dry_run: bool) -> list[Recovered]:
 
 
 def _show(recovered: Recovered, *, dry_run: bool) -> None:
-    count = len(recovered.steps)
-    words = f"{count} step{'s' * (count != 1)}"
     verb = f"to {recovered.way}" if dry_run else DONE[recovered.way]
-    output.emit(f"{recovered.run}: {words} {verb}")
+    if recovered.steps or not recovered.stuck:
+        output.emit(f"{recovered.run}: {_count(recovered.steps)} {verb}")
     if recovered.why:
         output.emit(f"  since it could not be finished: {recovered.why}")
     for step in recovered.steps:
         output.emit(f"  {step}")
+    if recovered.stuck:
+        output.emit(f"{recovered.run}: {_count(recovered.stuck)} could not be {verb}")
+    for step in recovered.stuck:
+        output.emit(f"  {step}")
+
+
+def _count(steps: Sequence[str]) -> str:
+    return f"{len(steps)} step{'s' * (len(steps) != 1)}"
 
 
 def shape(recovered: Recovered) -> dict[str, Any]:
@@ -75,6 +83,7 @@ def shape(recovered: Recovered) -> dict[str, Any]:
         "way": recovered.way,
         "why": recovered.why or None,
         "steps": list(recovered.steps),
+        "stuck": list(recovered.stuck),
         "errors": [error.message for error in recovered.errors],
     }
 

@@ -82,8 +82,25 @@ def _of(context: _Context) -> Iterator[None]:
         raise
 
 
+def _by_emit(option: Any) -> Any:  # noqa: ANN401 - a click option
+    """Let the option for the help print as all commands do: typer's own fails with a traceback."""
+
+    def show(context: _Context, _: Any, wanted: bool) -> None:  # noqa: ANN401
+        if wanted and not context.resilient_parsing:
+            output.emit(context.get_help())
+            context.exit()
+
+    if option is not None:
+        option.callback = show
+    return option
+
+
 class Command(TyperCommand):
     """A command that takes options and arguments."""
+
+    def get_help_option(self, ctx: _Context) -> Any:  # noqa: ANN401
+        """The option that shows the help."""
+        return _by_emit(super().get_help_option(ctx))
 
     def parse_args(self, ctx: _Context, args: list[str]) -> list[str]:
         """Read the words."""
@@ -102,6 +119,10 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """Commands below one name."""
+
+    def get_help_option(self, ctx: _Context) -> Any:  # noqa: ANN401
+        """The option that shows the help."""
+        return _by_emit(super().get_help_option(ctx))
 
     def parse_args(self, ctx: _Context, args: list[str]) -> list[str]:
         """Read the words; without any, show the help on standard error and end with 2."""

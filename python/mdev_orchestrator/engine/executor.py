@@ -217,13 +217,13 @@ class Execution:
             await asyncio.wait((undoing,), timeout=_GOODBYE_SECONDS)
             second.add_note(LEFT_OPEN)
             raise
-        untouched = all(p in {Progress.PLANNED, Progress.NO_EFFECT} for p in self.progress)
         if Progress.STUCK in self.progress:
             error.add_note("mdo recover tries again to undo it")
-        elif untouched and closed:
-            error.add_note("nothing was changed")
-        else:
-            error.add_note("all was undone" if not untouched else "no step had any effect")
+            return
+        untouched = all(p in {Progress.PLANNED, Progress.NO_EFFECT} for p in self.progress)
+        error.add_note("nothing was changed" if untouched else "all was undone")
+        if not closed:
+            error.add_note("the journal does not say so yet: mdo recover closes it")
 
     async def _close(
         self, change: Change | None, specs: Mapping[str, SpecRecord | None] | None

@@ -39,15 +39,15 @@ def _parse(text: str, kind: Kind) -> object:
 
 
 def _explain(text: str, kind: Kind, layout: Layout) -> tuple[int, str]:
-    """The line and the reason for which the parser refuses a text."""
+    """The line and the reason of the first fault of a text that the parser refuses."""
     at, what = layout.stop or (len(text), "it cannot be read")
-    if layout.stop is None and kind == "toml":
-        at, what = _refused_statement(text, layout)
+    if kind == "toml":
+        at, what = _refused_statement(text, layout) or (at, what)
     return text.count("\n", 0, at) + 1, what
 
 
-def _refused_statement(text: str, layout: Layout) -> tuple[int, str]:
-    """The first statement that the parser refuses: what stands before it is right by itself."""
+def _refused_statement(text: str, layout: Layout) -> tuple[int, str] | None:
+    """The first whole statement that the parser refuses: all before it is right by itself."""
     statements = layout.statements
     first = bisect_left(
         range(len(statements)),
@@ -55,7 +55,7 @@ def _refused_statement(text: str, layout: Layout) -> tuple[int, str]:
         key=lambda number: not _is_toml(text[: statements[number].end]),
     )
     if first == len(statements):
-        return len(text), "it cannot be read"
+        return None
     found = statements[first]
     if found.value is not None and not _is_toml("x = " + text[found.value : found.end]):
         return found.start, "invalid value"

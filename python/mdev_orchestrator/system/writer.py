@@ -35,6 +35,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 import warnings
 from collections import deque
@@ -165,7 +166,7 @@ class SysfsWriter:
             for lane in self._lanes.pop(other).values():
                 ends += lane.close() if other is loop else lane.abandon()
         await _wait_ended(ends, CLOSE_SECONDS)
-        _reap_left()
+        _reap()
 
 
 class WriteBatch:
@@ -288,6 +289,7 @@ class _Lane:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.children: list[_Child] = []
+        self._left: list[_Child] = []
         self._batches: deque[WriteBatch] = deque()
         self._serial = 0
         self._heard = 0.0
@@ -318,7 +320,11 @@ class _Lane:
         """
         self._take_back(child)
         indices = [index for _, index in child.given.values()]
-        self._forget(child)
+        child.given.clear()
+        self.children.remove(child)
+        self._left.append(child)
+        self.loop.remove_reader(child.ours)
+        child.hang_up()
         self._hand_out()
         return indices
 
@@ -337,6 +343,8 @@ class _Lane:
                 ends.append(child.pidfd)
             lost += [*child.given.values()]
             self._forget(child)
+        for child in [*self._left]:
+            self._forget(child)
         for batch, index in lost:
             batch.result(index, _UNKNOWN)
         for batch in batches:
@@ -346,9 +354,10 @@ class _Lane:
     def abandon(self) -> list[int]:
         """Let all children end after the event loop was closed; give their pidfds."""
         ends = [child.pidfd for child in self.children if not child.given]
-        for child in self.children:
+        for child in [*self.children, *self._left]:
             child.close()
         self.children.clear()
+        self._left.clear()
         return ends
 
     # ---- the work ----
@@ -450,21 +459,25 @@ class _Lane:
 
     def _ended(self, child: _Child) -> None:
         """Take what a child has answered, and note that its last write has no answer."""
-        self._answered(child)
-        if child not in self.children:  # a callback has closed the writer
-            return
-        self._take_back(child)
+        if child in self.children:
+            self._answered(child)
+        if child in self.children:  # no callback has closed the writer
+            self._take_back(child)
         lost = [*child.given.values()]
         self._forget(child)
-        _reap_left()
+        _reap()
         for batch, index in lost:
             batch.result(index, _UNKNOWN)
         self._hand_out()
 
     def _forget(self, child: _Child) -> None:
-        self.children.remove(child)
-        self.loop.remove_reader(child.ours)
-        self.loop.remove_reader(child.pidfd)
+        if child in self.children:
+            self.children.remove(child)
+            self.loop.remove_reader(child.ours)
+        if child in self._left:
+            self._left.remove(child)
+        if child.pidfd >= 0:
+            self.loop.remove_reader(child.pidfd)
         child.close()
 
 
@@ -483,7 +496,7 @@ class _Child:
 
         :raise OSError: There is no process, descriptor or memory left.
         """
-        _reap_left()
+        _reap()
         self.given: dict[int, tuple[WriteBatch, int]] = {}
         self.since = 0.0
         self.full = False
@@ -499,9 +512,10 @@ class _Child:
             self.close()
             raise
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Let it end if its lane has gone with a closed event loop."""
-        self.close()
+        if not is_finalizing():  # else this process ends, which hangs up
+            self.close()
 
     @property
     def batch(self) -> WriteBatch | None:
@@ -539,31 +553,36 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    def close(self) -> None:
-        """Hang up: it ends when it is at no write (any more), and is reaped later."""
+    def hang_up(self) -> None:
+        """Close the socket: it ends when it is at no write (any more)."""
         if self.theirs >= 0:
             self.take_back()  # else it would read this before it sees that we have hung up
         for end in (self.ours, self.theirs):
             if end >= 0:
                 os.close(end)
+        self.ours = self.theirs = -1
+
+    def close(self) -> None:
+        """Hang up, and have it reaped when it has ended."""
+        self.hang_up()
         if self.pidfd >= 0:
-            _left.append(self.pidfd)
-        self.ours = self.theirs = self.pidfd = -1
+            _unreaped.append(self.pidfd)
+        self.pidfd = -1
 
 
-_left: list[int] = []
-"""Pidfds of children that were hung up on and may not have ended."""
+_unreaped: list[int] = []
+"""Pidfds of children that may not have ended, and that no event loop waits for."""
 
 
-def _reap_left() -> None:
-    """Reap the children that have ended of those that were hung up on."""
-    for pidfd in [*_left]:
+def _reap() -> None:
+    """Reap those of these children that have ended."""
+    for pidfd in [*_unreaped]:
         try:
             ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is not None
-        except ChildProcessError:  # other code of this process was quicker, or we are a fork of it
+        except ChildProcessError:  # other code has reaped it, or this process is a fork
             ended = True
-        if ended and pidfd in _left:
-            _left.remove(pidfd)
+        if ended and pidfd in _unreaped:
+            _unreaped.remove(pidfd)
             os.close(pidfd)
 
 

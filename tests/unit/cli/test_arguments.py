@@ -234,9 +234,9 @@ def test_any_words_call_the_function_or_are_one_line(name: str, data: st.DataObj
         assert out.getvalue().startswith("Usage: ")
     except tree._UsageError:
         output.speak_json(on=False)
-        code, said, told = run(*name.split(), *words)
+        code, said, err_line = run(*name.split(), *words)
         assert (code, said) == (2, "")
-        (line,) = told.split("\n")[:-1]
+        (line,) = err_line.split("\n")[:-1]
         assert line.startswith(("mdo: ", '{"error":'))
     finally:
         output.speak_json(on=False)

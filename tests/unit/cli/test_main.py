@@ -329,7 +329,7 @@ def test_create_without_mdev(system: FakeSystem) -> None:
 
 @contextlib.contextmanager
 def creating(cards: FakeSystem) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """``mdo create`` whose driver is silent until somebody reads the file that it writes."""
+    """``mdo create`` whose driver is silent until the file that it writes is read."""
     create = cards.types("card1") / "grid-12" / "create"
     create.unlink()
     os.mkfifo(create)
@@ -388,7 +388,7 @@ def test_interrupted_twice_it_stops_at_once(cards: FakeSystem, number: int, stat
     [
         (["x"], "'x' is not a UUID"),
         ([U2], f"there is no mdev {U2} \u2014 did you mean {U1}?"),
-        ([U1], f"mdev {U1} is held by guest 'g1' (pid 41) \u2014 mdo remove --detach {U1}"),
+        ([U1], f"mdev {U1} is held by guest 'g1' (pid 41) \u2014 mdo did not start that guest"),
     ],
 )
 def test_bad_input_removes_nothing(cards: FakeSystem, uuids: list[str], words: str) -> None:

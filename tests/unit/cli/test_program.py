@@ -167,8 +167,8 @@ def test_another_package_adds_a_group_and_a_command(
     system: FakeSystem, install: Callable[[str], None]
 ) -> None:
     install("garden = garden:app\nwater = garden:water")
-    told = mdo(system, "--help").stdout
-    assert "\n  garden   Grow things\n  water    Water what grows\n" in told
+    listed = mdo(system, "--help").stdout
+    assert "\n  garden   Grow things\n  water    Water what grows\n" in listed
     assert mdo(system, "garden", "tomato", "--count", "3").returncode == 3
     assert mdo(system, "water").stdout == "wet\n"
     line = refused(mdo(system, "garden", "tomatto"), 2)

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -56,7 +55,7 @@ def machine(system: FakeSystem, monkeypatch: pytest.MonkeyPatch) -> FakeSystem:
         system.parent(name)
         system.type(name, "t-1", 8)
         system.groups_of(name, 3)
-    context = partial(Context, write=system.write, start=system.write)
+    context = Context
     monkeypatch.setattr(module, "Context", context)
     return system
 
@@ -135,16 +134,15 @@ async def test_a_refusal_in_the_middle_leaves_what_was_before(machine: FakeSyste
 
 
 async def test_who_was_quicker_is_named(machine: FakeSystem) -> None:
-    async def quicker(path: str, data: bytes) -> int:
-        if path.endswith("/create") and data.decode() == U1:
-            machine.mdev("card0", "t-1", U2)
-            return errno.EUSERS
-        return await machine.write(path, data)
+    def quicker(name: str, uuid: str) -> int | None:
+        if (name, uuid) != ("create", U1):
+            return None
+        machine.mdev("card0", "t-1", U2)
+        return errno.EUSERS
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "Context", partial(Context, write=quicker))
-        with pytest.raises(CapacityError) as caught:
-            await apply(machine)
+    machine.before = quicker
+    with pytest.raises(CapacityError) as caught:
+        await apply(machine)
     assert f"meanwhile somebody else created mdev {U2} (t-1 on card0)" in caught.value.__notes__
     assert machine.uuids() == {U2}
     assert read_managed().devices == {}

@@ -67,7 +67,7 @@ def counts(system: FakeSystem) -> list[str]:
 
 
 async def create(system: FakeSystem, *arguments: object, **options: object) -> list[str]:
-    made = await create_devices(*arguments, root=system.root, write=system.write, **options)  # type: ignore[arg-type]
+    made = await create_devices(*arguments, root=system.root, **options)  # type: ignore[arg-type]
     return [str(mdev.uuid) for mdev in made]
 
 
@@ -77,7 +77,7 @@ async def test_the_seeds_example(igd: FakeSystem) -> None:
     assert counts(igd) == ["4", "2", "1"]
     small = await create(igd, "igd-128M")
     assert counts(igd) == ["3", "1", "0"]
-    await remove_devices(large + small, root=igd.root, write=igd.write)
+    await remove_devices(large + small, root=igd.root)
     assert counts(igd) == ["8", "4", "2"]
 
 
@@ -93,7 +93,7 @@ async def test_as_many_as_uuids_are_given(cards: FakeSystem) -> None:
 
 
 async def test_what_is_returned_is_complete(cards: FakeSystem) -> None:
-    (mdev,) = await create_devices("grid-12", root=cards.root, write=cards.write)
+    (mdev,) = await create_devices("grid-12", root=cards.root)
     assert (mdev.parent, mdev.type_id, mdev.device_api) == ("card1", "grid-12", "vfio-pci")
     assert mdev.iommu_group is not None
 
@@ -204,13 +204,13 @@ async def test_a_failed_undo_stands_beside_the_first_error(cards: FakeSystem) ->
 
 
 async def test_a_race_lost_for_a_uuid_leaves_the_winners_device(cards: FakeSystem) -> None:
-    async def winner_first(path: str, data: bytes) -> int:
-        if data.decode() == U1:
+    def winner_first(_name: str, uuid: str) -> None:
+        if uuid == U1:
             cards.mdev("card0", "grid-11", U1)
-        return await cards.write(path, data)
 
+    cards.before = winner_first
     with pytest.raises(UuidError, match="exists already under parent card0"):
-        await create_devices("grid-12", uuids=[U1, U2], root=cards.root, write=winner_first)
+        await create_devices("grid-12", uuids=[U1, U2], root=cards.root)
     assert cards.uuids() == {U1}
 
 
@@ -229,13 +229,9 @@ async def test_ctrl_c_waits_for_a_write_that_has_begun_and_undoes_it(cards: Fake
 
 
 async def test_a_device_that_never_becomes_usable_is_undone(cards: FakeSystem) -> None:
-    async def without_node(path: str, data: bytes) -> int:
-        status = await cards.write(path, data)
-        (cards.root / "dev/vfio/1").unlink(missing_ok=True)
-        return status
-
+    cards.after = lambda *_: (cards.root / "dev/vfio/1").unlink(missing_ok=True)
     with pytest.raises(DeadlineError, match=r"vfio/1 is not there"):
-        await create_devices("grid-12", deadline=0.1, root=cards.root, write=without_node)
+        await create_devices("grid-12", deadline=0.1, root=cards.root)
     assert cards.uuids() == set()
 
 
@@ -253,7 +249,7 @@ def held(cards: FakeSystem) -> FakeSystem:
 
 async def test_what_a_guest_holds_is_refused_and_nothing_is_removed(held: FakeSystem) -> None:
     with pytest.raises(BusyError) as caught:
-        await remove_devices([U1, U2], root=held.root, write=held.write)
+        await remove_devices([U1, U2], root=held.root)
     assert str(caught.value) == (
         f"mdev {U2} is held by guest 'g1' (pid 41) "
         f"(mdo remove --detach {U2} takes it out of the guest first)"
@@ -269,7 +265,7 @@ async def test_detach_first(held: FakeSystem) -> None:
         calls.append((guest, uuid))
         assert str(uuid) in held.uuids()
 
-    removed = await remove_devices([U1, U2], detach=detach, root=held.root, write=held.write)
+    removed = await remove_devices([U1, U2], detach=detach, root=held.root)
     assert calls == [("g1", UUID(U2))]
     assert [str(uuid) for uuid in removed] == [U1, U2]
     assert held.uuids() == set()
@@ -280,7 +276,7 @@ async def test_a_failed_detach_leaves_the_device(held: FakeSystem) -> None:
         raise DeadlineError("the guest did not answer")
 
     with pytest.raises(DeadlineError, match="did not answer"):
-        await remove_devices([U2], detach=detach, root=held.root, write=held.write)
+        await remove_devices([U2], detach=detach, root=held.root)
     assert held.uuids() == {U1, U2}
 
 
@@ -291,14 +287,14 @@ async def test_a_holder_that_is_no_guest_cannot_be_detached(held: FakeSystem) ->
         raise AssertionError
 
     with pytest.raises(BusyError, match=r"held by spdk \(pid 9\)"):
-        await remove_devices([U1], detach=detach, root=held.root, write=held.write)
+        await remove_devices([U1], detach=detach, root=held.root)
 
 
 async def test_a_removal_that_blocks_names_who_came_in_between(held: FakeSystem) -> None:
     held.block[f"{U1}/remove"] = asyncio.Event()
     asyncio.get_running_loop().call_later(0.02, held.process, 9, "spdk", ["spdk"], ["/dev/vfio/1"])
     with pytest.raises(DeadlineError, match=r"within 0.2 s: held by spdk \(pid 9\)"):
-        await remove_devices([U1], deadline=0.2, root=held.root, write=held.write)
+        await remove_devices([U1], deadline=0.2, root=held.root)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +311,7 @@ async def test_a_removal_that_makes_no_sense(
 ) -> None:
     cards.mdev("card0", "grid-11", U1)
     with pytest.raises(RequestError) as caught:
-        await remove_devices(uuids, root=cards.root, write=cards.write)
+        await remove_devices(uuids, root=cards.root)
     assert words in str(caught.value)
     assert cards.uuids() == {U1}
 
@@ -325,7 +321,7 @@ async def test_the_first_error_comes_first(cards: FakeSystem) -> None:
         cards.mdev("card0", "grid-11", uuid)
     cards.refuse |= {f"{U1}/remove": errno.EIO, f"{U3}/remove": errno.EPERM}
     with pytest.raises(MdoError, match="Input/output error") as caught:
-        await remove_devices([U1, U2, U3], root=cards.root, write=cards.write)
+        await remove_devices([U1, U2, U3], root=cards.root)
     (note,) = caught.value.__notes__
     assert U3 in note
     assert cards.uuids() == {U1, U3}
@@ -353,7 +349,6 @@ async def test_create_into_a_group_with_parameters(grouped: FakeSystem) -> None:
         group=GROUP,
         attributes=[("vgpu_params", "a=1"), ("vgpu_params", "a=1,b=2")],
         root=grouped.root,
-        write=grouped.write,
     )
     assert {mdev.group_uuid for mdev in made} == {UUID(GROUP)}
     assert {(mdev.online, mdev.params) for mdev in made} == {(False, "a=1,b=2")}
@@ -366,7 +361,6 @@ async def test_the_group_may_stand_among_the_attributes(grouped: FakeSystem) -> 
         "t-0",
         attributes=[("group_uuid", GROUP), ("vgpu_params", "a=1")],
         root=grouped.root,
-        write=grouped.write,
     )
     assert (mdev.group_uuid, mdev.params) == (UUID(GROUP), "a=1")
     assert [name for name, _ in grouped.writes] == ["create", "group_uuid", "vgpu_params"]
@@ -376,16 +370,12 @@ async def test_the_group_may_stand_among_the_attributes(grouped: FakeSystem) -> 
             group="peers",
             attributes=[("group_uuid", GROUP)],
             root=grouped.root,
-            write=grouped.write,
         )
     assert grouped.uuids() == {str(mdev.uuid)}
 
 
 async def test_a_group_by_name_is_the_same_every_time(grouped: FakeSystem) -> None:
-    found = [
-        (await create_devices("t-0", group="peers", root=grouped.root, write=grouped.write))[0]
-        for _ in range(2)
-    ]
+    found = [(await create_devices("t-0", group="peers", root=grouped.root))[0] for _ in range(2)]
     assert found[0].group_uuid == found[1].group_uuid
 
 
@@ -407,41 +397,33 @@ async def test_names_that_cannot_be_set_create_nothing(
     grouped: FakeSystem, name: str, words: str
 ) -> None:
     with pytest.raises(RequestError, match=words):
-        await create_devices(
-            "t-0", attributes=[(name, "1")], root=grouped.root, write=grouped.write
-        )
+        await create_devices("t-0", attributes=[(name, "1")], root=grouped.root)
     assert grouped.writes == []
 
 
 async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem) -> None:
     with pytest.raises(RequestError, match="leads out of its directory"):
-        await create_devices(
-            "t-0", attributes=[("mdev_type/name", "x")], root=grouped.root, write=grouped.write
-        )
+        await create_devices("t-0", attributes=[("mdev_type/name", "x")], root=grouped.root)
     assert grouped.uuids() == set()
     assert (grouped.types("card0") / "t-0" / "name").read_text() == "Name of t-0\n"
 
 
 async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem) -> None:
     with pytest.raises(HostError, match=r"has no file params .*can be set: vgpu_params"):
-        await create_devices(
-            "t-0", 3, attributes=[("params", "1")], root=grouped.root, write=grouped.write
-        )
+        await create_devices("t-0", 3, attributes=[("params", "1")], root=grouped.root)
     assert grouped.uuids() == set()
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\udcff", "x" * 5000])
 async def test_a_value_fits_a_file_of_sysfs(grouped: FakeSystem, value: str) -> None:
     with pytest.raises(RequestError, match="is not text of at most 4095 bytes"):
-        await create_devices(
-            "t-0", attributes=[("vgpu_params", value)], root=grouped.root, write=grouped.write
-        )
+        await create_devices("t-0", attributes=[("vgpu_params", value)], root=grouped.root)
 
 
 async def test_a_group_of_another_parent_is_refused_in_words(grouped: FakeSystem) -> None:
-    await create_devices("t-0", group=GROUP, root=grouped.root, write=grouped.write)
+    await create_devices("t-0", group=GROUP, root=grouped.root)
     with pytest.raises(RequestError, match=f"start group {GROUP} is on parent card0.* on card1"):
-        await create_devices("t-1", group=GROUP, root=grouped.root, write=grouped.write)
+        await create_devices("t-1", group=GROUP, root=grouped.root)
     assert len(grouped.uuids()) == 1
 
 
@@ -460,9 +442,7 @@ async def test_a_driver_that_refuses_a_group_undoes_all(
     uuids = [str(uuid4()) for _ in range(2)]
     grouped.refuse[f"{uuids[1]}/group_uuid"] = number
     with pytest.raises(MdoError, match=words) as refusal:
-        await create_devices(
-            "t-0", uuids=uuids, group=GROUP, root=grouped.root, write=grouped.write
-        )
+        await create_devices("t-0", uuids=uuids, group=GROUP, root=grouped.root)
     assert refusal.value.__notes__ == ["all was undone"]
     assert grouped.uuids() == set()
 
@@ -471,7 +451,7 @@ async def test_a_driver_without_groups_says_so(system: FakeSystem) -> None:
     system.parent("card0")
     system.type("card0", "t-0", 4)
     with pytest.raises(HostError, match="card0 has no start groups"):
-        await create_devices("t-0", 2, group="peers", root=system.root, write=system.write)
+        await create_devices("t-0", 2, group="peers", root=system.root)
     assert system.uuids() == set()
 
 

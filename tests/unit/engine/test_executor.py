@@ -15,19 +15,39 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from mdev_orchestrator.engine import executor, recovery
-from mdev_orchestrator.engine.context import Context, UnsettledError
-from mdev_orchestrator.engine.executor import Observer, Planned, StepEvent, StepEventKind, execute
+from mdev_orchestrator.engine import recovery
+from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.executor import (
+    Observer,
+    PlannedStep,
+    StepEvent,
+    StepEventKind,
+    ignore,
+)
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
-from mdev_orchestrator.engine.records import Change, DeviceRecord
+from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.operation import Operation, Plan, perform
+from mdev_orchestrator.engine.records import Change, DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove, encode
-from mdev_orchestrator.errors import BusyError, DeadlineError, HostError, MdoError, UuidError
+from mdev_orchestrator.errors import (
+    BusyError,
+    CapacityError,
+    DeadlineError,
+    HostError,
+    MdoError,
+    Outcome,
+    UuidError,
+)
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine as Handle
 from unit.fakesys import FakeSystem
 
 UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa1{n:03}") for n in range(64)]
@@ -36,24 +56,22 @@ TEXTS = [str(uuid) for uuid in UUIDS]
 
 @dataclass
 class Machine:
-    """A machine of files, a journal, and what was seen to happen."""
+    """A machine of files, its journal, and what was seen to happen."""
 
     system: FakeSystem
     journal: Journal
     context: Context
     events: list[StepEvent] = field(default_factory=list)
 
-    async def run(self, planned: Sequence[Planned], kind: str = "apply") -> None:
-        await execute(
-            self.journal, kind, "lab", planned, self.context, observe=self.events.append, wait=0
-        )
+    async def run(self, planned: Sequence[PlannedStep], kind: str = "apply") -> None:
+        await execute(self.context, planned, kind, observe=self.events.append)
 
     def moments(self, kind: StepEventKind) -> list[int]:
         return [event.number for event in self.events if event.kind is kind]
 
     @property
-    def owned(self) -> set[str]:
-        return {str(uuid) for uuid in self.journal.owned().devices}
+    def managed(self) -> set[str]:
+        return {str(uuid) for uuid in read_managed(self.context.machine).devices}
 
     def progress(self) -> list[Progress]:
         """Of the steps of the run that stands open."""
@@ -61,27 +79,47 @@ class Machine:
         return [entry.progress for entry in self.journal.steps(run)]
 
     async def recover(self) -> None:
-        """What the next command does when this process has gone."""
-        with Journal.open(self.journal.path) as journal:
-            journal._db.execute("UPDATE run SET start_time = 1 WHERE ended IS NULL")
-            for run in await recovery.recover(journal, context=self.context, again=True):
-                assert run.errors == ()
+        """What the next command does when the first has ended."""
+        for recovered in await recovery.recover(
+            self.context.machine, deadline=self.context.deadline
+        ):
+            assert recovered.errors == ()
 
     def untouched(self) -> None:
-        """Nothing is there, nothing is ours, nothing stands open."""
+        """Nothing is there, nothing is managed, nothing stands open."""
         assert self.system.uuids() == set()
-        assert self.owned == set()
+        assert self.managed == set()
         assert self.journal.open_runs() == []
 
 
+async def execute(
+    context: Context,
+    planned: Sequence[PlannedStep],
+    kind: str = "apply",
+    *,
+    observe: Observer = ignore,
+    change: Change | None = None,
+    claims: Sequence[str] = (),
+) -> None:
+    """An operation that finds these steps."""
+
+    async def look(_: Managed) -> Plan[None]:
+        return Plan(None, planned, change or Change())
+
+    operation = Operation(kind=kind, title="lab", look=look, claims=claims, wait=0)
+    await perform(operation, context, observe=observe)
+
+
+def handle(system: FakeSystem) -> Handle:
+    return Handle(system.root, state=system.root / "state")
+
+
 @pytest.fixture
-def machine(system: FakeSystem, tmp_path: Path) -> Iterator[Machine]:
+def machine(system: FakeSystem) -> Iterator[Machine]:
     system.parent("card0")
     system.type("card0", "t-1", 100)
-    with Journal.open(tmp_path / "state" / "journal.db") as journal:
-        context = Context(
-            host=system.root, guests=tmp_path / "guests", deadline=5, write=system.write
-        )
+    context = Context(handle(system), 5)
+    with Journal.open(context.machine.journal_path) as journal:
         yield Machine(system, journal, context)
 
 
@@ -98,12 +136,12 @@ def device(number: int, parent: str = "card0") -> DeviceRecord:
     return DeviceRecord(uuid=UUIDS[number], parent=parent, type="t-1", spec="lab")
 
 
-def create(number: int, *needs: int) -> Planned:
-    return Planned(Create(device=device(number)), needs)
+def create(number: int, *needs: int) -> PlannedStep:
+    return PlannedStep(Create(device=device(number)), needs)
 
 
-def remove(number: int, *needs: int) -> Planned:
-    return Planned(Remove(device=device(number)), needs)
+def remove(number: int, *needs: int) -> PlannedStep:
+    return PlannedStep(Remove(device=device(number)), needs)
 
 
 def node(machine: Machine, number: int) -> str:
@@ -115,17 +153,20 @@ def node(machine: Machine, number: int) -> str:
 class Bad(Create, frozen=True, tag="bad"):
     """A step that ends as a test wants, after it has made its device."""
 
-    async def make(self, context: Context) -> None:
-        await super().make(context)
-        raise ENDS[self.device.want]("it was to be so")
+    async def _act(self, context: Context) -> None:
+        await super()._act(context)
+        raise ENDS[self.device.want]
 
 
-ENDS: dict[str, type[Exception]] = {"bug": TypeError, "unsettled": UnsettledError}
+ENDS: dict[str, Exception] = {
+    "bug": TypeError("it was to be so"),
+    "unknown": DeadlineError("it was to be so", outcome=Outcome.UNKNOWN),
+}
 
 
-def bad(number: int, end: str, *needs: int) -> Planned:
+def bad(number: int, end: str, *needs: int) -> PlannedStep:
     made = DeviceRecord(uuid=UUIDS[number], parent="card0", type="t-1", want=end)
-    return Planned(Bad(device=made), needs)
+    return PlannedStep(Bad(device=made), needs)
 
 
 class Broken(Create, frozen=True, tag="broken"):
@@ -136,7 +177,7 @@ class Broken(Create, frozen=True, tag="broken"):
 
 
 class BrokenInverse(Remove, frozen=True, tag="broken inverse"):
-    async def make(self, context: Context) -> None:
+    async def _act(self, context: Context) -> None:
         raise ZeroDivisionError("no such number")
 
 
@@ -146,14 +187,14 @@ class BrokenInverse(Remove, frozen=True, tag="broken inverse"):
 async def test_all_is_done_and_ours(machine: Machine) -> None:
     await machine.run([create(0), create(1, 0)])
     assert machine.system.uuids() == set(TEXTS[:2])
-    assert machine.owned == set(TEXTS[:2])
+    assert machine.managed == set(TEXTS[:2])
     assert machine.journal.open_runs() == []
 
 
 async def test_nothing_to_do_is_done(machine: Machine) -> None:
     gone = Change(devices={UUIDS[0]: None})
     await machine.journal.put(Change(devices={UUIDS[0]: device(0)}))
-    await execute(machine.journal, "apply", "lab", [], machine.context, change=gone)
+    await execute(machine.context, [], change=gone)
     machine.untouched()
 
 
@@ -183,8 +224,9 @@ def test_each_step_comes_after_those_it_needs_and_is_undone_before_them(
     planned = [create(number, *needs) for number, needs in enumerate(graph)]
 
     async def story() -> None:
-        with Journal.open(place / "state" / "journal.db") as journal:
-            machine = Machine(system, journal, Context(host=place, write=system.write))
+        context = Context(handle(system))
+        with Journal.open(context.machine.journal_path) as journal:
+            machine = Machine(system, journal, context)
             if fails is None:
                 await machine.run(planned)
                 assert system.uuids() == set(TEXTS[: len(graph)])
@@ -229,19 +271,19 @@ async def test_devices_that_come_together_are_written_down_together(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushes: list[int] = []
-    commit = machine.journal._commit
+    commit = Journal._commit
 
-    def counted(changes: Sequence[Callable[[], object]]) -> list[object]:
+    def counted(self: Journal, changes: Sequence[Callable[[], object]]) -> list[object]:
         flushes.append(len(changes))
-        return commit(changes)
+        return commit(self, changes)
 
-    monkeypatch.setattr(machine.journal, "_commit", counted)
+    monkeypatch.setattr(Journal, "_commit", counted)
     await machine.run([create(number) for number in range(64)])
     assert len(flushes) < 16  # a moment's worth of devices on a slow machine, mostly all
     assert machine.journal._db.execute("SELECT DISTINCT progress FROM step").fetchall() == [
         (Progress.DONE,)
     ]
-    assert machine.owned == machine.system.uuids() == set(TEXTS)
+    assert machine.managed == machine.system.uuids() == set(TEXTS)
 
 
 async def test_one_of_many_that_is_refused_leaves_none(machine: Machine) -> None:
@@ -268,21 +310,21 @@ async def test_what_comes_while_others_are_written_down_is_written_down_too(
 ) -> None:
     """The last device comes while the note of the first is on its way to the disk."""
     gate = machine.system.block[TEXTS[1]] = asyncio.Event()
-    note = machine.journal.note
+    note = Journal.note
 
     async def slow(
-        run: Run, progress: Progress, steps: Iterable[int], *, change: Change | None = None
+        self: Journal, run: Run, progress: Progress, steps: Iterable[int], **more: object
     ) -> None:
-        await note(run, progress, numbers := [*steps], change=change)
+        await note(self, run, progress, numbers := [*steps], **more)  # type: ignore[arg-type]
         if progress is Progress.DONE and numbers == [0]:
             gate.set()
             await seen(lambda: TEXTS[1] in machine.system.uuids())
             await asyncio.sleep(0.1)
 
-    monkeypatch.setattr(machine.journal, "note", slow)
+    monkeypatch.setattr(Journal, "note", slow)
     async with asyncio.timeout(20):
         await machine.run([create(0), create(1), create(2, 1)])
-    assert machine.owned == machine.system.uuids() == set(TEXTS[:3])
+    assert machine.managed == machine.system.uuids() == set(TEXTS[:3])
 
 
 async def test_one_of_many_that_is_late_is_late_whatever_the_others_do(machine: Machine) -> None:
@@ -307,7 +349,7 @@ async def test_devices_that_go_together_stay_when_one_is_held(machine: Machine) 
     with pytest.raises(BusyError, match=f"mdev {UUIDS[5]} is held by"):
         await machine.run([remove(number) for number in range(8)], "destroy")
     assert machine.system.writes == []
-    assert machine.system.uuids() == machine.owned == set(TEXTS[:8])
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:8])
 
 
 async def test_devices_that_go_together_are_all_gone(machine: Machine) -> None:
@@ -321,20 +363,20 @@ async def test_one_of_many_that_stays_brings_the_others_back(machine: Machine) -
     machine.system.refuse[f"{TEXTS[5]}/remove"] = errno.EIO
     with pytest.raises(MdoError, match=f"cannot remove mdev {UUIDS[5]}"):
         await machine.run([remove(number) for number in range(8)], "destroy")
-    assert machine.system.uuids() == machine.owned == set(TEXTS[:8])
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:8])
 
 
 async def test_the_intent_is_on_the_disk_before_the_act(machine: Machine) -> None:
     def look(event: StepEvent) -> None:
         if event.kind is StepEventKind.BEGIN:
             assert machine.progress()[event.number] is Progress.ACTING
-            assert TEXTS[event.number] in machine.owned
+            assert TEXTS[event.number] in machine.managed
             assert TEXTS[event.number] not in machine.system.uuids()
             looked.append(event.number)
 
     looked: list[int] = []
     plan = [create(0), create(1, 0), create(2, 1)]
-    await execute(machine.journal, "apply", "lab", plan, machine.context, observe=look)
+    await execute(machine.context, plan, observe=look)
     assert looked == [0, 1, 2]
 
 
@@ -343,7 +385,7 @@ async def test_objects_that_another_changes_are_refused_before_anything(machine:
     with pytest.raises(BusyError, match=f"mdev {UUIDS[1]} is being changed by mdo attach g t-1"):
         await machine.run([create(0), create(1)])
     assert machine.system.writes == []
-    assert machine.owned == set()
+    assert machine.managed == set()
 
 
 # ---- a step that fails ----
@@ -372,8 +414,10 @@ async def test_what_failed_at_the_same_time_stands_beside_it(machine: Machine) -
     machine.system.block |= {TEXTS[0]: gate, TEXTS[1]: gate}
     machine.system.refuse |= {TEXTS[0]: errno.EIO, TEXTS[1]: errno.ENODEV}
     asyncio.get_running_loop().call_later(0.05, gate.set)
+    one, other = (replace(device(number), params="x") for number in range(2))  # made by themselves
+    plan = [PlannedStep(Create(device=one)), PlannedStep(Create(device=other))]
     with pytest.raises(MdoError, match="Input/output error") as caught:
-        await machine.run([create(0), create(1)])
+        await machine.run(plan)
     assert caught.value.__notes__[0].startswith("also: cannot create t-1 on card0: the parent")
     machine.untouched()
 
@@ -381,16 +425,15 @@ async def test_what_failed_at_the_same_time_stands_beside_it(machine: Machine) -
 async def test_a_race_lost_leaves_the_winners_device(machine: Machine) -> None:
     """Somebody else makes a device of the same UUID, parent and type a moment before us."""
 
-    async def winner_first(path: str, data: bytes) -> int:
-        if data.decode() == TEXTS[1]:
+    def winner_first(_: str, uuid: str) -> None:
+        if uuid == TEXTS[1]:
             machine.system.mdev("card0", "t-1", TEXTS[1])
-        return await machine.system.write(path, data)
 
-    machine.context.write = winner_first
+    machine.system.before = winner_first
     with pytest.raises(UuidError, match="exists already under parent card0"):
         await machine.run([create(0), create(1, 0)])
     assert machine.system.uuids() == {TEXTS[1]}
-    assert machine.owned == set()
+    assert machine.managed == set()
     assert machine.journal.open_runs() == []
 
 
@@ -405,7 +448,7 @@ async def test_a_race_lost_while_interrupted_leaves_it_too(machine: Machine) -> 
     with pytest.raises(asyncio.CancelledError):
         await work
     assert machine.system.uuids() == {TEXTS[0]}
-    assert machine.owned == set()
+    assert machine.managed == set()
 
 
 async def test_a_failed_undo_stands_beside_it_and_the_run_stays_open(machine: Machine) -> None:
@@ -415,8 +458,8 @@ async def test_a_failed_undo_stands_beside_it_and_the_run_stays_open(machine: Ma
     first, last = caught.value.__notes__
     assert first.startswith(f"could not undo: create t-1 on card0: mdev {UUIDS[0]}: ")
     assert last == "mdo recover tries again to undo it"
-    assert machine.system.uuids() == machine.owned == {TEXTS[0]}
-    assert machine.progress() == [Progress.STUCK, Progress.UNDONE, Progress.FAILED]
+    assert machine.system.uuids() == machine.managed == {TEXTS[0]}
+    assert machine.progress() == [Progress.STUCK, Progress.UNDONE, Progress.NO_EFFECT]
     machine.system.refuse.clear()
     await machine.recover()
     machine.untouched()
@@ -431,17 +474,17 @@ async def test_a_bug_in_a_step_undoes_too(machine: Machine) -> None:
 
 async def test_a_bug_in_an_undo_keeps_no_other_from_it(machine: Machine) -> None:
     machine.system.refuse[TEXTS[2]] = errno.EIO
-    wrong = Planned(Broken(device=device(0)))
+    wrong = PlannedStep(Broken(device=device(0)))
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await machine.run([wrong, create(1), create(2, 0, 1)])
     assert caught.value.__notes__[0].endswith("internal error: ZeroDivisionError: no such number")
     assert machine.system.uuids() == {TEXTS[0]}
-    assert machine.progress() == [Progress.STUCK, Progress.UNDONE, Progress.FAILED]
+    assert machine.progress() == [Progress.STUCK, Progress.UNDONE, Progress.NO_EFFECT]
 
 
 async def test_what_may_come_true_yet_is_undone_as_if_it_had(machine: Machine) -> None:
-    with pytest.raises(UnsettledError):
-        await machine.run([create(0), bad(1, "unsettled", 0)])
+    with pytest.raises(DeadlineError):
+        await machine.run([create(0), bad(1, "unknown", 0)])
     assert machine.moments(StepEventKind.UNDONE) == [1, 0]
     machine.untouched()
 
@@ -452,7 +495,7 @@ async def test_a_driver_that_does_not_answer_leaves_the_run_to_recover(machine: 
     machine.system.block[TEXTS[0]] = asyncio.Event()
     create_file = (machine.system.types("card0") / "t-1" / "create").resolve()
     writer = machine.system.process(77, "mdo", ["mdo", "apply"], [str(create_file)])
-    with pytest.raises(UnsettledError, match=r"has not answered for mdev .* still appear") as error:
+    with pytest.raises(DeadlineError, match=r"has not answered for mdev .* still appear") as error:
         await machine.run([create(1), create(0, 0)])
     stuck, last = error.value.__notes__
     assert stuck == (
@@ -477,7 +520,7 @@ async def test_a_removal_that_fails_gives_back_what_was_removed(machine: Machine
     machine.system.refuse[f"{TEXTS[2]}/remove"] = errno.EIO
     with pytest.raises(MdoError, match="Input/output error"):
         await machine.run([remove(0), remove(1, 0), remove(2, 1)], "destroy")
-    assert machine.system.uuids() == machine.owned == set(TEXTS[:3])
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:3])
     assert machine.journal.open_runs() == []
 
 
@@ -488,7 +531,7 @@ async def test_a_removal_that_the_kernel_does_not_end_is_not_taken_for_undone(
     machine.context.deadline = 0.05
     (machine.system.bus / TEXTS[0]).unlink()  # off the bus, and its directory is still there
     gate = machine.system.block[f"{TEXTS[0]}/remove"] = asyncio.Event()
-    with pytest.raises(UnsettledError, match=r"was not removed within 0.05 s") as caught:
+    with pytest.raises(DeadlineError, match=r"was not removed within 0.05 s") as caught:
         await machine.run([remove(0)], "destroy")
     assert "is still being removed after 0.05 s" in caught.value.__notes__[0]
     assert caught.value.__notes__[-1] == "mdo recover tries again to undo it"
@@ -511,23 +554,204 @@ async def test_a_device_that_is_held_stays(machine: Machine) -> None:
     machine.system.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], ["/dev/vfio/2"])
     with pytest.raises(BusyError, match=r"held by guest 'g1' \(pid 41\)"):
         await machine.run([remove(0), remove(1, 0)], "destroy")
-    assert machine.system.uuids() == machine.owned == set(TEXTS[:2])
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
+
+
+# ---- a step of which nothing is known ----
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("count", [1, 12], ids=["alone", "with-others"])
+async def test_a_writer_that_is_killed_leaves_no_device(
+    machine: Machine, when: Literal["before", "after"], count: int
+) -> None:
+    """Its write may have created the device, and it cannot say so any more."""
+    machine.system.kill[TEXTS[count // 2]] = when
+    with pytest.raises(
+        MdoError, match="was killed: whether the device was created is not"
+    ) as caught:
+        await machine.run([create(number) for number in range(count)])
+    assert caught.value.outcome is Outcome.UNKNOWN
+    assert caught.value.__notes__[-1] == "all was undone"
+    machine.untouched()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_writer_that_is_killed_in_a_removal_changes_nothing_of_its_end(
+    machine: Machine, when: Literal["before", "after"]
+) -> None:
+    await machine.run([create(0), create(1)])
+    machine.system.kill[f"{TEXTS[0]}/remove"] = when
+    await machine.run([remove(0), remove(1)], "destroy")
+    machine.untouched()
+
+
+async def test_a_step_that_has_not_begun_is_not_one_without_effect(machine: Machine) -> None:
+    machine.system.refuse[TEXTS[0]] = errno.EIO
+    outcomes: dict[int, Outcome | None] = {}
+
+    def observe(event: StepEvent) -> None:
+        if event.kind is StepEventKind.FAILED:
+            outcomes[event.number] = event.outcome
+
+    with pytest.raises(MdoError):
+        await execute(machine.context, [create(0), create(1, 0)], observe=observe)
+    assert outcomes == {0: Outcome.NO_EFFECT}
+    assert machine.journal._db.execute("SELECT progress FROM step ORDER BY number").fetchall() == [
+        (Progress.NO_EFFECT,),
+        (Progress.PLANNED,),
+    ]
+
+
+# ---- counts that lag ----
+
+
+def lagging(system: FakeSystem, tries: int) -> None:
+    """After each removal the driver refuses some creations before it counts the instance."""
+    left = 0
+
+    def before(name: str, _: str) -> int | None:
+        nonlocal left
+        if name == "remove":
+            left = tries
+        if name == "create" and left:
+            left -= 1
+            return errno.EUSERS
+        return None
+
+    system.before = before
+
+
+async def test_what_is_replaced_on_a_full_parent_waits_for_its_count(machine: Machine) -> None:
+    await machine.run([create(0)])
+    lagging(machine.system, 3)
+    await machine.run([remove(0), create(1, 0)])
+    assert machine.system.uuids() == {TEXTS[1]}
+
+
+async def test_an_undo_on_a_full_parent_waits_for_its_count_too(machine: Machine) -> None:
+    await machine.run([create(0), create(1)])
+    lagging(machine.system, 3)
+    machine.system.refuse[f"{TEXTS[1]}/remove"] = errno.EIO
+    with pytest.raises(MdoError, match="Input/output error") as caught:
+        await machine.run([remove(0), remove(1, 0)], "destroy")
+    assert caught.value.__notes__ == ["all was undone"]
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
+
+
+async def test_a_parent_that_was_full_before_is_not_waited_for(machine: Machine) -> None:
+    machine.system.refuse[TEXTS[0]] = errno.EUSERS
+    with pytest.raises(CapacityError, match="no instance left"):
+        await machine.run([create(0)])
+    assert machine.system.writes == [("create", TEXTS[0])]
+
+
+# ---- observers ----
+
+
+@pytest.mark.parametrize("kind", StepEventKind)
+async def test_an_observer_that_raises_changes_nothing(
+    machine: Machine, kind: StepEventKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It prints to a pipe that nobody reads any more, for instance."""
+    seen_kinds = []
+
+    def observe(event: StepEvent) -> None:
+        seen_kinds.append(event.kind)
+        if event.kind is kind:
+            raise BrokenPipeError
+
+    await execute(machine.context, [create(0), create(1, 0)], observe=observe)
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
+    machine.system.refuse |= {TEXTS[3]: errno.EIO, f"{TEXTS[2]}/remove": errno.EPERM}
+    with pytest.raises(MdoError, match="Input/output error"):
+        await execute(machine.context, [create(2), create(4), create(3, 0, 1)], observe=observe)
+    assert kind in seen_kinds
+    assert "an observer failed" in caplog.text
+    machine.system.refuse.clear()
+    await machine.recover()
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
+    assert machine.journal.open_runs() == []
+
+
+# ---- other programs ----
+
+
+async def test_a_device_that_another_program_removes_meanwhile_is_no_success(
+    machine: Machine,
+) -> None:
+    def observe(event: StepEvent) -> None:
+        if (event.kind, event.number) == (StepEventKind.DONE, 0):
+            machine.system._remove(TEXTS[0])
+
+    with pytest.raises(MdoError, match=f"mdev {UUIDS[0]} was removed by another program") as caught:
+        await execute(machine.context, [create(0), create(1, 0)], observe=observe)
+    assert caught.value.__notes__ == ["all was undone"]
+    machine.untouched()
+
+
+async def test_a_journal_that_is_deleted_meanwhile_is_no_success(machine: Machine) -> None:
+    def observe(event: StepEvent) -> None:
+        if (event.kind, event.number) == (StepEventKind.DONE, 0):
+            machine.journal.path.unlink()
+
+    with pytest.raises(HostError, match="was deleted or replaced while it was in use"):
+        await execute(machine.context, [create(0), create(1, 0)], observe=observe)
+    assert machine.system.uuids() == set()
+
+
+async def test_two_that_create_on_one_parent_take_turns(machine: Machine) -> None:
+    """Each looks when the other has ended: one gets its devices, the other knows what is left."""
+    (machine.system.types("card0") / "t-1" / "available_instances").write_text("8\n")
+    gate = machine.system.block[TEXTS[0]] = asyncio.Event()
+
+    async def six(first: int) -> None:
+        async def look(_: Managed) -> Plan[None]:
+            left = sysfs.available_instances(machine.context.machine, "card0", "t-1")
+            if left is not None and left < 6:
+                raise CapacityError(f"6 do not fit: {left} would")
+            return Plan(None, [create(first + number) for number in range(6)])
+
+        operation = Operation(kind="apply", title=f"from {first}", look=look, wait=20)
+        await perform(operation, Context(machine.context.machine))
+
+    both = asyncio.gather(six(0), six(6), return_exceptions=True)
+    await begun(machine, 0)
+    await asyncio.sleep(0.2)
+    assert not any(uuid == TEXTS[6] for _, uuid in machine.system.writes)
+    gate.set()
+    first, second = await both
+    assert first is None
+    assert str(second) == "6 do not fit: 2 would"
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:6])
+
+
+async def test_a_parent_is_free_for_others_when_all_devices_are_there(machine: Machine) -> None:
+    """What comes after them may take long: a guest that starts, for instance."""
+    last = PlannedStep(Remove(device=device(9, "card1")), (0, 1))
+    claims: list[str] = []
+
+    def observe(event: StepEvent) -> None:
+        if (event.kind, event.number) == (StepEventKind.BEGIN, 2):
+            rows = machine.journal._db.execute("SELECT object FROM claim ORDER BY object")
+            claims.extend(object_ for (object_,) in rows)
+
+    await execute(machine.context, [create(0), create(1), last], observe=observe)
+    assert claims == [f"mdev:{UUIDS[number]}" for number in (0, 1, 9)]
 
 
 # ---- a journal that fails ----
 
 
-def breaks(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, kind: StepEventKind, number: int
-) -> Observer:
+def breaks(monkeypatch: pytest.MonkeyPatch, kind: StepEventKind, number: int) -> Observer:
     """An observer that lets the journal's disk get full at a step's moment."""
 
-    def fail(_: object) -> list[object]:
+    def fail(_: Journal, __: object) -> list[object]:
         raise HostError("the journal cannot be written: the disk is full", "make room")
 
     def observe(event: StepEvent) -> None:
         if (event.kind, event.number) == (kind, number):
-            monkeypatch.setattr(machine.journal, "_commit", fail)
+            monkeypatch.setattr(Journal, "_commit", fail)
 
     return observe
 
@@ -537,10 +761,14 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 ) -> None:
     """The disk gets full in the middle: its own error first, and nothing is left."""
     plan = [create(0), create(1, 0), create(2, 1)]
-    full = breaks(machine, monkeypatch, StepEventKind.DONE, 1)
-    with pytest.raises(HostError, match="the disk is full") as caught:
-        await execute(machine.journal, "apply", "lab", plan, machine.context, observe=full)
-    assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
+    with monkeypatch.context() as patch:
+        full = breaks(patch, StepEventKind.DONE, 1)
+        with pytest.raises(HostError, match="the disk is full") as caught:
+            await execute(machine.context, plan, observe=full)
+    assert caught.value.__notes__ == [
+        "all was undone",
+        "the journal does not say so yet: mdo recover closes it",
+    ]
     assert machine.system.uuids() == set()
     await machine.recover()
     machine.untouched()
@@ -549,10 +777,14 @@ async def test_a_journal_that_can_no_more_be_written_undoes_all(
 async def test_a_journal_that_fails_in_the_end_undoes_all(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = breaks(machine, monkeypatch, StepEventKind.ACTED, 0)
-    with pytest.raises(HostError) as caught:
-        await execute(machine.journal, "apply", "lab", [create(0)], machine.context, observe=full)
-    assert caught.value.__notes__ == ["mdo recover tries again to undo it"]
+    with monkeypatch.context() as patch:
+        full = breaks(patch, StepEventKind.ACTED, 0)
+        with pytest.raises(HostError) as caught:
+            await execute(machine.context, [create(0)], observe=full)
+    assert caught.value.__notes__ == [
+        "all was undone",
+        "the journal does not say so yet: mdo recover closes it",
+    ]
     assert machine.system.uuids() == set()
     await machine.recover()
     machine.untouched()
@@ -562,14 +794,11 @@ async def test_a_process_that_lives_on_recovers_what_it_could_not_write(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A service whose disk was full: its next command closes what the last one left open."""
-    full = breaks(machine, monkeypatch, StepEventKind.ACTED, 0)
-    with Journal.open(machine.journal.path) as book, monkeypatch.context() as patch:
-        patch.setattr(machine, "journal", book)
+    with monkeypatch.context() as patch:
+        full = breaks(patch, StepEventKind.ACTED, 0)
         with pytest.raises(HostError):
-            await execute(book, "apply", "lab", [create(0)], machine.context, observe=full)
-        with Journal.open(book.path) as other:  # who is at it is left alone
-            assert await recovery.recover(other, context=machine.context) == []
-    (done,) = await recovery.recover(machine.journal, context=machine.context)
+            await execute(machine.context, [create(0)], observe=full)
+    (done,) = await recovery.recover_abandoned(machine.journal, machine.context)
     assert (done.way, done.errors) == ("undo", ())
     machine.untouched()
 
@@ -587,20 +816,19 @@ async def test_interrupted_while_it_is_written_down_nothing_is_ours(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, *, claimed: bool
 ) -> None:
     """The run and what its first steps make ours are on the disk, and nothing has acted."""
-    run = await machine.journal.begin("apply", "lab", (), ()) if claimed else None
-    writing, commit = threading.Event(), machine.journal._commit
+    writing, commit = threading.Event(), Journal._commit
 
-    def slow(changes: Sequence[Callable[[], object]]) -> list[object]:
-        results = commit(changes)
-        writing.set()
+    def slow(self: Journal, changes: Sequence[Callable[[], object]]) -> list[object]:
+        results = commit(self, changes)
+        if self.managed().devices:
+            writing.set()
         time.sleep(0.1)
         return results
 
-    monkeypatch.setattr(machine.journal, "_commit", slow)
+    monkeypatch.setattr(Journal, "_commit", slow)
     plan = [create(0), create(1, 0)]
-    work = asyncio.ensure_future(
-        execute(machine.journal, "apply", "lab", plan, machine.context, run=run)
-    )
+    claims = ["spec:lab"] if claimed else []
+    work = asyncio.ensure_future(execute(machine.context, plan, claims=claims))
     await seen(writing.is_set)
     work.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
@@ -637,7 +865,7 @@ async def test_interrupted_at_any_turn_it_is_all_or_nothing(machine: Machine, tu
         if "all was done already" not in getattr(error, "__notes__", ()):
             machine.untouched()
             return
-    assert machine.system.uuids() == machine.owned == set(TEXTS[:3])
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:3])
     assert machine.journal.open_runs() == []
 
 
@@ -654,7 +882,7 @@ async def test_a_removal_interrupted_at_any_turn_is_all_or_nothing(
         await work
     except asyncio.CancelledError as error:
         if "all was done already" not in getattr(error, "__notes__", ()):
-            assert machine.system.uuids() == machine.owned == set(TEXTS[:2])
+            assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
             assert machine.journal.open_runs() == []
             return
     machine.untouched()
@@ -672,7 +900,7 @@ async def test_interrupted_in_the_middle_of_a_removal_it_is_made_again(machine: 
     gate.set()
     with pytest.raises(asyncio.CancelledError):
         await work
-    assert machine.system.uuids() == machine.owned == {TEXTS[0]}
+    assert machine.system.uuids() == machine.managed == {TEXTS[0]}
     assert [name for name, _ in machine.system.writes] == ["remove", "create"]
 
 
@@ -725,9 +953,7 @@ def test_interrupted_twice_it_says_nothing_of_its_own(
         loop = asyncio.get_running_loop()
         for seconds in (0.3, 0.6):
             loop.call_later(seconds, task.cancel)
-        with Journal.open(tmp_path / "state" / "journal.db") as journal:
-            context = Context(host=system.root, deadline=5, write=system.write)
-            await execute(journal, "apply", "lab", [create(0), create(1, 0)], context)
+        await execute(Context(handle(system), 5), [create(0), create(1, 0)])
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(story())
@@ -739,13 +965,11 @@ async def test_interrupted_when_all_is_done_it_is_done(machine: Machine) -> None
         if event.kind is StepEventKind.DONE:
             asyncio.get_running_loop().call_soon(work.cancel)
 
-    work = asyncio.ensure_future(
-        execute(machine.journal, "apply", "l", [create(0)], machine.context, observe=interrupt)
-    )
+    work = asyncio.ensure_future(execute(machine.context, [create(0)], observe=interrupt))
     with pytest.raises(asyncio.CancelledError) as caught:
         await work
     if caught.value.__notes__ == ["all was done already"]:
-        assert machine.system.uuids() == machine.owned == {TEXTS[0]}
+        assert machine.system.uuids() == machine.managed == {TEXTS[0]}
         assert machine.journal.open_runs() == []
     else:
         machine.untouched()
@@ -754,16 +978,20 @@ async def test_interrupted_when_all_is_done_it_is_done(machine: Machine) -> None
 # ---- resumed ----
 
 
-async def test_a_run_that_is_finished_does_only_what_is_left(machine: Machine) -> None:
-    await machine.run([create(0), create(1)])
-    plan = [remove(0), remove(1, 0)]
+async def left_open(machine: Machine, plan: Sequence[PlannedStep], *done: int) -> None:
+    """A destroy that was cut short when some of its steps were done."""
     entries = [Entry(number, encode(one.step), one.needs) for number, one in enumerate(plan)]
     run = await machine.journal.begin("destroy", "lab", entries, [])
-    await machine.journal.note(run, Progress.DONE, [0])
+    await machine.journal.note(run, Progress.DONE, done)
+    await machine.journal.give_up(run)
+
+
+async def test_a_run_that_is_finished_does_only_what_is_left(machine: Machine) -> None:
+    await machine.run([create(0), create(1)])
+    await left_open(machine, [remove(0), remove(1, 0)], 0)
     machine.system.writes.clear()
-    entries = machine.journal.steps(run)
-    finished = await executor.finish(machine.journal, run, entries, machine.context)
-    assert finished == (None, [])
+    (done,) = await recovery.recover_abandoned(machine.journal, machine.context)
+    assert (done.way, done.errors) == ("finish", ())
     assert machine.system.writes == [("remove", TEXTS[1])]
     assert machine.journal.open_runs() == []
 
@@ -771,31 +999,28 @@ async def test_a_run_that_is_finished_does_only_what_is_left(machine: Machine) -
 async def test_a_run_that_cannot_be_finished_is_undone(machine: Machine) -> None:
     await machine.run([create(0), create(1)])
     machine.system.refuse[f"{TEXTS[1]}/remove"] = errno.EPERM
-    plan = [remove(0), remove(1, 0)]
-    entries = [Entry(number, encode(one.step), one.needs) for number, one in enumerate(plan)]
-    run = await machine.journal.begin("destroy", "lab", entries, [])
-    error, stuck = await executor.finish(machine.journal, run, entries, machine.context)
-    assert error is not None
-    assert "cannot remove mdev" in error.message
-    assert stuck == []
+    await left_open(machine, [remove(0), remove(1, 0)])
+    (done,) = await recovery.recover_abandoned(machine.journal, machine.context)
+    assert (done.way, done.errors) == ("undo", ())
+    assert "cannot remove mdev" in done.why
     assert machine.journal.open_runs() == []
-    assert machine.system.uuids() == machine.owned == set(TEXTS[:2])
+    assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
 
 
 async def test_a_destroy_that_was_cut_short_before_it_had_steps_has_done_nothing(
     machine: Machine,
 ) -> None:
     await machine.run([create(0)])
-    await machine.journal.begin("destroy", "lab", (), ["spec:lab"])
+    await machine.journal.give_up(await machine.journal.begin("destroy", "lab", (), ["spec:lab"]))
     await machine.recover()
     assert machine.journal.open_runs() == []
-    assert machine.system.uuids() == machine.owned == {TEXTS[0]}
+    assert machine.system.uuids() == machine.managed == {TEXTS[0]}
 
 
-async def test_who_has_let_go_of_a_device_does_not_hold_it(machine: Machine) -> None:
+async def test_a_process_that_has_closed_a_device_does_not_hold_it(machine: Machine) -> None:
     await machine.run([create(0)])
     machine.system.process(41, "qemu-system-x86", ["qemu", "-name", "g"], ["/dev/vfio/1"])
-    assert len(machine.context.held(UUIDS[0])) == 1
+    assert len(await machine.context.held(UUIDS[0])) == 1
     shutil.rmtree(machine.system.root / "proc" / "41")
     await machine.run([remove(0)], "destroy")
     machine.untouched()

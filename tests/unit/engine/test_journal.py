@@ -343,12 +343,10 @@ async def test_a_write_that_fails_locks_nothing(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = sqlite3.OperationalError("database or disk is full")
-    monkeypatch.setattr(journal, "_insert", Mock(side_effect=full))
-        journal, "_insert", Mock(side_effect=sqlite3.OperationalError("database or disk is full"))
-    )
-    with pytest.raises(HostError, match="the disk is full"):
-        await begin(journal)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_insert", Mock(side_effect=full))
+        with pytest.raises(HostError, match="the disk is full"):
+            await begin(journal)
     with Journal.open(journal.path) as other:
         run = await begin(other)
     assert run.id == 1

@@ -16,8 +16,9 @@ import pytest
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError, QemuError, RequestError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
-from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.events import wait_until
+from mdev_orchestrator.host.holders import Holders, find_holders
+from mdev_orchestrator.machine import Machine as handle  # noqa: N813
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -75,22 +76,17 @@ class Machine:
             deadline=deadline,
             root=self.place,
             host=self.system.root,
-            write=self.system.write,
         )
 
     async def end(self, guest: RunningGuest) -> str:
-        ended = await lifecycle.end(
-            guest, deadline=0, force=True, host=self.system.root, write=self.system.write
-        )
+        ended = await lifecycle.end(guest, deadline=0, force=True, host=self.system.root)
         return ended.how
 
     async def sweep(self) -> tuple[lifecycle.ReclaimedGroup, ...]:
-        return await lifecycle.reclaim_groups(
-            root=self.place, host=self.system.root, write=self.system.write
-        )
+        return await lifecycle.reclaim_groups(root=self.place, host=self.system.root)
 
     def states(self) -> list[bool | None]:
-        return [mdev.online for mdev in sysfs.scan(self.system.root).mdevs]
+        return [mdev.online for mdev in sysfs.read_host(handle(self.system.root)).mdevs]
 
     def writes(self) -> list[str]:
         """What was written to ``online``, by the device it was written to."""
@@ -266,15 +262,15 @@ async def test_a_sweep_looks_once_who_has_what_however_many_guests_there_are(
 ) -> None:
     looks: list[int] = []
 
-    def look(mdevs: Iterable[Mdev], root: Path) -> Holders:
+    async def look(machine: object, mdevs: Iterable[Mdev]) -> Holders:
         looks.append(1)
-        return holders(mdevs, root)
+        return await find_holders(machine, mdevs)  # type: ignore[arg-type]
 
     await machine.launch(machine.spec(A, B, name="g1"))
     machine.hold(A)
     await machine.launch(machine.spec(C, name="g2"))
     machine.hold(C, pid=4712)
-    monkeypatch.setattr(lifecycle, "holders", look)
+    monkeypatch.setattr(lifecycle, "find_holders", look)
     assert await machine.sweep() == ()
     assert looks == [1]
     assert machine.states() == [True, True, True]
@@ -331,7 +327,7 @@ async def test_a_damaged_note_is_told_and_kept(machine: Machine, text: bytes) ->
 async def test_cancelled_while_a_group_starts(machine: Machine) -> None:
     machine.system.block[f"{A}/online"] = gate = asyncio.Event()
     task = asyncio.ensure_future(machine.launch(machine.spec(A, B)))
-    await until(lambda: bool(machine.writes()))
+    await wait_until(handle(machine.system.root), lambda: bool(machine.writes()))
     assert not task.done()
     # the note is there before the write is
     assert (machine.place / "g" / "started" / f"{GROUP}.json").exists()
@@ -355,14 +351,10 @@ async def test_a_start_that_was_cut_short_leaves_nothing(machine: Machine) -> No
 async def test_attach_and_its_failure(machine: Machine) -> None:
     guest = await machine.launch(machine.spec())
     with pytest.raises(MdoError):  # the real QEMU opens no device of a fake machine
-        await lifecycle.attach(
-            guest, machine.mdev(A), host=machine.system.root, write=machine.system.write
-        )
+        await lifecycle.attach(guest, machine.mdev(A), host=machine.system.root)
     assert machine.writes() == [A, A]
     assert machine.states() == [False, False, False]
     assert not process.has_started(guest)
     machine.hold(B)
     with pytest.raises(BusyError, match="has a user already"):
-        await lifecycle.attach(
-            guest, machine.mdev(A), host=machine.system.root, write=machine.system.write
-        )
+        await lifecycle.attach(guest, machine.mdev(A), host=machine.system.root)

@@ -23,7 +23,8 @@ from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import Probed, candidates, probe
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, MdoError, UnknownError
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
+from mdev_orchestrator.machine import Machine
 from unit.capacity import drivers
 from unit.capacity.drivers import Driver, Texts
 from unit.fakesys import FakeSystem
@@ -112,7 +113,7 @@ async def learn(system: FakeSystem, driver: Driver) -> Probed:
 
 
 def context(system: FakeSystem) -> Context:
-    return Context(host=system.root, write=system.write, deadline=5)
+    return Context(host=system.root, deadline=5)
 
 
 def agree(driver: Driver, capacity: ParentCapacity, seed: int = 1) -> None:
@@ -150,7 +151,7 @@ async def test_a_driver_that_nobody_knows_is_known_afterwards(
     for seed in range(20):
         agree(driver, probed.after, seed)
     # and a later command knows it, of this parent and of others like it
-    (now,) = survey(scan(system.root), learned=model_cache.load())
+    (now,) = survey(read_host(Machine(system.root)), learned=model_cache.load())
     assert (now.model, now.confidence) == (probed.after.model, Confidence.OBSERVED)
 
 
@@ -234,18 +235,17 @@ async def test_a_parent_that_offers_nothing(system: FakeSystem) -> None:
 # ---- nothing is left ----
 
 
-def after(system: FakeSystem, turn: int, what: Callable[[], int]) -> Context:
+def after(system: FakeSystem, turn: int, what: Callable[[], int | None]) -> Context:
     """A machine on which something happens at one of the creations; an errno is its outcome."""
     seen = 0
 
-    async def write(path: str, data: bytes) -> int:
+    def create(name: str, _uuid: str) -> int | None:
         nonlocal seen
-        seen += path.endswith("/create")
-        if path.endswith("/create") and seen == turn and (number := what()):
-            return number
-        return await system.write(path, data)
+        seen += name == "create"
+        return what() if name == "create" and seen == turn else None
 
-    return Context(host=system.root, write=write, deadline=5)
+    system.before = create
+    return Context(host=system.root, deadline=5)
 
 
 def left_open() -> list[str]:
@@ -269,9 +269,10 @@ async def test_an_interruption_leaves_nothing(system: FakeSystem, turn: int) -> 
     install(system, drivers.igd())
     task: asyncio.Task[Probed]
 
-    def interrupt() -> int:
-        task.cancel()
-        return 0
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        loop.call_soon_threadsafe(task.cancel)
 
     task = asyncio.ensure_future(probe("igd0", after(system, turn, interrupt)))
     with pytest.raises(asyncio.CancelledError):
@@ -283,9 +284,8 @@ async def test_an_interruption_leaves_nothing(system: FakeSystem, turn: int) -> 
 async def test_somebody_else_on_the_parent_ends_it(system: FakeSystem, turn: int) -> None:
     install(system, drivers.igd())
 
-    def intrude() -> int:
+    def intrude() -> None:
         system.mdev("igd0", "mvgpu-128M", FOREIGN)
-        return 0
 
     with pytest.raises(BusyError, match=f"somebody created device {FOREIGN} on parent igd0"):
         await probe("igd0", after(system, turn, intrude))
@@ -316,14 +316,13 @@ async def test_a_device_that_stays_is_named_and_the_run_is_open(
 ) -> None:
     install(system, drivers.igd())
 
-    async def write(path: str, data: bytes) -> int:
-        return errno.EIO if path.endswith("/remove") else await system.write(path, data)
-
+    system.before = lambda name, _uuid: errno.EIO if name == "remove" else None
     with pytest.raises(MdoError) as caught:
-        await probe("igd0", Context(host=system.root, write=write, deadline=1))
+        await probe("igd0", Context(host=system.root, deadline=1))
     (left,) = system.uuids()
     assert left in str(caught.value)
     # when this process has gone, 'mdo recover' tries again
+    system.before = None
     monkeypatch.setattr("mdev_orchestrator.engine.journal.Process.alive", False)
     with Journal.open() as book:
         (found,) = await recover(book, context=context(system), again=True)
@@ -358,7 +357,8 @@ async def test_what_is_wrong_with_the_memory_is_no_error(system: FakeSystem, sta
         kept(state).write_bytes(text)
         assert model_cache.load() == {}
         assert (
-            survey(scan(system.root), learned=model_cache.load())[0].confidence == Confidence.KNOWN
+            survey(read_host(Machine(system.root)), learned=model_cache.load())[0].confidence
+            == Confidence.KNOWN
         )
     kept(state).unlink()
     os.mkfifo(kept(state))
@@ -372,7 +372,7 @@ async def test_what_is_wrong_with_the_memory_is_no_error(system: FakeSystem, sta
 
 async def test_a_memory_that_the_counts_contradict_is_not_used(system: FakeSystem) -> None:
     await learn(system, drivers.mbochs(total=256))
-    (found,) = survey(scan(system.root), learned=model_cache.load())
+    (found,) = survey(read_host(Machine(system.root)), learned=model_cache.load())
     assert found.confidence is Confidence.OBSERVED
     smaller = drivers.mbochs("less", total=128)
     (other,) = survey(drivers.host(smaller), learned=model_cache.load())
@@ -391,16 +391,16 @@ async def test_a_creation_teaches_too(system: FakeSystem) -> None:
     """A driver that nobody knows, and one device of it."""
     driver = unknown(drivers.mbochs())
     install(system, driver)
-    before = scan(system.root)
+    before = read_host(Machine(system.root))
     assert survey(before)[0].confidence is Confidence.GUESSED
     type_ = "acme-mbochs-large"
     await system.write(str(system.types("mbochs") / type_ / "create"), FOREIGN.encode())
     model_cache.learn_from(before, system.root)
-    (now,) = survey(scan(system.root), learned=model_cache.load())
+    (now,) = survey(read_host(Machine(system.root)), learned=model_cache.load())
     assert now.confidence is Confidence.OBSERVED
     assert now.remaining({type_: -1}) == driver.counts()
     # with that, there is nothing to be learned from the next
-    before, known = scan(system.root), model_cache.load()
+    before, known = read_host(Machine(system.root)), model_cache.load()
     second = str(UUID(int=7))
     await system.write(str(system.types("mbochs") / type_ / "create"), second.encode())
     model_cache.learn_from(before, system.root)
@@ -416,7 +416,7 @@ def machine(system: FakeSystem, monkeypatch: pytest.MonkeyPatch) -> FakeSystem:
     monkeypatch.setenv("MDO_ROOT", str(system.root))
     monkeypatch.setattr(
         "mdev_orchestrator.cli.probe.Context",
-        lambda host: Context(host=host, write=system.write, deadline=5),
+        lambda host: Context(host=host, deadline=5),
     )
     return system
 

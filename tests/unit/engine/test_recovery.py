@@ -30,6 +30,8 @@ from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, 
 from mdev_orchestrator.engine.recovery import Recovered
 from mdev_orchestrator.engine.steps import Create, Launch, Remove, encode
 from mdev_orchestrator.errors import HostError
+from mdev_orchestrator.system.writer import WriteBatch, WriteResult
+from unit import fakesys
 from unit.fakesys import FakeSystem
 
 UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa1{n:03}") for n in range(16)]
@@ -63,13 +65,12 @@ class Place:
             change = Change(devices={UUIDS[number]: device(number) for number in ours})
             asyncio.run(settle(journal, change))
 
-    def context(self, write: Callable[..., object] | None = None) -> Context:
+    def context(self) -> Context:
         self.system.groups = 100 + len(list((self.path / "sys/kernel/iommu_groups").iterdir()))
         return Context(
             host=self.path,
             guests=self.path / "guests",
             deadline=5,
-            write=write or self.system.write,  # type: ignore[arg-type]
         )
 
     def owned(self) -> Managed:
@@ -96,10 +97,13 @@ class Place:
         if not pid:
             status = 1
             with contextlib.suppress(BaseException):
-                work(Killer(self, at))
+                killer = Killer(self, at)
+                killer.patch_writer()
+                work(killer)
                 status = 0
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        fakesys.wait_for_orphans()  # what its writer has begun comes to an end
         assert status in {0, KILLED}
         return status == KILLED
 
@@ -125,14 +129,23 @@ class Killer:
             os._exit(KILLED)
         self.at -= 1
 
-    async def write(self, path: str, data: bytes) -> int:
-        self.moment()
-        done = await self.place.system.write(path, data)
-        self.moment()
-        return done
+    def patch_writer(self) -> None:
+        """Before a batch of writes begins, and before a result is known, there is a moment too."""
+        begin, result = WriteBatch.begin, WriteBatch.result
+
+        def begin_later(batch: WriteBatch) -> None:
+            self.moment()
+            begin(batch)
+
+        def result_later(batch: WriteBatch, index: int, known: WriteResult) -> None:
+            self.moment()
+            result(batch, index, known)
+
+        WriteBatch.begin = begin_later  # type: ignore[method-assign]
+        WriteBatch.result = result_later  # type: ignore[method-assign]
 
     def context(self) -> Context:
-        return self.place.context(self.write)
+        return self.place.context()
 
 
 def command(kind: str, plan: Sequence[Planned]) -> Callable[[Killer], None]:

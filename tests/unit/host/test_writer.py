@@ -1,37 +1,56 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes by children: one, many, refused ones, and those that never come back."""
+"""Writes by children: one, many, refused ones, those that never end, and children that are killed.
+
+A FIFO is a file whose open for writing blocks until a reader comes, as a driver may block a write.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from mdev_orchestrator.errors import Outcome
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.system import writer
 from mdev_orchestrator.system.writer import (
-    AT_ONCE,
-    CHILDREN,
-    Batch,
-    Separately,
-    Writes,
-    write_apart,
+    DEPTH,
+    SysfsWriter,
+    WriteBatch,
+    WriteResult,
 )
 
-Make = Callable[[Sequence[tuple[str, bytes]], Callable[[int, int], None]], Writes]
+DONE = WriteResult(Outcome.DONE)
+UNKNOWN = WriteResult(Outcome.UNKNOWN)
+LANE = "card0"
 
 
-def separately(lines: Sequence[tuple[str, bytes]], told: Callable[[int, int], None]) -> Separately:
-    return Separately(write_apart, lines, told)
+def refused(number: int) -> WriteResult:
+    return WriteResult(Outcome.NO_EFFECT, number)
 
 
-both = pytest.mark.parametrize("make", [Batch, separately])
+@pytest.fixture
+async def sysfs() -> AsyncIterator[SysfsWriter]:
+    sysfs = SysfsWriter()
+    yield sysfs
+    await sysfs.close()
+
+
+@pytest.fixture
+def one_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "CHILDREN", 1)
+    monkeypatch.setattr(writer, "MOST_CHILDREN", 1)
 
 
 def files(place: Path, count: int) -> list[tuple[str, bytes]]:
@@ -43,233 +62,553 @@ def files(place: Path, count: int) -> list[tuple[str, bytes]]:
     return lines
 
 
-def children() -> set[str]:
-    """The processes that this one has started and that have not ended."""
-    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+def fifo(place: Path, name: str = "fifo") -> Path:
+    os.mkfifo(place / name)
+    return place / name
 
 
-async def written(batch: Writes) -> None:
-    batch.begin()
-    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+def release(*fifos: Path) -> None:
+    """Let the writes to some FIFOs end."""
+    for one in fifos:
+        threading.Thread(target=one.read_bytes, daemon=True).start()
 
 
-async def begun(batch: Batch, count: int) -> None:
-    """Wait until so many are under way; nothing tells that a write has begun."""
+def ignore(_index: int, _result: WriteResult) -> None:
+    pass
+
+
+def children() -> set[int]:
+    """The processes that this one has started and that have not been reaped."""
+    lists = (task / "children" for task in Path("/proc/self/task").iterdir())
+    return {int(pid) for path in lists for pid in path.read_text().split()}
+
+
+def names(pid: int, path: Path) -> bool:
+    """Whether a process has a file open, or names it by a descriptor."""
+    entries: list[Path] = []
+    with suppress(OSError):  # it has ended
+        entries = [*Path(f"/proc/{pid}/fd").iterdir()]
+    for entry in entries:
+        with suppress(OSError):  # closed meanwhile
+            if entry.readlink() == path:
+                return True
+    return False
+
+
+def at(path: Path) -> list[int]:
+    """The children that are at a write to a file."""
+    return [pid for pid in children() if names(pid, path)]
+
+
+async def seen(what: Callable[[], object]) -> None:
+    """Wait until something can be seen."""
     async with asyncio.timeout(20):
-        while len(batch.unknown) < count:
-            await asyncio.sleep(0.01)
+        while not what():
+            await asyncio.sleep(0.005)
+
+
+async def ended(batch: WriteBatch) -> list[WriteResult | None]:
+    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
+    return batch.results
 
 
 # ---- one ----
 
 
-def test_a_loop_that_has_gone_leaves_no_child(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    descriptors = Path("/proc/self/fd")
-    before, files = children(), [*descriptors.iterdir()]
-    for _ in range(5):
-        assert asyncio.run(write_apart(str(tmp_path / "file"), b"x")) == 0
-    gc.collect()
-    end = time.monotonic() + 20
-    while children() - before:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-        writer.reap(writer._children)
-    assert len([*descriptors.iterdir()]) == len(files)
-
-
-async def test_one_child_stays_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(writer, "PATIENCE", 0.02)
-    fifos = [tmp_path / f"{number}" for number in range(4)]
-    for fifo in fifos:
-        os.mkfifo(fifo)
-    before = children()
-    batch = Batch([(str(fifo), b"x") for fifo in fifos])
-    batch.begin()
-    await begun(batch, 4)
-    assert len(children() - before) == 4
-    for fifo in fifos:
-        threading.Thread(target=fifo.read_bytes, daemon=True).start()
-    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
-    while len(children() - before) > 1:
-        await asyncio.sleep(0.01)
-    (stays,) = children() - before
-    monkeypatch.setattr(writer, "_LAST_SECONDS", 0.2)
-    (tmp_path / "file").touch()
-    assert await write_apart(str(tmp_path / "file"), b"x") == 0
-    assert children() - before == {stays}
-    while children() - before:
-        await asyncio.sleep(0.01)
-
-
-async def test_the_writer_writes_and_reports_the_errno(tmp_path: Path) -> None:
+async def test_a_write_is_done_or_has_its_errno(sysfs: SysfsWriter, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    assert await write_apart(str(file), b"x") == errno.ENOENT
+    assert await sysfs.write(str(file), b"x", lane=LANE) == refused(errno.ENOENT)
     file.touch()
-    assert await write_apart(str(file), b"x") == 0
-    assert file.read_bytes() == b"x"
-    assert await write_apart("/dev/full", b"x") == errno.ENOSPC
+    assert await sysfs.write(str(file), b"a\0b", lane=LANE) == DONE
+    assert file.read_bytes() == b"a\0b"
+    assert await sysfs.write("/dev/full", b"x", lane=LANE) == refused(errno.ENOSPC)
 
 
-async def test_a_blocked_write_can_be_left_behind(tmp_path: Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)  # opening it for writing blocks until somebody reads
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.1):
-            await write_apart(str(fifo), b"late")
-    received: list[bytes] = []
-    reader = threading.Thread(target=lambda: received.append(fifo.read_bytes()))
-    reader.start()
-    await asyncio.to_thread(reader.join, 5)
-    assert received == [b"late"]
+async def test_a_blocked_write_is_left_behind(sysfs: SysfsWriter, tmp_path: Path) -> None:
+    pipe = fifo(tmp_path)
+    writing = asyncio.ensure_future(sysfs.write(str(pipe), b"late", lane=LANE))
+    await seen(lambda: at(pipe))
+    writing.cancel()
+    await asyncio.wait((writing,))
+    assert writing.cancelled()
+    (child,) = at(pipe)
+    assert await asyncio.to_thread(pipe.read_bytes) == b"late"
+    await seen(lambda: child not in children())
+
+
+async def test_the_lane_goes_on_beside_what_is_left_behind(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    pipe = fifo(tmp_path)
+    writing = asyncio.ensure_future(sysfs.write(str(pipe), b"x", lane=LANE))
+    await seen(lambda: at(pipe))
+    writing.cancel()
+    batch = sysfs.batch(files(tmp_path, 3), ignore, lane=LANE)
+    batch.begin()
+    assert await ended(batch) == [DONE] * 3
+    release(pipe)
+
+
+async def test_a_write_that_is_given_up_halfway_is_killed(
+    sysfs: SysfsWriter, tmp_path: Path
+) -> None:
+    pipe = fifo(tmp_path)
+    writing = asyncio.ensure_future(sysfs.write(str(pipe), b"1", lane=LANE, kill_if_cancelled=True))
+    await seen(lambda: at(pipe))
+    (child,) = at(pipe)
+    writing.cancel()
+    await asyncio.wait((writing,))
+    assert child not in children()
+
+
+async def test_a_cancelled_write_that_has_not_begun_never_begins(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    pipe = fifo(tmp_path)
+    first = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
+    first.begin()
+    await seen(lambda: at(pipe))
+    ((path, data),) = files(tmp_path, 1)
+    second = asyncio.ensure_future(sysfs.write(path, data, lane=LANE, kill_if_cancelled=True))
+    await asyncio.sleep(0)  # it is in the child's queue now
+    second.cancel()
+    await asyncio.wait((second,))
+    release(pipe)
+    assert await ended(first) == [DONE]
+    await sysfs.close()
+    assert Path(path).read_bytes() == b""
 
 
 # ---- many ----
 
 
-@both
-async def test_all_are_written_and_told_of_once(tmp_path: Path, make: Make) -> None:
+async def test_all_are_written_once_and_each_result_is_told_once(
+    sysfs: SysfsWriter, tmp_path: Path
+) -> None:
     lines = files(tmp_path, 100)
-    told: list[int] = []
-    batch = make(lines, lambda index, _: told.append(index))
-    await written(batch)
-    assert sorted(told) == list(range(100))
-    assert batch.results == [0] * 100
+    results: list[tuple[int, WriteResult]] = []
+    batch = sysfs.batch(lines, lambda *result: results.append(result), lane=LANE)
+    batch.begin()
+    assert await ended(batch) == [DONE] * 100
+    assert sorted(index for index, _ in results) == list(range(100))
     assert [Path(path).read_bytes() for path, _ in lines] == [data for _, data in lines]
 
 
-@both
-async def test_nothing_is_written_at_once(make: Make) -> None:
-    batch = make([], lambda *_: None)
-    await written(batch)
-    assert batch.results == []
+async def test_an_empty_batch_ends(sysfs: SysfsWriter) -> None:
+    batch = sysfs.batch([], ignore, lane=LANE)
+    batch.begin()
+    assert await ended(batch) == []
 
 
-@both
-async def test_what_is_refused_is_the_last_that_begins(tmp_path: Path, make: Make) -> None:
-    lines = files(tmp_path, 500)
+async def test_no_write_begins_after_one_is_refused(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    lines = files(tmp_path, 100)
     lines[20] = (str(tmp_path / "missing"), b"x")
-    batch = make(lines, lambda *_: None)
-    await written(batch)
-    assert batch.results[20] == errno.ENOENT
-    assert {*batch.results[:20]} <= {0, None}  # one child may be there before another
-    begun = [index for index, number in enumerate(batch.results) if number is not None]
-    assert len(begun) <= 20 + CHILDREN * AT_ONCE
-    assert all(not Path(lines[index][0]).read_bytes() for index in {*range(500)} - {*begun, 20})
+    batch = sysfs.batch(lines, ignore, lane=LANE)
+    batch.begin()
+    results = await ended(batch)
+    assert results[20] == refused(errno.ENOENT)
+    begun = {index for index, result in enumerate(results) if result is not None}
+    assert begun == {*range(len(begun))}
+    assert 21 <= len(begun) <= 20 + DEPTH
+    written = {index for index in {*range(100)} - {20} if Path(lines[index][0]).read_bytes()}
+    assert written == begun - {20}
 
 
-async def test_a_slow_driver_is_asked_by_many(tmp_path: Path) -> None:
+async def test_an_accepted_errno_is_no_refusal(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    lines = [(str(tmp_path / "missing"), b"x"), *files(tmp_path, 1)]
+    batch = sysfs.batch(lines, ignore, lane=LANE, accepted=frozenset((0, errno.ENOENT)))
+    batch.begin()
+    assert await ended(batch) == [refused(errno.ENOENT), DONE]
+
+
+async def test_a_late_answer_brings_one_more_child_at_a_time(
+    sysfs: SysfsWriter, tmp_path: Path
+) -> None:
     """Eight writes that each wait for a reader: all of them wait at the same time."""
-    fifos = [tmp_path / f"{number}" for number in range(8)]
-    for fifo in fifos:
-        os.mkfifo(fifo)
+    fifos = [fifo(tmp_path, f"{number}") for number in range(8)]
     before = children()
-    batch = Batch([(str(fifo), b"x") for fifo in fifos])
+    batch = sysfs.batch([(str(one), b"x") for one in fifos], ignore, lane=LANE)
     batch.begin()
-    seen = set()
-    while len(batch.unknown) < 8:
-        seen.add(len(children() - before))
-        await asyncio.sleep(0.01)
-    assert seen <= {1, 2, 4, 8}, "there are twice as many as long as nobody answers"
+    counts = [len(children() - before)]
+    while not all(map(at, fifos)):
+        counts.append(len(children() - before))
+        await asyncio.sleep(0.005)
+    counts.append(len(children() - before))
+    assert set(counts) == {*range(1, 9)}
+    assert counts == sorted(counts)
     assert batch.results == [None] * 8
-    for fifo in fifos:
-        threading.Thread(target=fifo.read_bytes, daemon=True).start()
-    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
-    assert batch.results == [0] * 8
+    release(*fifos)
+    assert await ended(batch) == [DONE] * 8
 
 
-@pytest.mark.parametrize(
-    ("busy", "doubt", "more"), [(False, 1e6, True), (True, 4.0, True), (True, 1e6, False)]
-)
-async def test_more_children_come_as_soon_as_they_save_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool, doubt: float, more: bool
+async def test_no_lane_has_more_children_than_the_limit(
+    sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only when one is late: a driver that takes a moment for each is asked by several.
-
-    When every processor is at work it is doubted that they wait for the driver.
-    """
-    monkeypatch.setattr(writer, "PATIENCE", 60.0)
-    monkeypatch.setattr(writer, "_DOUBT", doubt)
-    monkeypatch.setattr(writer, "idle_seconds", lambda: 0.0 if busy else time.monotonic())
-    fifos = [tmp_path / f"{number}" for number in range(40)]
-    for fifo in fifos:
-        os.mkfifo(fifo)
+    monkeypatch.setattr(writer, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "MOST_CHILDREN", 4)
+    fifos = [fifo(tmp_path, f"{number}") for number in range(6)]
     before = children()
-    batch = Batch([(str(fifo), b"x") for fifo in fifos])
+    batch = sysfs.batch([(str(one), b"x") for one in fifos], ignore, lane=LANE)
     batch.begin()
-    most, answered = 0, set[int]()
-    while not batch.ended.done():
-        most = max(most, len(children() - before))
-        await asyncio.sleep(0.02)
-        for index in batch.unknown - answered:
-            answered.add(index)
-            threading.Thread(target=fifos[index].read_bytes, daemon=True).start()
-    assert batch.results == [0] * 40
-    assert (most > 1) is more
-
-
-async def test_who_is_late_on_a_busy_machine_is_given_more_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer, "PATIENCE", 0.02)
-    monkeypatch.setattr(writer, "BUSY_PATIENCE", 0.5)
-    monkeypatch.setattr(writer, "idle_seconds", lambda: 0.0)
-    fifos = [tmp_path / "1", tmp_path / "2"]
-    for fifo in fifos:
-        os.mkfifo(fifo)
-    before, began = children(), time.monotonic()
-    batch = Batch([(str(fifo), b"x") for fifo in fifos])
-    batch.begin()
-    await begun(batch, 2)
-    assert time.monotonic() - began >= 0.5
-    assert len(children() - before) == 2
-    for fifo in fifos:
-        threading.Thread(target=fifo.read_bytes, daemon=True).start()
-    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
-
-
-async def test_what_stands_behind_a_slow_write_is_done_by_others(tmp_path: Path) -> None:
-    """A child that is told several and stays at one gives the rest back, when it can."""
-    lines = files(tmp_path, 60)
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    lines[30] = (str(fifo), b"x")
-    batch = Batch(lines)
-    batch.begin()
-    while batch.results[59] != 0:
-        await asyncio.sleep(0.01)
-    assert 30 in batch.unknown
-    threading.Thread(target=fifo.read_bytes, daemon=True).start()
-    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
-    assert batch.results == [0] * 60
-
-
-async def test_a_batch_that_is_stopped_begins_nothing_more(tmp_path: Path) -> None:
-    lines = files(tmp_path, 60)
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    lines[0] = (str(fifo), b"x")
-    batch = Batch(lines)
-    batch.begin()
+    await seen(lambda: sum(bool(at(one)) for one in fifos) == 4)
     assert batch.stop() is False
-    threading.Thread(target=fifo.read_bytes, daemon=True).start()
-    await asyncio.wait_for(asyncio.shield(batch.ended), 20)
-    assert batch.results == [0] + [None] * 59
+    assert len(batch.unknown) == len(children() - before) == 4
+    release(*fifos)
+    results = await ended(batch)
+    assert (results.count(DONE), results.count(None)) == (4, 2)
+
+
+async def test_writes_behind_a_slow_one_are_made_by_others(
+    sysfs: SysfsWriter, tmp_path: Path
+) -> None:
+    lines = files(tmp_path, 60)
+    pipe = fifo(tmp_path)
+    lines[30] = (str(pipe), b"x")
+    batch = sysfs.batch(lines, ignore, lane=LANE)
+    batch.begin()
+    await seen(lambda: batch.results.count(DONE) == 59)
+    assert batch.unknown == {30}
+    release(pipe)
+    assert await ended(batch) == [DONE] * 60
+
+
+async def test_a_stopped_batch_begins_nothing_more(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    lines = files(tmp_path, 60)
+    pipe = fifo(tmp_path)
+    lines[0] = (str(pipe), b"x")
+    batch = sysfs.batch(lines, ignore, lane=LANE)
+    batch.begin()
+    await seen(lambda: at(pipe))
+    assert len(batch.unknown) == DEPTH
+    assert batch.stop() is False
+    assert batch.unknown == {0}
+    release(pipe)
+    assert await ended(batch) == [DONE] + [None] * 59
     assert not any(Path(path).read_bytes() for path, _ in lines[1:])
 
 
-async def test_two_batches_go_on_beside_each_other(tmp_path: Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    waiting = Batch([(str(fifo), b"x")])
+async def test_a_batch_that_is_stopped_before_it_begins(sysfs: SysfsWriter, tmp_path: Path) -> None:
+    batch = sysfs.batch(files(tmp_path, 3), ignore, lane=LANE)
+    assert batch.stop() is True
+    batch.begin()
+    assert await ended(batch) == [None] * 3
+
+
+@pytest.mark.parametrize("other", [LANE, "card1"])
+async def test_two_batches_go_on_beside_each_other(
+    sysfs: SysfsWriter, tmp_path: Path, other: str
+) -> None:
+    pipe = fifo(tmp_path)
+    waiting = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
     waiting.begin()
-    await written(Batch(files(tmp_path, 40)))
+    batch = sysfs.batch(files(tmp_path, 40), ignore, lane=other)
+    batch.begin()
+    assert await ended(batch) == [DONE] * 40
     assert waiting.unknown == {0}
-    threading.Thread(target=fifo.read_bytes, daemon=True).start()
-    await asyncio.wait_for(asyncio.shield(waiting.ended), 20)
+    assert waiting.longest >= 0
+    release(pipe)
+    assert await ended(waiting) == [DONE]
 
 
-async def test_data_that_no_child_could_tell_apart_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="null byte"):
-        Batch([(str(tmp_path), b"a\0b")])
+@pytest.mark.parametrize("path", ["a\0b", "x" * 70000])
+async def test_what_no_message_can_carry_is_refused(sysfs: SysfsWriter, path: str) -> None:
+    with pytest.raises(ValueError, match="no file of sysfs has such a path"):
+        sysfs.batch([(path, b"x")], ignore, lane=LANE)
+
+
+async def test_without_a_process_to_be_had_the_write_has_no_effect(
+    sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_channel: int) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_fork", none_left)
+        batch = sysfs.batch(files(tmp_path, 3), ignore, lane=LANE)
+        batch.begin()
+        assert await ended(batch) == [refused(errno.EAGAIN), None, None]
+    batch = sysfs.batch(files(tmp_path, 3), ignore, lane=LANE)
+    batch.begin()
+    assert await ended(batch) == [DONE] * 3
+
+
+# ---- callbacks ----
+
+
+async def test_a_callback_that_raises_loses_no_result(sysfs: SysfsWriter, tmp_path: Path) -> None:
+    errors: list[BrokenPipeError] = []
+
+    def raises(index: int, _result: WriteResult) -> None:
+        if index % 2:
+            errors.append(BrokenPipeError(f"print to nowhere {index}"))
+            raise errors[-1]
+
+    batch = sysfs.batch(files(tmp_path, 40), raises, lane=LANE)
+    batch.begin()
+    assert await ended(batch) == [DONE] * 40
+    assert len(errors) == 20
+    assert batch.callback_error is errors[0]
+    ((path, data),) = files(tmp_path, 1)
+    assert await sysfs.write(path, data, lane=LANE) == DONE
+
+
+async def test_a_callback_can_stop_its_batch(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    def stop(index: int, _result: WriteResult) -> None:
+        if index == 2:
+            batch.stop()
+
+    lines = files(tmp_path, 40)
+    pipe = fifo(tmp_path)
+    lines[3] = (str(pipe), b"x")
+    batch = sysfs.batch(lines, stop, lane=LANE)
+    batch.begin()
+    await seen(lambda: batch.results[2])
+    release(pipe)
+    results = await ended(batch)
+    assert results[:3] == [DONE] * 3
+    assert results[4:] == [None] * 36
+
+
+# ---- children that are killed ----
+
+
+async def test_a_killed_child_leaves_one_write_unknown_and_another_makes_the_rest(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None
+) -> None:
+    lines = files(tmp_path, 20)
+    pipe = fifo(tmp_path)
+    lines[2] = (str(pipe), b"x")
+    batch = sysfs.batch(lines, ignore, lane=LANE)
+    other = sysfs.batch([(str(tmp_path / "other"), b"y")], ignore, lane=LANE)
+    (tmp_path / "other").touch()
+    batch.begin()
+    other.begin()
+    await seen(lambda: at(pipe))
+    os.kill(at(pipe)[0], signal.SIGKILL)
+    results = await ended(batch)
+    assert results[2] == UNKNOWN
+    assert results[:2] + results[3:] == [DONE] * 19
+    assert await ended(other) == [DONE]
+
+
+async def test_a_killed_child_is_no_refusal(sysfs: SysfsWriter, tmp_path: Path) -> None:
+    pipe = fifo(tmp_path)
+    writing = asyncio.ensure_future(sysfs.write(str(pipe), b"x", lane=LANE))
+    await seen(lambda: at(pipe))
+    os.kill(at(pipe)[0], signal.SIGKILL)
+    assert await writing == UNKNOWN
+
+
+async def test_an_idle_child_that_is_killed_is_replaced(sysfs: SysfsWriter, tmp_path: Path) -> None:
+    before = children()
+    ((path, data),) = files(tmp_path, 1)
+    assert await sysfs.write(path, data, lane=LANE) == DONE
+    (child,) = children() - before
+    os.kill(child, signal.SIGKILL)
+    assert await sysfs.write(path, data, lane=LANE) == DONE  # in its queue before we know
+    await seen(lambda: child not in children())
+
+
+async def test_a_child_that_other_code_reaps_is_noticed_and_its_id_never_used(
+    sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = fifo(tmp_path)
+    batch = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
+    batch.begin()
+    await seen(lambda: at(pipe))
+    (child,) = at(pipe)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[0] == child  # from here on the id may be another process's
+    by_id: list[object] = []
+    with monkeypatch.context() as patch:
+        for name in ("kill", "waitpid"):
+            patch.setattr(os, name, lambda *arguments: by_id.append(arguments))
+        batch.kill()
+        assert await ended(batch) == [UNKNOWN]
+    assert by_id == []
+
+
+async def test_after_its_parent_has_died_a_child_begins_nothing(tmp_path: Path) -> None:
+    """What the parent's death leaves to be done is seen in /proc, and nothing else is done."""
+    pipe = fifo(tmp_path)
+    lines = [(str(pipe), b"begun"), *files(tmp_path, 4)]
+    program = (
+        "import asyncio\n"
+        "from mdev_orchestrator.system.writer import SysfsWriter\n"
+        "async def main():\n"
+        f"    batch = SysfsWriter().batch({lines!r}, print, lane='p')\n"
+        "    batch.begin()\n"
+        "    await batch.ended\n"
+        "asyncio.run(main())\n"
+    )
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+
+    def child() -> int:
+        found = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        for pid in found:
+            if names(int(pid), pipe):
+                return int(pid)
+        return 0
+
+    await seen(child)
+    pid = child()
+    orphan = os.pidfd_open(pid)
+    try:
+        parent.kill()
+        await parent.wait()
+        assert names(pid, pipe)
+        assert await asyncio.to_thread(pipe.read_bytes) == b"begun"
+        await asyncio.wait_for(_readable(orphan), 20)
+    finally:
+        os.close(orphan)
+    assert [Path(path).read_bytes() for path, _ in lines[1:]] == [b""] * 4
+
+
+async def _readable(descriptor: int) -> None:
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+# ---- children that end ----
+
+
+async def test_a_child_has_nothing_of_its_parent(sysfs: SysfsWriter, tmp_path: Path) -> None:
+    before = children()
+    ((path, data),) = files(tmp_path, 1)
+    await sysfs.write(path, data, lane=LANE)
+    (child,) = children() - before
+    assert len([*Path(f"/proc/{child}/fd").iterdir()]) == 1
+    assert os.getsid(child) == child
+
+
+async def test_idle_children_end(
+    sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "IDLE_SECONDS", 0.02)
+    before = children()
+    batch = sysfs.batch(files(tmp_path, 40), ignore, lane=LANE)
+    batch.begin()
+    await ended(batch)
+    await seen(lambda: not children() - before)
+
+
+async def test_a_write_for_a_child_that_just_ends_is_made_by_another(
+    sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "IDLE_SECONDS", 0.001)
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for number in range(100):
+            assert await sysfs.write(str(log), b"x", lane=LANE) == DONE
+            time.sleep(number % 7 * 0.0005)  # noqa: ASYNC251 - the child is to be ahead of the loop
+        assert os.read(reader, 1000) == b"x" * 100
+    finally:
+        os.close(reader)
+
+
+async def test_closing_ends_the_children_and_leaves_what_is_under_way(tmp_path: Path) -> None:
+    sysfs = SysfsWriter()
+    before = children()
+    lines = files(tmp_path, 20)
+    pipe = fifo(tmp_path)
+    batch = sysfs.batch([(str(pipe), b"x"), *lines], ignore, lane=LANE)
+    batch.begin()
+    await seen(lambda: batch.results.count(DONE) == 20)
+    (stays,) = at(pipe)
+    await sysfs.close()
+    assert children() - before == {stays}
+    assert batch.ended.done()
+    assert batch.results == [UNKNOWN] + [DONE] * 20
+    release(pipe)
+    assert await sysfs.write(*lines[0], lane=LANE) == DONE  # it can be used again
+    while children() != before:
+        await sysfs.close()
+        await asyncio.sleep(0.005)
+
+
+async def test_closing_lets_nothing_more_begin(tmp_path: Path, one_child: None) -> None:
+    sysfs = SysfsWriter()
+    lines = files(tmp_path, 20)
+    pipe = fifo(tmp_path)
+    batch = sysfs.batch([(str(pipe), b"x"), *lines], ignore, lane=LANE)
+    batch.begin()
+    alone = asyncio.ensure_future(sysfs.write(*lines[0], lane=LANE))
+    await asyncio.sleep(0)
+    await seen(lambda: at(pipe))
+    await sysfs.close()
+    assert batch.results == [UNKNOWN] + [None] * 20
+    assert await alone == refused(errno.ECANCELED)
+    release(pipe)
+    await seen(lambda: not at(pipe))
+    assert not any(Path(path).read_bytes() for path, _ in lines)
+
+
+def test_one_machine_serves_one_event_loop_after_another(tmp_path: Path) -> None:
+    """In a process of its own, whose children and descriptors are all the writer's."""
+    (tmp_path / "file").touch()
+    program = f"""
+import asyncio, os
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.system import writer
+
+async def write(machine):
+    result = await machine.writer.write({str(tmp_path / "file")!r}, b"x", lane="p")
+    assert result.errno == 0, result
+
+async def write_and_close(machine):
+    await write(machine)
+    await machine.close()
+
+def state():
+    children = open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
+    return len(children), len(os.listdir("/proc/self/fd"))
+
+asyncio.run(asyncio.sleep(0))
+before = state()
+machine = Machine()
+for _ in range(4):
+    asyncio.run(write(machine))
+asyncio.run(write_and_close(machine))
+assert state() == before, (state(), before)
+for _ in range(4):
+    asyncio.run(write(Machine()))
+assert state()[0] <= before[0] + 4
+writer.IDLE_SECONDS = 0
+asyncio.run(write_and_close(Machine()))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+async def test_a_machine_without_a_write_has_nothing_to_close(tmp_path: Path) -> None:
+    await Machine(tmp_path).close()
+
+
+async def test_a_fork_beside_threads_gives_no_warning(
+    sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 and later warn, and a warning is an error here."""
+    fork = os.fork
+
+    def warning_fork() -> int:
+        message = "This process (pid=1) is multi-threaded, use of fork() may lead to deadlocks"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", warning_fork)
+    ((path, data),) = files(tmp_path, 1)
+    assert await sysfs.write(path, data, lane=LANE) == DONE

@@ -12,7 +12,7 @@ from mdev_orchestrator.engine.diff import Changes, ObservedState, diff
 from mdev_orchestrator.engine.records import DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove
 from mdev_orchestrator.errors import RequestError
-from mdev_orchestrator.host.sysfs import scan
+from mdev_orchestrator.host.sysfs import read_host
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.machine import Machine
@@ -47,9 +47,10 @@ def run(machine: FakeSystem, group: UUID | None = GROUP, parent: str = "igd0") -
 
 
 def changes(machine: FakeSystem, document: Document, *ours: DeviceRecord) -> Changes:
-    owned = Managed(devices={device.uuid: device for device in ours})
-    seen = ObservedState(scan(machine.root), owned, {}, mdevctl.defined(Machine(machine.root)))
-    return diff(document, seen)
+    managed = Managed(devices={device.uuid: device for device in ours})
+    handle = Machine(machine.root)
+    state = ObservedState(read_host(handle), managed, {}, mdevctl.defined(handle))
+    return diff(document, state)
 
 
 def made(found: Changes) -> DeviceRecord:

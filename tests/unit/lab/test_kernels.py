@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from mdev_lab import kernels
-from mdev_orchestrator.errors import HostError, MdoError, UnknownError
-from mdev_orchestrator.system import children
+from mdev_orchestrator.errors import MdoError, UnknownError
 
 
 @pytest.fixture
@@ -60,19 +59,6 @@ def test_a_download_that_fails_says_why_and_leaves_nothing(programs: Path, tmp_p
         kernels.fetch_kernel("6.12")
     left = [p for p in (tmp_path / "cache/kernels").iterdir() if p.suffix != ".lock"]
     assert left == []
-
-
-def test_a_program_that_is_missing_is_named(
-    programs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(programs))
-    with pytest.raises(HostError, match="no-such-program is not installed"):
-        children.run(["no-such-program"])
-
-
-def test_what_stands_in_sbin_is_found_by_a_plain_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    assert "kmod" in children.run(["depmod", "--version"])
 
 
 def test_an_unpacked_kernel_is_found_without_the_mirror(programs: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def mine() -> int:
 
 
 def test_no_labs_at_all() -> None:
-    assert labs.labs() == []
+    assert labs.find_all() == []
 
 
 def test_a_running_lab_is_found_again() -> None:
@@ -47,7 +47,7 @@ def test_a_running_lab_is_found_again() -> None:
 def test_a_lab_whose_process_ended_is_removed() -> None:
     directory = record("gone", os.getpid(), mine() + 1)
     (directory / "exec-0.sock").touch()
-    assert labs.labs() == []
+    assert labs.find_all() == []
     assert not any(directory.parent.iterdir())
 
 
@@ -55,7 +55,7 @@ def test_what_a_killed_start_left_is_removed(places: Path) -> None:
     half = places / "state/labs/half"
     half.mkdir(parents=True)
     (half / labs.STARTER).write_text(f"{os.getpid()} {mine() + 1}\n")
-    assert labs.labs() == []
+    assert labs.find_all() == []
     assert not half.exists()
 
 
@@ -63,7 +63,7 @@ def test_a_lab_that_is_being_brought_up_is_left_alone(places: Path) -> None:
     directory = places / "state/labs/young"
     directory.parent.mkdir(parents=True)
     labs.claim(directory)
-    assert labs.labs() == []
+    assert labs.find_all() == []
     assert directory.exists()
     with pytest.raises(BusyError, match="young is being brought up"):
         labs.claim(directory)
@@ -81,7 +81,7 @@ def test_a_damaged_record_is_named_and_kept(text: str) -> None:
     directory = record("odd", os.getpid(), mine())
     (directory / "lab.json").write_text(text)
     record("good", os.getpid(), mine())
-    assert [lab.name for lab in labs.labs()] == ["good"]
+    assert [lab.name for lab in labs.find_all()] == ["good"]
     with pytest.raises(HostError, match="record of lab odd is damaged"):
         labs.find("odd")
     assert directory.exists()
@@ -149,6 +149,6 @@ def test_a_lab_whose_starter_was_killed_while_it_booted_is_ended() -> None:
         text = (directory / labs.RECORD).read_text().replace("true", "false")
         (directory / labs.RECORD).write_text(text)
         (directory / labs.STARTER).write_text(f"{os.getpid()} {mine() + 1}\n")
-        assert labs.labs() == []
+        assert labs.find_all() == []
         assert start_time(process.pid) is None
     assert not directory.exists()

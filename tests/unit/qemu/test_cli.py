@@ -61,7 +61,7 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     shown = json.loads(out)
     assert shown | {"pid": 0, "created": ""} == {
         "name": "g",
-        "state": "running",
+        "state": "paused",
         "status": "prelaunch",
         "uuid": uuid,
         "pid": 0,
@@ -75,7 +75,7 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     code, out, err = mdo("guest", "list", "--json")
     assert json.loads(out) == {"guests": [shown]}
     code, out, err = mdo("guest", "list")
-    assert out.split()[-7:] == ["g", "running", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
+    assert out.split()[-7:] == ["g", "paused", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
     code, out, err = mdo("guest", "stop", "g", "--deadline", "0.2")
     assert (code, out) == (4, "")
     assert "did not power down within 0.2 s \u2014 it still runs" in err
@@ -127,7 +127,7 @@ def test_a_failed_start_says_why_and_not_how(
     assert (code, out) == (3, "")
     assert err == (
         "mdo: guest g: QEMU ended with status 1: -device nonsense: 'nonsense' is not a valid "
-        "device model name \u2014 --debug shows how QEMU was run\n"
+        "device model name; nothing was changed \u2014 --debug shows how QEMU was run\n"
     )
     monkeypatch.setenv("MDO_DEBUG", "1")
     assert f"QEMU was run as: {qemu} -name guest=g" in mdo(*failing)[2]
