@@ -54,7 +54,7 @@ def stop_at(number: int) -> Hook:
         if is_told(what):
             seen.append(what)
             if len(seen) == number:
-                record = process.find(machine(), what.split()[-1]).record
+                record = process.find(machine(), what.rsplit(maxsplit=1)[-1]).record
                 assert record is not None
                 os.kill(record.pid, signal.SIGSTOP)
 
