@@ -178,6 +178,8 @@ class Execution:
         self.progress = list(progress or [Progress.PLANNED] * len(planned))
         self.stuck: list[MdoError] = []
         self._last: list[int] = []
+        # numbers of the steps that are written as about to act, or are being written so
+        self._announced = {n for n, entry in enumerate(planned) if not entry.needs}
         self._limits: dict[type, asyncio.Semaphore] = {}
         self._held_parents = self._parents_in_use()
 
@@ -349,6 +351,7 @@ class Execution:
             try:
                 if needs or self.progress[numbers[0]] is not Progress.PLANNED:
                     change = Change.merged(step.on_begin for step in steps)
+                    self._announced.update(numbers)  # it is written also if this is cancelled
                     await self.journal.note(self.run, Progress.ACTING, numbers, change=change)
                 for number in numbers:
                     self.emit(StepEventKind.BEGIN, number)
@@ -506,7 +509,7 @@ class Execution:
             number
             for number, progress in enumerate(self.progress)
             if progress is Progress.NO_EFFECT
-            or (progress is Progress.PLANNED and not self.planned[number].needs)
+            or (progress is Progress.PLANNED and number in self._announced)
         ]
         if numbers:
             change = Change.merged(self.planned[n].step.on_no_effect for n in numbers)

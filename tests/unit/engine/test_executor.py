@@ -839,6 +839,30 @@ async def test_interrupted_while_it_is_written_down_nothing_is_ours(
     machine.untouched()
 
 
+async def test_interrupted_while_a_later_step_is_written_down_it_is_not_managed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that a step brings is on the disk, and the step itself has not acted."""
+    writing, commit = threading.Event(), Journal._commit
+
+    def slow(self: Journal, changes: Sequence[Callable[[], object]]) -> list[object]:
+        results = commit(self, changes)
+        if UUIDS[1] in self.managed().devices:
+            writing.set()
+            time.sleep(0.1)
+        return results
+
+    monkeypatch.setattr(Journal, "_commit", slow)
+    work = asyncio.ensure_future(machine.run([create(0), create(1, 0)]))
+    await seen(writing.is_set)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await work
+    assert caught.value.__notes__ == ["all was undone"]
+    assert ("create", TEXTS[1]) not in machine.system.writes
+    machine.untouched()
+
+
 async def test_interrupted_once_it_takes_back_what_it_did(machine: Machine) -> None:
     gate = machine.system.block[TEXTS[1]] = asyncio.Event()
     work = asyncio.ensure_future(machine.run([create(0), create(1, 0), create(2, 1)]))
