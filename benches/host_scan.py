@@ -7,7 +7,7 @@ to 64 parents with eight types: each has three files of its own besides.
 
 =========  =====================================================================================
 C          ``host_walk.c``: the same files and links, opened, read and forgotten; its own clock
-library    ``scan()``, in a process that has imported it
+library    ``read_host()``, in a process that has imported it
 mdo        ``mdo host --json``, a process of its own, Python's start and imports included
 mdevctl    ``mdevctl list --dumpjson``; one round only where it lists thousands
 =========  =====================================================================================
@@ -98,13 +98,15 @@ def walk(program: Path, uuids: frozenset[str]) -> float:
 
 def library(uuids: frozenset[str]) -> float:
     """In this process; seconds."""
-    from mdev_orchestrator.host.sysfs import scan
+    from mdev_orchestrator.host.sysfs import read_host
+    from mdev_orchestrator.machine import Machine
 
+    machine = Machine()
     begun = time.perf_counter()
-    found = scan()
+    found = read_host(machine)
     taken = time.perf_counter() - begun
     whole = {str(mdev.uuid) for mdev in found.mdevs if not mdev.damage}
-    check(whole == uuids, "scan")
+    check(whole == uuids, "read_host")
     return taken
 
 

@@ -29,6 +29,7 @@ from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab import l2
 from mdev_orchestrator.lab.story import as_guest_mdev, counts, settled
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
@@ -59,13 +60,13 @@ class GuestTest(Test):  # type: ignore[misc]  # avocado has no types
 @contextlib.asynccontextmanager
 async def unchanged() -> AsyncIterator[None]:
     """When the block has ended, every count and every mdev is as it was before."""
-    before = counts(sysfs.scan())
-    known = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    before = counts(sysfs.read_host(Machine()))
+    known = {mdev.uuid for mdev in sysfs.read_host(Machine()).mdevs}
     assert before, "the driver offers no types"
     yield
     after = await settled(before)
     assert after == before, f"available instances: {before} before, {after} after"
-    left = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    left = {mdev.uuid for mdev in sysfs.read_host(Machine()).mdevs}
     assert left == known, f"mdevs: {known} before, {left} after"
 
 
@@ -76,7 +77,9 @@ async def mdevs(type_id: str, count: int = 1) -> AsyncIterator[tuple[Mdev, ...]]
     try:
         yield made
     finally:
-        if left := [str(mdev.uuid) for mdev in made if sysfs.read_mdev(mdev.uuid) is not None]:
+        if left := [
+            str(mdev.uuid) for mdev in made if sysfs.read_mdev(Machine(), mdev.uuid) is not None
+        ]:
             await remove_devices(left)
 
 

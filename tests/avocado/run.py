@@ -217,12 +217,13 @@ async def sweep(known: set[Any]) -> None:
     from mdev_orchestrator.engine.devices import remove_devices
     from mdev_orchestrator.errors import MdoError
     from mdev_orchestrator.host import sysfs
+    from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.qemu import process
 
     for guest in process.list_guests():
         with contextlib.suppress(MdoError):
             await lifecycle.end(guest, deadline=0, force=True)
-    for mdev in sysfs.scan().mdevs:
+    for mdev in sysfs.read_host(Machine()).mdevs:
         if mdev.uuid not in known:
             with contextlib.suppress(MdoError):
                 await remove_devices([str(mdev.uuid)])
@@ -260,8 +261,9 @@ def main() -> int:
         # guests of our own, so that the sweep ends no others
         os.environ["MDO_STATE_DIR"] = tempfile.tempdir = directory
         from mdev_orchestrator.host import sysfs
+        from mdev_orchestrator.machine import Machine
 
-        known = {mdev.uuid for mdev in sysfs.scan().mdevs}
+        known = {mdev.uuid for mdev in sysfs.read_host(Machine()).mdevs}
         preload()
         adapt_avocado()
         try:

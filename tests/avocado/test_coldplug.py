@@ -7,13 +7,14 @@ from guests import GuestTest, functions, guest, mdevs, unchanged, use
 
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.lab.story import GRID_OTHERS, GRID_TYPE, IGD_TYPE, counts
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 
 
 class ColdPlug(GuestTest):
     async def test_guest_uses_what_it_was_started_with(self) -> None:
         async with unchanged(), mdevs(GRID_TYPE) as (grid,), mdevs(IGD_TYPE) as (igd,):
-            left = counts(sysfs.scan())
+            left = counts(sysfs.read_host(Machine()))
             assert {left[other] for other in GRID_OTHERS} == {0}
             async with guest("cold", grid, igd) as program:
                 seen = await functions(program)

@@ -26,8 +26,9 @@ from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.errors import DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.lab.story import counts
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
 
@@ -50,7 +51,7 @@ class HotPlug(GuestTest):
 
             # Detach returns when QEMU has closed it: nobody holds it then.
             await lifecycle.detach("ports", first.uuid)
-            assert not holders((first,)).of(first.uuid)
+            assert not read_holders(Machine(), (first,)).of(first.uuid)
             await disappears(program, first)
 
             # The same device again, and one in every other port.
@@ -104,8 +105,8 @@ class HotPlug(GuestTest):
                 done = await mdo("detach", "deaf", str(mdev.uuid), "--deadline", "1")
                 assert done.status == DeadlineError.exit_code, done
                 assert "did not let go" in one_line(done.err)
-                assert sysfs.read_mdev(mdev.uuid) is not None
-                assert counts(sysfs.scan())[SMALL] == 7
+                assert sysfs.read_mdev(Machine(), mdev.uuid) is not None
+                assert counts(sysfs.read_host(Machine()))[SMALL] == 7
             # A guest that has ended holds nothing.
-            assert not holders((mdev,)).of(mdev.uuid)
+            assert not read_holders(Machine(), (mdev,)).of(mdev.uuid)
             await remove_devices([str(mdev.uuid)])

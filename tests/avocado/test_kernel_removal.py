@@ -20,8 +20,9 @@ from guests import (
 
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.lab.story import GRID_TYPE
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
@@ -32,7 +33,7 @@ SMALL = "mvgpu-128M"
 async def is_gone(mdev: Mdev) -> None:
     """Wait until the kernel has removed it."""
     async with asyncio.timeout(GUEST_SECONDS):
-        await until(lambda: sysfs.read_mdev(mdev.uuid) is None)
+        await wait_until(Machine(), lambda: sysfs.read_mdev(Machine(), mdev.uuid) is None)
 
 
 class KernelRemoval(GuestTest):
@@ -50,8 +51,8 @@ class KernelRemoval(GuestTest):
                 # abandoned in the kernel.
                 await qmp.execute("stop", object)
                 with refused(DeadlineError, str(grid.uuid), "was not removed", "has it open"):
-                    await sysfs.remove(grid.uuid, 1)
-                assert sysfs.read_mdev(grid.uuid) is not None
+                    await sysfs.remove(Machine(), grid.uuid, 1)
+                assert sysfs.read_mdev(Machine(), grid.uuid) is not None
                 (other,) = [m for m in await hotplug.mdevs(qmp) if m.uuid == igd.uuid]
                 assert other.driver == "vfio-pci"
 
@@ -80,7 +81,7 @@ class KernelRemoval(GuestTest):
         async with unchanged(), mdevs(SMALL) as (mdev,):
             async with halted_guest("deaf", mdev):
                 with refused(DeadlineError, str(mdev.uuid), "has it open"):
-                    await sysfs.remove(mdev.uuid, 1)
+                    await sysfs.remove(Machine(), mdev.uuid, 1)
             await is_gone(mdev)
 
 

@@ -26,8 +26,9 @@ from lab import vfio
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, QemuError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.lab import l2
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 
 SMALL = "mvgpu-128M"
@@ -63,7 +64,7 @@ class Lifetime(GuestTest):
                 async with l2.program("later", found.console_socket) as program:
                     attached = await mdo("attach", "later", str(held), "--wait-guest", "--json")
                     assert attached.json()["taken"] is True
-                    (one,) = [m for m in sysfs.scan().mdevs if m.uuid == held]
+                    (one,) = [m for m in sysfs.read_host(Machine()).mdevs if m.uuid == held]
                     await appears(program, one)
                     await use(program, one)
 
@@ -72,13 +73,13 @@ class Lifetime(GuestTest):
                     assert done.status == BusyError.exit_code, done
                     assert "held by guest 'later'" in one_line(done.err)
                     assert "--detach" in done.err
-                    assert sysfs.read_mdev(held) is not None
+                    assert sysfs.read_mdev(Machine(), held) is not None
                     await use(program, one)
 
                     # Unless it is taken out of the guest first.
                     done = await mdo("remove", "--detach", str(held))
                     assert done.status == 0, done
-                    assert sysfs.read_mdev(held) is None
+                    assert sysfs.read_mdev(Machine(), held) is None
 
                 stopped = await mdo("guest", "stop", "later", "--json")
                 assert stopped.json() == {"name": "later", "how": "powerdown"}
@@ -88,7 +89,7 @@ class Lifetime(GuestTest):
             finally:
                 for left in process.list_guests():
                     await lifecycle.end(left, deadline=0, force=True)
-                left = [str(mdev) for mdev in (cold, held) if sysfs.read_mdev(mdev)]
+                left = [str(mdev) for mdev in (cold, held) if sysfs.read_mdev(Machine(), mdev)]
                 if left:
                     await mdo("remove", *left)
 
@@ -107,8 +108,8 @@ class Lifetime(GuestTest):
             assert str(mdev.path) in words
             # Nothing of the guest is left, and the device is as it was.
             assert process.list_guests() == []
-            assert sysfs.read_mdev(mdev.uuid) == mdev
-            assert not holders((mdev,)).of(mdev.uuid)
+            assert sysfs.read_mdev(Machine(), mdev.uuid) == mdev
+            assert not read_holders(Machine(), (mdev,)).of(mdev.uuid)
 
     async def test_qemu_killed_in_the_middle(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,), guest("victim", mdev) as program:
@@ -135,7 +136,7 @@ class Lifetime(GuestTest):
             assert listed["pid"] is None
 
             # The device is free, and its next user finds nothing of what was in it.
-            assert not holders((mdev,)).of(mdev.uuid)
+            assert not read_holders(Machine(), (mdev,)).of(mdev.uuid)
             with vfio.Device(str(mdev.uuid)) as device:
                 seen = os.pread(device.fd, FILL_BYTES, device.offset(vfio.FB))
             assert seen == bytes(FILL_BYTES)

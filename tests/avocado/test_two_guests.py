@@ -23,8 +23,9 @@ from guests import (
 
 from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.errors import BusyError, QemuError
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.lab.story import GRID_TYPE, as_guest_mdev
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 
 SMALL = "mvgpu-128M"
@@ -57,7 +58,7 @@ class TwoGuests(GuestTest):
             with refused(QemuError, "guest third", "Device or resource busy"):
                 await process.start(spec("third", shared, boots=False))
             assert [found.name for found in process.list_guests()] == ["left", "right"]
-            (holder,) = holders((shared,)).of(shared.uuid)
+            (holder,) = read_holders(Machine(), (shared,)).of(shared.uuid)
             assert holder.guest == "left"
             await use(left, shared, seed=3)
 
@@ -72,4 +73,4 @@ class TwoGuests(GuestTest):
             ended = await lifecycle.end(process.find("left"))
             assert ended.how == "powerdown"
             await use(right, grid_of_right, seed=5)
-            assert not holders((grid_of_left,)).of(grid_of_left.uuid)
+            assert not read_holders(Machine(), (grid_of_left,)).of(grid_of_left.uuid)

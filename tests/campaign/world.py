@@ -26,7 +26,8 @@ from pathlib import Path
 from lab import vfio
 from mdev_orchestrator.engine.journal_db import Managed, read_managed
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import Holders, holders
+from mdev_orchestrator.host.holders import Holders, read_holders
+from mdev_orchestrator.machine import Machine as Handle
 from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu import process
 
@@ -148,9 +149,9 @@ class Machine:
     @classmethod
     def now(cls) -> Machine:
         """Read it."""
-        host = sysfs.scan()
+        host = sysfs.read_host(Handle())
         owned = read_managed(_place() / "journal.db")
-        return cls(host, holders(host.mdevs), owned, _guests())
+        return cls(host, read_holders(Handle(), host.mdevs), owned, _guests())
 
 
 def _place() -> Path:
@@ -330,7 +331,7 @@ def clear(others: Foreign) -> None:
     while [pid for pid, _ in processes() if pid not in others.known]:
         assert time.monotonic() < end, processes()
         time.sleep(0.05)
-    for mdev in sysfs.scan().mdevs:
+    for mdev in sysfs.read_host(Handle()).mdevs:
         if str(mdev.uuid) not in others.uuids:
             with contextlib.suppress(FileNotFoundError):
                 vfio.remove(str(mdev.uuid))

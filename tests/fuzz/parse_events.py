@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Lines of strangers: a uevent, the command line of a process, what L1's agent says."""
+"""Lines from elsewhere: a uevent, the command line of a process, a message of L1's agent."""
 
 from mdev_orchestrator.host import events, holders
 from mdev_orchestrator.lab import wire
@@ -20,7 +20,7 @@ def one(data: bytes) -> None:
 
 
 def _wire(data: bytes) -> None:
-    """However the bytes are cut, the same messages come out; and each can be said again."""
+    """However the bytes are cut, the same messages come out, and each can be encoded again."""
     whole = list(wire.Lines().feed(data))
     lines = wire.Lines()
     assert [m for byte in data for m in lines.feed(bytes([byte]))] == whole

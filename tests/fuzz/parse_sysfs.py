@@ -15,15 +15,17 @@ from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.groups import explain
 from mdev_orchestrator.host.holders import Holders
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, MdevType
 
 ROOT = harness.scratch()
+MACHINE = Machine(ROOT)
 DEV = "0f0f9c0e-6f2c-4a5e-8d5b-0a5a1d3a9a11"
 PARENT = "sys/devices/virtual/v/p0"
 TYPE = f"{PARENT}/mdev_supported_types/v-1"
 BUS = "sys/bus/mdev/devices"
 CLASS = "sys/class/mdev_bus"
-#: First letters of a record's name: where its file is. Behind a ``>`` it is a link, not a file.
+#: First letters of a record's name: where its file is. After a ``>`` it is a link, not a file.
 PLACES = {"t": TYPE, "a": f"{TYPE}/attributes", "p": PARENT, "m": f"{PARENT}/{DEV}"}
 PLACES |= {"n": f"{PARENT}/{DEV}/nvidia", "b": BUS, "c": CLASS, "o": f"{PARENT}/{DEV}/vfio-dev"}
 PLACES |= {"s": f"{PARENT}/mdev_supported_types"}
@@ -65,7 +67,7 @@ def _put(what: str, text: bytes) -> None:
 
 
 def _look() -> None:
-    found = sysfs.scan(ROOT)
+    found = sysfs.read_host(MACHINE)
     for text in _texts(found):
         harness.check_shown([text])
     written = msgspec.json.encode(shape(found, Holders(), None))
@@ -74,14 +76,14 @@ def _look() -> None:
     for parent in found.parents:
         look(found, parent.name)
     for group in found.groups:
-        explain(group, ROOT)
+        explain(MACHINE, group)
     uuid = UUID(DEV)
-    sysfs.read_mdev(uuid, ROOT)
-    sysfs.vfio_node(uuid, ROOT)
-    for name in sysfs.writable_files(uuid, ROOT):
-        sysfs.leads_out(uuid, name, ROOT)
+    sysfs.read_mdev(MACHINE, uuid)
+    sysfs.vfio_node(MACHINE, uuid)
+    for name in sysfs.writable_files(MACHINE, uuid):
+        sysfs.leads_out(MACHINE, uuid, name)
         try:
-            sysfs.read_file(uuid, name, ROOT)
+            sysfs.read_file(MACHINE, uuid, name)
         except MdoError as error:
             harness.check_message(error)
 

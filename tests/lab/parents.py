@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from lab import vfio
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
 from unit.capacity.drivers import Texts
 
 SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
@@ -43,7 +44,7 @@ class Parent:
     """One of the kernel's, in the shape of :class:`unit.capacity.cases.Parent`."""
 
     def __init__(self, name: str) -> None:
-        (found,) = (parent for parent in sysfs.scan().parents if parent.name == name)
+        (found,) = (parent for parent in sysfs.read_host(Machine()).parents if parent.name == name)
         self.name = name
         self.texts: dict[str, Texts] = {
             type_.id: (type_.name, type_.description, type_.attributes) for type_ in found.types

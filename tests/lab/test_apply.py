@@ -20,7 +20,8 @@ from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import BusyError, CapacityError, MdoError, QemuError, RequestError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.spec import Document, parse
 from mdev_orchestrator.state import private_dir
@@ -32,14 +33,14 @@ POOL = '[[pool]]\nname = "p"\ntype = "mvgpu-128M"\ncount = {}\n'
 @pytest.fixture(autouse=True)
 async def given_back(tmp_path: Path) -> AsyncIterator[None]:
     """A test begins and ends with a machine without devices and guests."""
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()
     yield
     for root in (None, *tmp_path.glob("*/guests")):
         for guest in process.list_guests(root):
             await lifecycle.end(guest, deadline=0, force=True)
-    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
+    if left := [str(mdev.uuid) for mdev in sysfs.read_host(Machine()).mdevs]:
         await remove_devices(left, journal=tmp_path / "journal.db")
-    assert {p.links_free == p.links for p in sysfs.scan().parents} == {True}
+    assert {p.links_free == p.links for p in sysfs.read_host(Machine()).parents} == {True}
 
 
 def spec(*parts: str, name: str = "story") -> Document:
@@ -65,11 +66,11 @@ async def test_sixteen_guests_of_one_spec_start_together(tmp_path: Path) -> None
     assert len(done.steps) == 32
     guests = process.list_guests(ours["guests"])
     assert [guest.state for guest in guests] == [process.State.RUNNING] * 16
-    held = holders(sysfs.scan().mdevs).by_mdev
+    held = read_holders(Machine(), sysfs.read_host(Machine()).mdevs).by_mdev
     assert Counter(len(who) for who in held.values()) == {1: 16}
     assert (await apply(sixteen(), **ours)).nothing
     await destroy("story", force=True, deadline=0, **ours)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()
     assert process.list_guests(ours["guests"]) == []
 
 
@@ -78,7 +79,7 @@ async def test_or_none_of_them(tmp_path: Path) -> None:
     with pytest.raises(QemuError, match="guest g15: QEMU ended") as caught:
         await apply(sixteen("-no-such-option"), **ours)
     assert "all was undone" in caught.value.__notes__
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()
     assert process.list_guests(ours["guests"]) == []
     owned = read_managed(ours["journal"])
     assert (owned.devices, owned.guests, owned.specs) == ({}, {}, {})
@@ -91,7 +92,9 @@ async def test_two_orchestrators_and_the_last_slots(tmp_path: Path) -> None:
         *(apply(spec(POOL.format(8)), **home) for home in homes), return_exceptions=True
     )
     won = [read_managed(home["journal"]).devices for home in homes]
-    assert {uuid for devices in won for uuid in devices} == {m.uuid for m in sysfs.scan().mdevs}
+    assert {uuid for devices in won for uuid in devices} == {
+        m.uuid for m in sysfs.read_host(Machine()).mdevs
+    }
     lost = [one for one in done if isinstance(one, MdoError)]
     if len(lost) == 1:  # else both were refused one at the last moment, and both gave back
         assert sorted(map(len, won)) == [0, 8]
@@ -114,8 +117,8 @@ async def test_two_orchestrators_and_one_uuid(tmp_path: Path) -> None:
     lost = [one for one in done if isinstance(one, RequestError)]
     assert len(lost) == 1, done
     assert str(uuid) in lost[0].message
-    (mdev,) = sysfs.scan().mdevs
-    (holder,) = holders([mdev]).of(uuid)
+    (mdev,) = sysfs.read_host(Machine()).mdevs
+    (holder,) = read_holders(Machine(), [mdev]).of(uuid)
     assert holder.guest == "g"
     running = [guest for home in homes for guest in process.list_guests(home["guests"])]
     assert [guest.alive for guest in running] == [True]
@@ -126,7 +129,7 @@ async def test_the_same_spec_twice_at_the_same_time(tmp_path: Path) -> None:
     ours = orchestrator(tmp_path, "ours")
     done = await asyncio.gather(*(apply(spec(POOL.format(3)), **ours) for _ in range(10)))
     assert sorted(len(changes.steps) for changes in done) == [0] * 9 + [3]
-    assert len(sysfs.scan().mdevs) == 3
+    assert len(sysfs.read_host(Machine()).mdevs) == 3
 
 
 async def test_a_guest_that_somebody_else_changes(tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ async def test_beside_mdevctl(tmp_path: Path) -> None:
     )
     assert isinstance(codes, list)
     mine = set(read_managed(ours["journal"]).devices)
-    here = {mdev.uuid for mdev in sysfs.scan().mdevs}
+    here = {mdev.uuid for mdev in sysfs.read_host(Machine()).mdevs}
     assert mine.isdisjoint(theirs)
     assert here == mine | {uuid for uuid, code in zip(theirs, codes, strict=True) if code == 0}
     assert len(mine) == (0 if isinstance(done, MdoError) else 8)
@@ -172,13 +175,15 @@ async def test_a_change_that_does_not_fit_beside_the_old_takes_its_place(tmp_pat
     changes = await diff(spec(wide), **ours)
     assert [type(p.step).__name__ for p in changes.steps] == ["Remove"] * 8 + ["Create"] * 2
     await apply(spec(wide), **ours)
-    assert [mdev.type_id for mdev in sysfs.scan().mdevs] == ["mvgpu-512M"] * 2
+    assert [mdev.type_id for mdev in sysfs.read_host(Machine()).mdevs] == ["mvgpu-512M"] * 2
 
 
 async def test_what_is_lost_comes_back_under_its_uuid(tmp_path: Path) -> None:
     ours = orchestrator(tmp_path, "ours")
     await apply(spec(POOL.format(3)), **ours)
-    before = sysfs.scan().mdevs
-    await sysfs.remove(before[1].uuid, 10)
+    before = sysfs.read_host(Machine()).mdevs
+    await sysfs.remove(Machine(), before[1].uuid, 10)
     await apply(spec(POOL.format(3)), **ours)
-    assert {mdev.uuid for mdev in sysfs.scan().mdevs} == {mdev.uuid for mdev in before}
+    assert {mdev.uuid for mdev in sysfs.read_host(Machine()).mdevs} == {
+        mdev.uuid for mdev in before
+    }

@@ -24,8 +24,9 @@ from mdev_orchestrator.engine import lifecycle
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.errors import BusyError, CapacityError, RequestError
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.host.readiness import missing
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -48,19 +49,21 @@ def driver(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def free(parent: str) -> dict[str, int | None]:
-    types = next(p.types for p in sysfs.scan().parents if p.name == parent)
+    types = next(p.types for p in sysfs.read_host(Machine()).parents if p.name == parent)
     return {type_.id: type_.available_instances for type_ in types}
 
 
 async def test_what_was_created_comes_back(driver: str) -> None:
-    before = sysfs.scan()
+    before = sysfs.read_host(Machine())
     for type_, count in free(driver).items():
         assert count
         made = await create_devices(type_, 2)
-        assert [(m.parent, m.type_id, missing(m.uuid)) for m in made] == [(driver, type_, None)] * 2
+        assert [(m.parent, m.type_id, missing(Machine(), m.uuid)) for m in made] == [
+            (driver, type_, None)
+        ] * 2
         assert free(driver)[type_] == count - 2
         await remove_devices([str(mdev.uuid) for mdev in made])
-    assert sysfs.scan() == before
+    assert sysfs.read_host(Machine()) == before
 
 
 async def test_one_type_takes_from_the_others(driver: str) -> None:
@@ -73,17 +76,17 @@ async def test_one_type_takes_from_the_others(driver: str) -> None:
 
 
 async def test_one_more_than_fits_creates_nothing(driver: str) -> None:
-    before = sysfs.scan()
+    before = sysfs.read_host(Machine())
     for type_, count in free(driver).items():
         with pytest.raises(CapacityError, match=rf"{count} would; nothing was created"):
             await create_devices(type_, (count or 0) + 1)
-    assert sysfs.scan() == before
+    assert sysfs.read_host(Machine()) == before
 
 
 async def test_a_driver_without_our_files(driver: str) -> None:
     (mdev,) = await create_devices(next(iter(free(driver))))
-    assert sysfs.read_file(mdev.uuid, "online") is None
-    assert not await sysfs.write_file(mdev.uuid, "group_uuid", "")
+    assert sysfs.read_file(Machine(), mdev.uuid, "online") is None
+    assert not await sysfs.write_file(Machine(), mdev.uuid, "group_uuid", "")
     await remove_devices([str(mdev.uuid)])
 
 
@@ -136,7 +139,7 @@ async def test_guest_gets_one_cold_and_one_hot(driver: str) -> None:
         plugged = {one.uuid: one.path for one in await hotplug.mdevs_of(guest)}
         assert plugged == {cold.uuid: str(cold.path), hot.uuid: str(hot.path)}
         for mdev in (cold, hot):
-            (holder,) = holders((mdev,)).of(mdev.uuid)
+            (holder,) = read_holders(Machine(), (mdev,)).of(mdev.uuid)
             assert holder.guest == "halted"
         with pytest.raises(BusyError, match="held by guest 'halted'"):
             await remove_devices([str(hot.uuid), str(cold.uuid)])

@@ -27,9 +27,17 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import MdevEvent, NodeEvent, Rescan, events, until
-from mdev_orchestrator.host.holders import holders
+from mdev_orchestrator.host.events import (
+    MdevEvent,
+    NodeEvent,
+    Rescan,
+    events,
+    udev_monitor,
+    wait_until,
+)
+from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.host.readiness import missing
+from mdev_orchestrator.machine import Machine
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
@@ -62,14 +70,14 @@ def mdo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def free(parent: str) -> dict[str, int | None]:
     """Free instances by type, without the driver's prefix."""
-    types = next(p.types for p in sysfs.scan().parents if p.name == parent)
+    types = next(p.types for p in sysfs.read_host(Machine()).parents if p.name == parent)
     return {t.id.removeprefix("mvgpu-"): t.available_instances for t in types}
 
 
 @asynccontextmanager
 async def held(uuid: UUID) -> AsyncIterator[asyncio.subprocess.Process]:
     """A device in the hands of a process that does not let go."""
-    node = sysfs.vfio_node(uuid)
+    node = sysfs.vfio_node(Machine(), uuid)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-S", "-c", HOLDER, str(node), str(uuid)),
         stdout=asyncio.subprocess.PIPE,
@@ -87,12 +95,12 @@ async def held(uuid: UUID) -> AsyncIterator[asyncio.subprocess.Process]:
 @pytest.fixture(autouse=True)
 async def nothing_stays() -> AsyncIterator[None]:
     """Every test starts without devices and leaves the machine as it found it."""
-    before = sysfs.scan()
+    before = sysfs.read_host(Machine())
     assert before.mdevs == ()
     yield
-    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
+    if left := [str(mdev.uuid) for mdev in sysfs.read_host(Machine()).mdevs]:
         await remove_devices(left)
-    assert sysfs.scan() == before
+    assert sysfs.read_host(Machine()) == before
 
 
 async def test_the_seeds_example() -> None:
@@ -118,7 +126,7 @@ async def test_one_instance_of_a_grid_type_takes_the_card_for_it() -> None:
 
 
 async def test_a_type_is_described_by_separate_files_too() -> None:
-    types = {t.id: t for p in sysfs.scan().parents for t in p.types}
+    types = {t.id: t for p in sysfs.read_host(Machine()).parents for t in p.types}
     type_ = types["mvgpu-12"]
     assert type_.damage == ()
     assert type_.description is not None
@@ -128,7 +136,7 @@ async def test_a_type_is_described_by_separate_files_too() -> None:
 
 async def test_all_that_fit_at_once_are_usable_on_return() -> None:
     made = await create_devices("mvgpu-11", 16)
-    assert [missing(mdev.uuid) for mdev in made] == [None] * 16
+    assert [missing(Machine(), mdev.uuid) for mdev in made] == [None] * 16
     assert {mdev.type_id for mdev in made} == {"mvgpu-11"}
     await remove_devices([str(mdev.uuid) for mdev in made])
 
@@ -139,24 +147,24 @@ async def test_a_uuid_exists_once_on_the_machine() -> None:
         await create_devices("mvgpu-12", uuids=[str(mdev.uuid)])
     # past our own check, as in a race: the kernel says so itself
     with pytest.raises(UuidError, match="exists already under parent igd0"):
-        await sysfs.create("grid0", "mvgpu-12", mdev.uuid)
+        await sysfs.create(Machine(), "grid0", "mvgpu-12", mdev.uuid)
 
 
 async def test_the_kernel_has_the_last_word_on_what_fits() -> None:
     await create_devices("mvgpu-512M", 2)
     with pytest.raises(CapacityError, match="the driver has no instance left"):
-        await sysfs.create("igd0", "mvgpu-128M", uuid4())
+        await sysfs.create(Machine(), "igd0", "mvgpu-128M", uuid4())
 
 
 async def test_a_type_that_is_gone_when_it_is_written() -> None:
     with pytest.raises(UnknownError, match="no such type or parent"):
-        await sysfs.create("igd0", "mvgpu-64M", uuid4())
+        await sysfs.create(Machine(), "igd0", "mvgpu-64M", uuid4())
 
 
 async def test_what_a_process_holds_is_refused_and_then_removed() -> None:
     (mdev,) = await create_devices("mvgpu-128M")
     async with held(mdev.uuid) as process:
-        (holder,) = holders((mdev,)).of(mdev.uuid)
+        (holder,) = read_holders(Machine(), (mdev,)).of(mdev.uuid)
         assert (holder.pid, holder.guest) == (process.pid, None)
         with pytest.raises(BusyError, match=rf"is held by python.* \(pid {process.pid}\)"):
             await remove_devices([str(mdev.uuid)])
@@ -167,29 +175,32 @@ async def test_a_blocked_removal_ends_at_its_deadline_and_the_kernel_ends_it_lat
     (mdev,) = await create_devices("mvgpu-128M")
     async with held(mdev.uuid):
         with pytest.raises(DeadlineError, match="ends the removal by itself"):
-            await sysfs.remove(mdev.uuid, 1.0)
+            await sysfs.remove(Machine(), mdev.uuid, 1.0)
         # only its directory is left, and its instance is still in use
         assert not mdev.path.exists()
-        left = sysfs.read_mdev(mdev.uuid)
+        left = sysfs.read_mdev(Machine(), mdev.uuid)
         assert left is not None
-        assert sysfs.scan().mdevs == (left,)
+        assert sysfs.read_host(Machine()).mdevs == (left,)
         assert "is being removed" in left.damage[0]
         assert free("igd0")["128M"] == 7
         with pytest.raises(BusyError, match="is held by python"):
             await remove_devices([str(mdev.uuid)])
         with pytest.raises(DeadlineError):  # the second writer finds no file to write
-            await sysfs.remove(mdev.uuid, 0.5)
+            await sysfs.remove(Machine(), mdev.uuid, 0.5)
     async with asyncio.timeout(30):
-        await until(lambda: sysfs.read_mdev(mdev.uuid) is None)
+        await wait_until(Machine(), lambda: sysfs.read_mdev(Machine(), mdev.uuid) is None)
 
 
 async def test_events_of_a_creation() -> None:
     uuid = uuid4()
-    async with asyncio.timeout(60), aclosing(events()) as stream:
+    async with asyncio.timeout(60), aclosing(events(lambda: udev_monitor(Machine()))) as stream:
         assert isinstance(await anext(stream), Rescan)
         await create_devices("mvgpu-128M", uuids=[str(uuid)])
         # udev works on unrelated devices at the same time, so either may come first
-        wanted = {MdevEvent("add", uuid, "igd0"), NodeEvent("add", str(sysfs.vfio_node(uuid)))}
+        wanted = {
+            MdevEvent("add", uuid, "igd0"),
+            NodeEvent("add", str(sysfs.vfio_node(Machine(), uuid))),
+        }
         while wanted:
             wanted.discard(await anext(stream))
 

@@ -22,6 +22,7 @@ from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl as interop
 from mdev_orchestrator.interop.mdevctl import Definition
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
@@ -56,10 +57,10 @@ def mdo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture(autouse=True)
 async def nothing_stays() -> AsyncIterator[None]:
     """No device and no definition before a test, and none after it."""
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()
     assert interop.read(WHERE) == interop.Definitions()
     yield
-    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
+    if left := [str(mdev.uuid) for mdev in sysfs.read_host(Machine()).mdevs]:
         await remove_devices(left)
     for parent in WHERE.iterdir():
         if parent.name != "scripts.d":
@@ -92,7 +93,7 @@ def define(uuid: UUID, *attributes: tuple[str, str], auto: bool = False) -> Path
 
 
 def the(uuid: UUID) -> Mdev:
-    mdev = sysfs.read_mdev(uuid)
+    mdev = sysfs.read_mdev(Machine(), uuid)
     assert mdev is not None
     return mdev
 
@@ -330,6 +331,6 @@ def test_an_attribute_that_the_driver_has_not_leaves_nothing(mdo: Mdo, tmp_path:
     define(uuid := uuid4(), ("vgpu_params", "a=1"), ("no_such_file", "1"))
     mdo("import", "-o", tmp_path / "spec.toml")
     mdo("apply", tmp_path / "spec.toml", code=5)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()
     mdevctl("start", "--uuid", uuid, code=1)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()

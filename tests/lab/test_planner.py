@@ -23,6 +23,7 @@ from lab.parents import Parent, all_drivers
 from mdev_orchestrator.capacity.models import survey
 from mdev_orchestrator.capacity.planner import plan
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from unit.capacity.cases import check, exhaustive, wishes
 
@@ -44,7 +45,7 @@ def decide(rng: random.Random, everywhere: list[Parent]) -> bool:
         parent.occupy(rng)
     there = [device for parent in parents for device in parent.devices]
     gone = rng.sample(there, min(len(there), rng.choice([0, 0, 0, 1, 3])))
-    host = sysfs.scan()
+    host = sysfs.read_host(Machine())
     names = {parent.name for parent in parents}
     chosen = Host(tuple(p for p in host.parents if p.name in names), host.mdevs)
     found = survey(chosen, removing=[m.uuid for m in host.mdevs if str(m.uuid) in dict(gone)])
@@ -65,7 +66,7 @@ def decide(rng: random.Random, everywhere: list[Parent]) -> bool:
 
 
 def test_plans_are_as_the_kernel_decides() -> None:
-    parents = [Parent(parent.name) for parent in sysfs.scan().parents]
+    parents = [Parent(parent.name) for parent in sysfs.read_host(Machine()).parents]
     decided: Counter[bool] = Counter()
 
     @settings(

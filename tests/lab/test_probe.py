@@ -28,6 +28,7 @@ from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.probe import probe
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
@@ -45,9 +46,9 @@ def drivers() -> Iterator[None]:
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A state directory of its own; the machine is as before afterwards."""
     monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path))
-    before = sysfs.scan()
+    before = sysfs.read_host(Machine())
     yield tmp_path
-    assert sysfs.scan() == before
+    assert sysfs.read_host(Machine()) == before
     if (tmp_path / "journal.db").exists():
         with Journal.open() as book:
             assert book.open_runs() == []
@@ -82,7 +83,9 @@ async def test_a_stranger_is_known_afterwards(name: str, monkeypatch: pytest.Mon
             else:
                 parent.create(rng.choice(sorted(parent.texts)))
         # with devices on it, what was learned is what is believed
-        found = {c.name: c for c in models.survey(sysfs.scan(), learned=model_cache.load())}
+        found = {
+            c.name: c for c in models.survey(sysfs.read_host(Machine()), learned=model_cache.load())
+        }
         assert found[name].model == probed.after.model
         assert found[name].confidence is models.Confidence.OBSERVED
     finally:
@@ -98,7 +101,7 @@ def test_all_parents_by_one_command() -> None:
     for parent in shown.values():
         assert (parent["learned"], parent["before"]["confidence"]) == (True, "known"), parent
         assert parent["model"] == parent["before"]["model"]
-    believed = models.survey(sysfs.scan(), learned=model_cache.load())
+    believed = models.survey(sysfs.read_host(Machine()), learned=model_cache.load())
     assert {capacity.confidence for capacity in believed} == {models.Confidence.OBSERVED}
 
 

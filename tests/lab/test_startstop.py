@@ -34,7 +34,8 @@ from mdev_orchestrator.errors import (
     RequestError,
 )
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.host.events import until
+from mdev_orchestrator.host.events import wait_until
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -73,9 +74,9 @@ async def given_back(kernel_log: KernelLog) -> AsyncIterator[None]:
     yield
     for guest in process.list_guests():
         await lifecycle.end(guest, deadline=0, force=True)
-    if left := [str(mdev.uuid) for mdev in sysfs.scan().mdevs]:
+    if left := [str(mdev.uuid) for mdev in sysfs.read_host(Machine()).mdevs]:
         await remove_devices(left)
-    assert {parent.links_free for parent in sysfs.scan().parents} == {LINKS}
+    assert {parent.links_free for parent in sysfs.read_host(Machine()).parents} == {LINKS}
 
 
 @pytest.fixture(params=["10.0", "10.2"])
@@ -108,11 +109,11 @@ async def make(count: int, group: str | None = "peers") -> tuple[Mdev, ...]:
 
 
 def states(*mdevs: Mdev) -> set[bool | None]:
-    return {found.online for mdev in mdevs if (found := sysfs.read_mdev(mdev.uuid))}
+    return {found.online for mdev in mdevs if (found := sysfs.read_mdev(Machine(), mdev.uuid))}
 
 
 def free() -> int | None:
-    return next(p.links_free for p in sysfs.scan().parents if p.name == "igd0")
+    return next(p.links_free for p in sysfs.read_host(Machine()).parents if p.name == "igd0")
 
 
 def positions(uuid: UUID, since: int) -> dict[str, int]:
@@ -315,24 +316,29 @@ async def test_a_driver_without_groups_says_so(driver: str) -> None:
         pytest.skip("it has groups")
     with pytest.raises(HostError, match="the driver of igd0 has no start groups"):
         await make(1)
-    assert sysfs.scan().mdevs == ()
+    assert sysfs.read_host(Machine()).mdevs == ()
 
 
 KILLED = """
 import asyncio, os, signal, sys
 from lab.test_startstop import make, spec
 from mdev_orchestrator.engine import lifecycle
-from mdev_orchestrator.host import sysfs, writer
+from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.system.writer import SysfsWriter
 from uuid import UUID
 
-async def write(path, data):
-    number = await writer.write_or_kill(path, data)
-    if sys.argv[1] == "started":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
+write = SysfsWriter.write
 
-mdevs = [sysfs.read_mdev(UUID(text)) for text in sys.argv[2:]]
-asyncio.run(lifecycle.launch(spec(*mdevs), write=write))
+async def killed(writer, path, data, **options):
+    result = await write(writer, path, data, **options)
+    if sys.argv[1] == "started" and path.endswith("/online"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+SysfsWriter.write = killed
+mdevs = [sysfs.read_mdev(Machine(), UUID(text)) for text in sys.argv[2:]]
+asyncio.run(lifecycle.launch(spec(*mdevs)))
 """
 
 
@@ -347,7 +353,9 @@ async def test_an_orchestrator_that_is_killed_leaves_nothing(explicit: None, mom
         )
         if moment == "starting":
             async with asyncio.timeout(60):
-                await until(lambda: any(map(process.has_started, process.list_guests())))
+                await wait_until(
+                    Machine(), lambda: any(map(process.has_started, process.list_guests()))
+                )
             killed.kill()
         assert await killed.wait() == -signal.SIGKILL
         async with asyncio.timeout(30):

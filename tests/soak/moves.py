@@ -100,10 +100,15 @@ class Arena:
         return [f"the service has children left: {left}"] if left else []
 
     def _left(self) -> list[int]:
-        """The children of the service but one writer to sysfs, which stays for a minute."""
+        """The children of the service but idle writers to sysfs, which stay for some seconds."""
         service, children = self.worker.pid, world.children(self.worker.pid)
-        writers = [pid for pid in children if world.words(pid) == world.words(service)]
-        return [pid for pid in children if pid not in writers[:1]]
+        own = world.words(service)
+        return [pid for pid in children if world.words(pid) != own or not _is_idle(pid)]
+
+
+def _is_idle(writer: int) -> bool:
+    """Whether a child of the writer is at no write: it has nothing open but its socket."""
+    return len([*Path(f"/proc/{writer}/fd").iterdir()]) == 1
 
 
 ARENA: list[Arena] = []

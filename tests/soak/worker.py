@@ -30,6 +30,7 @@ from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host.events import Rescan, UdevMonitor, events
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
@@ -163,7 +164,7 @@ class _Service:
         async for event in events(_narrow_monitor):
             if isinstance(event, Rescan) and "lost" in event.reason:
                 self.lost += 1
-                mdo.scan()  # as one does
+                await mdo.scan(Machine())  # as one does
 
     # ---- what it can be told --------------------------------------------------------------------
 

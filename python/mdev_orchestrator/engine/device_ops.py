@@ -414,7 +414,7 @@ async def _removed(uuid: UUID, context: Context) -> None:
         ) from None
 
 
-async def _remove_all(
+async def _remove_all(  # noqa: C901
     uuids: Sequence[UUID], files: Sequence[str], context: Context, told: ResultCallback
 ) -> None:
     """Write to the ``remove`` files of several that are there and that nobody holds."""
