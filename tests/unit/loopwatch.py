@@ -45,7 +45,7 @@ def watch() -> Iterator[list[str]]:
         if time.perf_counter() - began > LIMIT:
             held = time.perf_counter() - began - (_queued() + collecting[1] - spared)
             if held > LIMIT:
-                holds.append(f"{held * 1000:.0f} ms in {handle!r}")
+                holds.append(f"{held * 1000:.0f} ms in {_named(handle)}")
 
     asyncio.Handle._run = run  # type: ignore[method-assign]
     gc.callbacks.append(collect)
@@ -54,6 +54,11 @@ def watch() -> Iterator[list[str]]:
     finally:
         gc.callbacks.remove(collect)
         asyncio.Handle._run = original  # type: ignore[method-assign]
+
+
+def _named(handle: asyncio.Handle) -> str:
+    task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
+    return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
 def _queued() -> float:
