@@ -179,10 +179,7 @@ class Execution:
         self.progress = list(progress or [Progress.PLANNED] * len(planned))
         self.stuck: list[MdoError] = []
         self._last: list[int] = []
-<<<<<<< HEAD
         # numbers of the steps that are written as about to act, or are being written so
-=======
->>>>>>> enginetests
         self._announced = {n for n, entry in enumerate(planned) if not entry.needs}
         self._limits: dict[type, asyncio.Semaphore] = {}
         self._held_parents = self._parents_in_use()
@@ -352,13 +349,7 @@ class Execution:
         async with self._limit(steps[0]):
             try:
                 if needs or self.progress[numbers[0]] is not Progress.PLANNED:
-<<<<<<< HEAD
-                    change = Change.merged(step.on_begin for step in steps)
-                    self._announced.update(numbers)  # it is written also if this is cancelled
-                    await self.journal.note(self.run, Progress.ACTING, numbers, change=change)
-=======
                     await self._announce(numbers)
->>>>>>> enginetests
                 for number in numbers:
                     self.emit(StepEventKind.BEGIN, number)
                 await self._attempt(numbers, ready)

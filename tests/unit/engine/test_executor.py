@@ -837,11 +837,7 @@ async def test_interrupted_while_it_is_written_down_nothing_is_ours(
 async def test_interrupted_while_a_later_step_is_written_down_it_is_not_managed(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-<<<<<<< HEAD
-    """The record that a step brings is on the disk, and the step itself has not acted."""
-=======
     """Its record is on the disk, and it has not acted."""
->>>>>>> enginetests
     writing, commit = threading.Event(), Journal._commit
 
     def slow(self: Journal, changes: Sequence[Callable[[], object]]) -> list[object]:
@@ -852,11 +848,7 @@ async def test_interrupted_while_a_later_step_is_written_down_it_is_not_managed(
         return results
 
     monkeypatch.setattr(Journal, "_commit", slow)
-<<<<<<< HEAD
-    work = asyncio.ensure_future(machine.run([create(0), create(1, 0)]))
-=======
     work = asyncio.ensure_future(execute(machine.context, [create(0), create(1, 0)]))
->>>>>>> enginetests
     await seen(writing.is_set)
     work.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
@@ -866,8 +858,6 @@ async def test_interrupted_while_a_later_step_is_written_down_it_is_not_managed(
     machine.untouched()
 
 
-<<<<<<< HEAD
-=======
 async def test_interrupted_while_the_journal_is_closed_all_was_done(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -890,7 +880,6 @@ async def test_interrupted_while_the_journal_is_closed_all_was_done(
     assert machine.journal.open_runs() == []
 
 
->>>>>>> enginetests
 async def test_interrupted_once_it_takes_back_what_it_did(machine: Machine) -> None:
     gate = machine.system.block[TEXTS[1]] = asyncio.Event()
     work = asyncio.ensure_future(machine.run([create(0), create(1, 0), create(2, 1)]))
