@@ -132,7 +132,7 @@ class Stop(Step, frozen=True, tag="stop"):
         if found is None or (found.record is not None and found.record.uuid != self.guest.uuid):
             return
         # one without a record was cut short at its start and cannot be asked to power down
-        force = self.force or found.record is None
+        force = self.force or (context.repairing and found.record is None)
         context.ended[found.name] = await end(
             context.machine, found, deadline=self.deadline, force=force
         )
@@ -262,6 +262,14 @@ def _guest(name: str, context: Context) -> RunningGuest | None:
         return process.find(context.machine, name)
     except UnknownError:
         return None
+
+
+def is_alive(machine: Machine, name: str) -> bool:
+    """Whether a guest of this name runs."""
+    try:
+        return process.find(machine, name).alive
+    except UnknownError:
+        return False
 
 
 def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
