@@ -162,7 +162,7 @@ async def test_a_program_that_was_quicker_is_named(machine: Machine, system: Fak
 
 
 async def test_the_same_spec_at_the_same_time(machine: Machine, system: FakeSystem) -> None:
-    """One does it, the other finds it done or is told who does it; never twice."""
+    """One does it, the others find it done or are told which process does it; never twice."""
     done = await asyncio.gather(*(apply(machine) for _ in range(3)), return_exceptions=True)
     assert len(system.uuids()) == 4
     steps = sorted(len(one) for one in done if isinstance(one, list))
