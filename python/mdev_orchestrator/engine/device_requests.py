@@ -3,10 +3,18 @@
 
 A spec asks for kinds of devices, the journal has records of single ones. A managed device stays
 with a request of the same guest or pool if it is what the request asks for. These rules are tried
-one after the other: it has the UUID that is given; it was made for the very same request and is
-present; it was made for that request and is not present, after a reboot for instance, so it is
-created again as it was; it is present and will do. A request may also take an adopted device that
-belongs to no guest, pool or spec.
+one after the other:
+
+1. it has the UUID that the request gives;
+2. it was made for the very same request, and is present;
+3. it was made for the very same request, and is absent, after a reboot for instance: it is created
+   again as it was;
+4. it is present and will do, and has the same parameters;
+5. it is present and will do.
+
+A request may also take an adopted device that belongs to no guest, pool or spec. Of such a device
+it is believed that it is as the spec says, but for its type, its start group, and parameters that
+the driver shows.
 """
 
 from __future__ import annotations
@@ -25,6 +33,9 @@ from mdev_orchestrator.engine.snapshot import ObservedState
 from mdev_orchestrator.interop.mdevctl import complete, is_of
 from mdev_orchestrator.model import Host, Mdev, MdevType
 from mdev_orchestrator.spec import Document, GuestMdev, Place, Pool, key, to_json
+
+Group = tuple[str, str | None]
+"""A start group of a spec: its owner and its name; no name for devices without a group."""
 
 
 class Existing(Struct, frozen=True):
@@ -68,6 +79,11 @@ class DeviceRequest(Struct, eq=False):
     def group_name(self) -> str | None:
         """Name of the start group, as the spec gives it."""
         return self.asked.group if isinstance(self.asked, GuestMdev) else None
+
+    @property
+    def group(self) -> Group:
+        """Its start group, or the devices of its owner that are in none."""
+        return self.owner, self.group_name
 
     @property
     def known_uuid(self) -> UUID | None:
@@ -173,6 +189,7 @@ class _Matching:
             or (record.spec is None and (record.owner in owners or record.adopted))
         }
         self.changed: dict[UUID, DeviceRecord | None] = {}
+        self.adopted_groups = self._recognise_groups()
 
     def match(self) -> Matched:
         self._assign_records()
@@ -188,10 +205,15 @@ class _Matching:
             lambda request, record: request.asked.uuid == record.uuid,
             lambda request, record: record.want == request.text and is_present(record, self.host),
             lambda request, record: record.want == request.text,
+            lambda request, record: (
+                record.params == request.asked.params and is_present(record, self.host)
+            ),
             lambda _, record: is_present(record, self.host),
         )
+        # a request for any type that meets conditions leaves a device to one that needs its type
+        by_need = sorted(self.requests, key=lambda request: request.asked.type is None)
         for rule in rules:
-            for request in self.requests:
+            for request in by_need:
                 if request.record is not None:
                     continue
                 for record in free.values():
@@ -202,6 +224,31 @@ class _Matching:
                     ):
                         request.record = free.pop(record.uuid)
                         break
+
+    def _recognise_groups(self) -> dict[Group, UUID]:
+        """Find the start groups of the spec among those of adopted devices, whose names are lost.
+
+        A group's devices are of one guest. Of several the one with as many devices is taken.
+        """
+        named: dict[Group, list[DeviceRequest]] = {}
+        for request in self.requests:
+            if request.group_name is not None:
+                named.setdefault(request.group, []).append(request)
+        adopted: dict[UUID, list[DeviceRecord]] = {}
+        for record in self.records.values():
+            if record.spec is None and record.group is not None:
+                adopted.setdefault(record.group, []).append(record)
+        found: dict[Group, UUID] = {}
+        for group, requests in named.items():
+            fitting = [
+                (str(uuid) != group[1], abs(len(records) - len(requests)), uuid)
+                for uuid, records in adopted.items()
+                if any(_may_have(requests[0], record) for record in records)
+            ]
+            if fitting:
+                *_, found[group] = min(fitting)
+                del adopted[found[group]]
+        return found
 
     def _will_do(self, request: DeviceRequest, record: DeviceRecord) -> bool:
         """Whether a managed device is what is asked for, if it is present or is created again."""
@@ -224,7 +271,7 @@ class _Matching:
     def _is_set_up(self, request: DeviceRequest, record: DeviceRecord) -> bool:
         asked = request.asked
         if record.spec is None:  # which attributes it was made with is not known
-            same_group = (record.group is None) == (request.group_name is None)
+            same_group = record.group == self.adopted_groups.get(request.group)
             return same_group and asked.params in {"", record.params}
         if record.want == request.text and (
             is_bare(asked) or (request.bare and is_present(record, self.host))

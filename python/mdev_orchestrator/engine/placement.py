@@ -19,6 +19,7 @@ from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.engine.device_requests import (
     DeviceRequest,
     Existing,
+    Group,
     Matched,
     existing,
     is_bare,
@@ -31,9 +32,6 @@ from mdev_orchestrator.spec import Document, key
 
 Survey = Callable[[Host, frozenset[UUID]], tuple[ParentCapacity, ...]]
 """What parents can take when some devices are removed before."""
-
-_Group = tuple[str, str | None]
-"""A start group of a spec: its owner and its name; no name for devices without a group."""
 
 
 class MisfitError(CapacityError):
@@ -113,15 +111,15 @@ class _Placing:
         parents = self._group_parents()
         self.asked = [self._request(name, table, parents) for name, table in self.tables.items()]
 
-    def _group_parents(self) -> dict[_Group, str]:
+    def _group_parents(self) -> dict[Group, str]:
         """The parents of start groups that have a device already."""
-        first: dict[_Group, Mdev] = {}
+        first: dict[Group, Mdev] = {}
         for request in self.requests:
             uuid = request.known_uuid
             found = None if uuid is None else self.host.find(uuid)
             if found is None or request.group_name is None:
                 continue
-            other = first.setdefault(_group(request), found)
+            other = first.setdefault(request.group, found)
             at = (*request.place, "group")
             if other.parent != found.parent:
                 raise self.document.fault(
@@ -140,7 +138,7 @@ class _Placing:
         return {name: mdev.parent for name, mdev in first.items()}
 
     def _request(
-        self, name: str, table: Sequence[DeviceRequest], parents: Mapping[_Group, str]
+        self, name: str, table: Sequence[DeviceRequest], parents: Mapping[Group, str]
     ) -> Request:
         first = table[0]
         asked, record, group = first.asked, first.record, first.group_name
@@ -150,7 +148,7 @@ class _Placing:
                 f"there is no device {asked.uuid}, and nothing says of what type to make it",
                 'add type = "…"',
             )
-        parent = parents.get(_group(first), asked.parent)
+        parent = parents.get(first.group, asked.parent)
         if asked.parent not in {None, parent}:
             raise self.document.fault(
                 (*first.place, "parent"),
@@ -199,7 +197,7 @@ class _Placing:
         for placement in plan.placements:
             placements.setdefault(placement.request, []).append(placement)
         groups = {
-            _group(request): known.group
+            request.group: known.group
             for request in self.requests
             if (known := request.device or request.record) is not None
         }
@@ -212,7 +210,7 @@ class _Placing:
                     request.device = self._new_record(request, where, groups)
 
     def _new_record(
-        self, request: DeviceRequest, where: Placement, groups: dict[_Group, UUID | None]
+        self, request: DeviceRequest, where: Placement, groups: dict[Group, UUID | None]
     ) -> DeviceRecord:
         """Describe a new device.
 
@@ -220,10 +218,10 @@ class _Placing:
         """
         name, group = request.group_name, None
         if name is not None:
-            group = groups.get(_group(request))
+            group = groups.get(request.group)
             if group is None:
                 group = UUID(name) if is_uuid(name) else self.new_uuid()
-                groups[_group(request)] = group
+                groups[request.group] = group
         return DeviceRecord(
             uuid=request.asked.uuid or self.new_uuid(),
             parent=where.parent,
@@ -236,7 +234,3 @@ class _Placing:
             attributes=request.asked.attributes,
             want=request.text,
         )
-
-
-def _group(request: DeviceRequest) -> _Group:
-    return request.owner, request.group_name
