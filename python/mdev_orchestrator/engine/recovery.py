@@ -108,23 +108,29 @@ async def recover_abandoned(
     for found, entries in await journal.read(journal.abandoned):
         if only not in {None, found.id}:
             continue
+        way = _way(found, entries)
         was_stuck = any(entry.progress is Progress.STUCK for entry in entries)
-        if was_stuck and not again and only is None and _way(found, entries) != "forget":
+        if was_stuck and not again and only is None and way != "forget":
             continue
         run = await journal.take_over(found)
         if run is None:
             continue
         fresh = Context(context.machine, context.deadline, repairing=True)
-        done.append(await _recover_one(journal, run, entries, fresh, observe))
+        done.append(await _recover_one(journal, run, entries, way, fresh, observe))
     machine = context.machine
     await journal.forget(lambda uuid: sysfs.directory(machine, uuid) is not None)
     return done
 
 
 async def _recover_one(
-    journal: Journal, run: Run, entries: Sequence[Entry], context: Context, observe: Observer
+    journal: Journal,
+    run: Run,
+    entries: Sequence[Entry],
+    way: Way,
+    context: Context,
+    observe: Observer,
 ) -> Recovered:
-    way = _way(run, entries)
+    """Do what is to be done about a run that belongs to this process now."""
     why = ""
     execution = Execution.resumed(journal, run, entries, context, observe)
     if way == "forget":

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID
 
 import pytest
@@ -23,16 +25,20 @@ from hypothesis import strategies as st
 
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.executor import Planned, StepEvent, StepEventKind, execute
-from mdev_orchestrator.engine.journal import Entry, Journal, Progress
+from mdev_orchestrator.engine.executor import Observer, PlannedStep, StepEvent, StepEventKind
+from mdev_orchestrator.engine.journal import Entry, Journal, Progress, open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
+from mdev_orchestrator.engine.operation import Operation, Plan, perform
 from mdev_orchestrator.engine.records import Change, DeviceRecord, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.recovery import Recovered
-from mdev_orchestrator.engine.steps import Create, Launch, Remove, encode
+from mdev_orchestrator.engine.steps import Create, Launch, Remove, Stop, encode
 from mdev_orchestrator.errors import HostError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.system.writer import WriteBatch, WriteResult
 from unit import fakesys
 from unit.fakesys import FakeSystem
+
+T = TypeVar("T")
 
 UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa1{n:03}") for n in range(16)]
 FOREIGN = "99999999-509f-382f-3c1e-e6bfe0fa1001"
@@ -52,42 +58,56 @@ class Place:
 
     def __post_init__(self) -> None:
         self.system = FakeSystem(self.path)
-        self.journal = self.path / "state" / "journal.db"
 
-    def make(self, ours: Sequence[int]) -> None:
-        """One parent, somebody's device, and some that are ours by a spec."""
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.path, state=self.path / "state")
+
+    def run(self, work: Callable[[Machine], Awaitable[T]]) -> T:
+        """Do something with the machine, as one process does."""
+
+        async def whole() -> T:
+            machine = self.machine
+            try:
+                return await work(machine)
+            finally:
+                await machine.close()
+
+        return asyncio.run(whole())
+
+    def journal(self) -> Journal:
+        return Journal.open(self.machine.journal_path)
+
+    def make(self, managed: Sequence[int]) -> None:
+        """One parent, a device of another program, and some that are managed for a spec."""
         self.system.parent("card0")
         self.system.type("card0", "t-1", 100)
         self.system.mdev("card0", "t-1", FOREIGN)
-        for number in ours:
+        for number in managed:
             self.system.mdev("card0", "t-1", str(UUIDS[number]))
-        with Journal.open(self.journal) as journal:
-            change = Change(devices={UUIDS[number]: device(number) for number in ours})
+        change = Change(devices={UUIDS[number]: device(number) for number in managed})
+        with self.journal() as journal:
             asyncio.run(settle(journal, change))
 
-    def context(self) -> Context:
-        self.system.groups = 100 + len(list((self.path / "sys/kernel/iommu_groups").iterdir()))
-        return Context(
-            host=self.path,
-            guests=self.path / "guests",
-            deadline=5,
-        )
-
-    def owned(self) -> Managed:
-        return read_managed(self.journal)
+    def managed(self) -> Managed:
+        return read_managed(self.machine)
 
     @property
-    def ours(self) -> set[int]:
-        """What is there and ours; they are the same, and the foreign one is as it was."""
+    def numbers(self) -> set[int]:
+        """What is there and managed; they are the same, and the foreign one is as it was."""
         here = self.system.uuids()
         assert FOREIGN in here, "a foreign device was touched"
-        assert {str(uuid) for uuid in self.owned().devices} == here - {FOREIGN}
-        return {UUIDS.index(uuid) for uuid in self.owned().devices}
+        assert {str(uuid) for uuid in self.managed().devices} == here - {FOREIGN}
+        return {UUIDS.index(uuid) for uuid in self.managed().devices}
+
+    def open_runs(self) -> list[list[Progress]]:
+        """How far the steps of each open run are."""
+        with self.journal() as journal:
+            return [[entry.progress for entry in journal.steps(run)] for run in journal.open_runs()]
 
     def recover(self) -> list[Recovered]:
-        with Journal.open(self.journal) as journal:
-            done = asyncio.run(recovery.recover(journal, context=self.context()))
-            assert journal.open_runs() == []
+        done = self.run(lambda machine: recovery.recover(machine, deadline=5))
+        assert self.open_runs() == []
         assert all(run.errors == () for run in done)
         return done
 
@@ -98,7 +118,7 @@ class Place:
             status = 1
             with contextlib.suppress(BaseException):
                 killer = Killer(self, at)
-                killer.patch_writer()
+                killer.patch()
                 work(killer)
                 status = 0
             os._exit(status)
@@ -108,7 +128,7 @@ class Place:
         return status == KILLED
 
     def sql(self, statement: str) -> None:
-        with contextlib.closing(sqlite3.connect(self.journal)) as other, other:
+        with contextlib.closing(sqlite3.connect(self.machine.journal_path)) as other, other:
             other.execute(statement)
 
 
@@ -129,9 +149,9 @@ class Killer:
             os._exit(KILLED)
         self.at -= 1
 
-    def patch_writer(self) -> None:
-        """Before a batch of writes begins, and before a result is known, there is a moment too."""
-        begin, result = WriteBatch.begin, WriteBatch.result
+    def patch(self) -> None:
+        """There are moments around each flush of the journal, each batch of writes and result."""
+        begin, result, commit = WriteBatch.begin, WriteBatch.result, Journal._commit
 
         def begin_later(batch: WriteBatch) -> None:
             self.moment()
@@ -141,48 +161,46 @@ class Killer:
             self.moment()
             result(batch, index, known)
 
+        def commit_later(journal: Journal, changes: Sequence[Callable[[], object]]) -> list[object]:
+            self.moment()
+            results = commit(journal, changes)
+            self.moment()
+            return results
+
         WriteBatch.begin = begin_later  # type: ignore[method-assign]
         WriteBatch.result = result_later  # type: ignore[method-assign]
+        Journal._commit = commit_later  # type: ignore[method-assign]
 
-    def context(self) -> Context:
-        return self.place.context()
+    def command(self, kind: str, plan: Sequence[PlannedStep], observe: Observer) -> None:
+        """A command as a process runs it."""
+        specs = {"lab": None if kind == "destroy" else SPEC} if kind in {"apply", "destroy"} else {}
+
+        async def look(_: Managed) -> Plan[None]:
+            return Plan(None, plan, specs=specs)
+
+        operation = Operation(kind=kind, title="lab", look=look, claims=["spec:lab"])
+        self.place.run(lambda machine: perform(operation, Context(machine, 5), observe=observe))
 
 
-def command(kind: str, plan: Sequence[Planned]) -> Callable[[Killer], None]:
-    """A command as a child runs it."""
-
+def command(kind: str, plan: Sequence[PlannedStep]) -> Callable[[Killer], None]:
     def run(killer: Killer) -> None:
-        specs = {"lab": None} if kind == "destroy" else {"lab": SPEC}
-        with Journal.open(killer.place.journal) as journal:
-            asyncio.run(
-                execute(
-                    journal,
-                    kind,
-                    "lab",
-                    plan,
-                    killer.context(),
-                    observe=killer.moment,
-                    specs=specs,
-                )
-            )
-            killer.moment()
+        killer.command(kind, plan, killer.moment)
+        killer.moment()
 
     return run
 
 
 def recovering(killer: Killer) -> None:
     """``mdo recover`` as a child runs it."""
-    with Journal.open(killer.place.journal) as journal:
-        context = killer.context()
-        asyncio.run(recovery.recover(journal, context=context, observe=killer.moment))
+    killer.place.run(lambda machine: recovery.recover(machine, deadline=5, observe=killer.moment))
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[str, list[int], list[Planned]]:
-    """A command, what is ours before it, and its steps."""
+def plans(draw: st.DrawFn) -> tuple[str, list[int], list[PlannedStep]]:
+    """A command, what is managed before it, and its steps."""
     kind = draw(st.sampled_from(["apply", "destroy"]))
-    ours = list(range(draw(st.integers(1 if kind == "destroy" else 0, 3))))
-    going = ours if kind == "destroy" else [n for n in ours if draw(st.booleans())]
+    before = list(range(draw(st.integers(1 if kind == "destroy" else 0, 3))))
+    going = before if kind == "destroy" else [n for n in before if draw(st.booleans())]
     coming = [] if kind == "destroy" else list(range(8, 8 + draw(st.integers(0, 3))))
     steps: list[Create | Remove] = [Create(device=device(number)) for number in coming]
     steps += [Remove(device=device(number)) for number in going]
@@ -191,19 +209,19 @@ def plans(draw: st.DrawFn) -> tuple[str, list[int], list[Planned]]:
         tuple(sorted(draw(st.sets(st.integers(0, n - 1), max_size=2)))) if n else ()
         for n in range(len(steps))
     ]
-    return kind, ours, [Planned(step, need) for step, need in zip(steps, needs, strict=True)]
+    return kind, before, [PlannedStep(step, need) for step, need in zip(steps, needs, strict=True)]
 
 
 @settings(max_examples=30)
 @given(
     planned=plans(),
     fails=st.booleans(),
-    at=st.integers(0, 24),
-    again=st.none() | st.integers(0, 12),
+    at=st.integers(0, 48),
+    again=st.none() | st.integers(0, 24),
 )
 def test_killed_at_any_moment_it_is_all_or_nothing(
     tmp_path_factory: pytest.TempPathFactory,
-    planned: tuple[str, list[int], list[Planned]],
+    planned: tuple[str, list[int], list[PlannedStep]],
     fails: bool,
     at: int,
     again: int | None,
@@ -228,15 +246,15 @@ def test_killed_at_any_moment_it_is_all_or_nothing(
     if again is not None and killed:
         event("recover was killed too" if place.in_child(recovering, again) else "recovered")
     place.recover()
-    have = place.ours
+    have = place.numbers
     assert have in (after, set(before)), "neither all nor nothing"
     if not killed:
         assert have == (set(before) if fails else after)
     if have == after != set(before):
-        assert ("lab" in place.owned().specs) == (kind != "destroy")
+        assert ("lab" in place.managed().specs) == (kind != "destroy")
     event(f"{kind}: {'all' if have == after else 'nothing'}")
     place.recover()
-    assert place.ours == have, "a second recovery did something"
+    assert place.numbers == have, "a second recovery did something"
     shutil.rmtree(place.path)
 
 
@@ -254,7 +272,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def crashed(
-    place: Place, kind: str, plan: Sequence[Planned], moment: StepEventKind, number: int
+    place: Place, kind: str, plan: Sequence[PlannedStep], moment: StepEventKind, number: int
 ) -> None:
     """Let a command die when a step of it comes to a certain moment."""
 
@@ -263,23 +281,22 @@ def crashed(
             if (seen.kind, seen.number) == (moment, number):
                 os._exit(KILLED)
 
-        with Journal.open(place.journal) as journal:
-            asyncio.run(execute(journal, kind, "lab", plan, place.context(), observe=observe))
+        killer.command(kind, plan, observe)
 
     assert place.in_child(work, -1)
 
 
-def creates(*numbers: int) -> list[Planned]:
+def creates(*numbers: int) -> list[PlannedStep]:
     """One after the other."""
     return [
-        Planned(Create(device=device(number)), (index - 1,) if index else ())
+        PlannedStep(Create(device=device(number)), (index - 1,) if index else ())
         for index, number in enumerate(numbers)
     ]
 
 
-def removes(*numbers: int) -> list[Planned]:
+def removes(*numbers: int) -> list[PlannedStep]:
     return [
-        Planned(Remove(device=device(number)), (index - 1,) if index else ())
+        PlannedStep(Remove(device=device(number)), (index - 1,) if index else ())
         for index, number in enumerate(numbers)
     ]
 
@@ -290,8 +307,7 @@ def removes(*numbers: int) -> list[Planned]:
 def test_an_apply_is_undone(place: Place) -> None:
     place.make([])
     crashed(place, "apply", creates(0, 1, 2), StepEventKind.ACTED, 1)
-    with Journal.open(place.journal) as journal:
-        (pending,) = recovery.pending(journal)
+    (pending,) = place.run(recovery.pending)
     assert (pending.way, pending.run.kind, pending.errors) == ("undo", "apply", ())
     assert list(pending.steps) == [
         f"create t-1 on card0: mdev {UUIDS[0]}",
@@ -299,7 +315,7 @@ def test_an_apply_is_undone(place: Place) -> None:
     ]
     (done,) = place.recover()
     assert done.steps == pending.steps
-    assert place.ours == set()
+    assert place.numbers == set()
 
 
 def test_a_destroy_is_finished(place: Place) -> None:
@@ -307,8 +323,8 @@ def test_a_destroy_is_finished(place: Place) -> None:
     crashed(place, "destroy", removes(0, 1, 2), StepEventKind.DONE, 0)
     (done,) = place.recover()
     assert done.way == "finish"
-    assert place.ours == set()
-    assert place.owned().specs == {}
+    assert place.numbers == set()
+    assert place.managed().specs == {}
 
 
 def test_a_destroy_that_was_undoing_itself_goes_on_doing_so(place: Place) -> None:
@@ -318,8 +334,8 @@ def test_a_destroy_that_was_undoing_itself_goes_on_doing_so(place: Place) -> Non
     place.system.refuse.clear()
     (done,) = place.recover()
     assert done.way == "undo"
-    assert place.ours == {0, 1, 2}
-    assert "lab" in place.owned().specs
+    assert place.numbers == {0, 1, 2}
+    assert "lab" in place.managed().specs
 
 
 def test_a_destroy_that_had_not_decided_anything_changes_nothing(place: Place) -> None:
@@ -327,90 +343,112 @@ def test_a_destroy_that_had_not_decided_anything_changes_nothing(place: Place) -
     place.make([0, 1])
 
     def work(_: Killer) -> None:
-        with Journal.open(place.journal) as journal:
+        with place.journal() as journal:
             asyncio.run(journal.begin("destroy", "lab", [], ["spec:lab"]))
-        os._exit(KILLED)
+            os._exit(KILLED)
 
     assert place.in_child(work, -1)
     place.recover()
-    assert place.ours == {0, 1}
-    assert "lab" in place.owned().specs
+    assert place.numbers == {0, 1}
+    assert "lab" in place.managed().specs
 
 
-def test_who_is_at_work_is_left_alone(place: Place) -> None:
+def test_a_run_that_a_process_is_at_work_at_is_left_alone(place: Place) -> None:
     place.make([])
-    with Journal.open(place.journal) as journal:
+    with place.journal() as journal:
         asyncio.run(journal.begin("apply", "lab", [Entry(0, encode(creates(0)[0].step))], []))
-        assert recovery.pending(journal) == []
-        assert asyncio.run(recovery.recover(journal, context=place.context())) == []
+        assert place.run(recovery.pending) == []
+        assert place.run(recovery.recover) == []
         assert len(journal.open_runs()) == 1
+    assert len(place.recover()) == 1
 
 
 def test_two_recoveries_at_once_undo_once(place: Place) -> None:
     place.make([])
     crashed(place, "apply", creates(0, 1), StepEventKind.ACTED, 1)
 
-    async def both() -> tuple[list[Recovered], list[Recovered]]:
-        with Journal.open(place.journal) as one, Journal.open(place.journal) as other:
-            context = place.context()
-            return await asyncio.gather(
-                recovery.recover(one, context=context), recovery.recover(other, context=context)
-            )
+    async def both(machine: Machine) -> tuple[list[Recovered], list[Recovered]]:
+        return await asyncio.gather(recovery.recover(machine), recovery.recover(machine))
 
-    assert sorted(len(done) for done in asyncio.run(both())) == [0, 1]
+    assert sorted(len(done) for done in place.run(both)) == [0, 1]
     assert [uuid for name, uuid in place.system.writes if name == "remove"] == [
         str(UUIDS[1]),
         str(UUIDS[0]),
     ]
-    assert place.ours == set()
+    assert place.numbers == set()
 
 
 def test_the_newest_is_undone_first(place: Place) -> None:
+    """Two commands were at work at the same time when their terminal was closed."""
     place.make([])
-    crashed(place, "create", creates(0), StepEventKind.ACTED, 0)
-    crashed(place, "apply", creates(1), StepEventKind.ACTED, 0)
+
+    async def story(machine: Machine) -> None:
+        async with open_journal(machine) as journal:
+            for number, kind in enumerate(("create", "apply")):
+                (planned,) = creates(number)
+                entry = Entry(0, encode(planned.step), (), Progress.ACTING)
+                await journal.begin(kind, "lab", [entry], change=planned.step.on_begin)
+                place.system.mdev("card0", "t-1", str(UUIDS[number]))
+
+    place.run(story)
     assert [done.run.kind for done in place.recover()] == ["apply", "create"]
-    assert place.ours == set()
+    assert place.numbers == set()
 
 
-def test_a_device_of_somebody_else_under_our_uuid_stays(place: Place) -> None:
-    """It died before it created; meanwhile another made one of that UUID, of another type."""
+def test_a_device_of_another_program_under_the_same_uuid_stays(place: Place) -> None:
+    """It died before it created; meanwhile another program created one, of another type."""
     place.make([])
     crashed(place, "apply", creates(0), StepEventKind.BEGIN, 0)
     place.system.type("card0", "t-2")
     place.system.mdev("card0", "t-2", str(UUIDS[0]))
     place.recover()
     assert place.system.uuids() == {FOREIGN, str(UUIDS[0])}
-    assert place.owned().devices == {}
+    assert place.managed().devices == {}
 
 
 def test_what_cannot_be_undone_is_told_and_tried_again_when_asked(place: Place) -> None:
+    """What could not be undone is not counted among what was."""
     place.make([])
-    crashed(place, "apply", creates(0), StepEventKind.ACTED, 0)
-    place.system.refuse[f"{UUIDS[0]}/remove"] = 1
-    with Journal.open(place.journal) as journal:
-        context = place.context()
-        (done,) = asyncio.run(recovery.recover(journal, context=context))
-        assert "Operation not permitted" in done.errors[0].message
-        (run,) = journal.open_runs()
-        assert [entry.progress for entry in journal.steps(run)] == [Progress.STUCK]
+    crashed(place, "apply", creates(0, 1), StepEventKind.ACTED, 1)
+    place.system.refuse[f"{UUIDS[0]}/remove"] = errno.EPERM
+    (done,) = place.run(recovery.recover)
+    assert (done.way, list(done.steps), list(done.stuck)) == (
+        "undo",
+        [f"create t-1 on card0: mdev {UUIDS[1]}"],
+        [f"create t-1 on card0: mdev {UUIDS[0]}"],
+    )
+    (error,) = done.errors
+    assert "Operation not permitted" in error.message
+    assert error.subject == f"mdev {UUIDS[0]}"
+    assert place.open_runs() == [[Progress.STUCK, Progress.UNDONE]]
     place.system.refuse.clear()
-    place.sql("UPDATE run SET start_time = 1 WHERE ended IS NULL")
-    with Journal.open(place.journal) as journal:
-        context = place.context()
-        assert asyncio.run(recovery.recover(journal, context=context)) == []
-        (done,) = asyncio.run(recovery.recover(journal, context=context, again=True))
-    assert done.errors == ()
-    assert place.ours == set()
+
+    async def as_other_commands(machine: Machine) -> list[Recovered]:
+        async with open_journal(machine) as journal:
+            return await recovery.recover_abandoned(journal, Context(machine))
+
+    assert place.run(as_other_commands) == []
+    (again,) = place.recover()
+    assert (again.steps, again.stuck) == (done.stuck, ())
+    assert place.numbers == set()
 
 
 def test_a_step_that_cannot_be_read_is_damage(place: Place) -> None:
     place.make([])
     crashed(place, "apply", creates(0), StepEventKind.ACTED, 0)
     place.sql("""UPDATE step SET data = '{"do": "dance"}'""")
-    with Journal.open(place.journal) as journal, pytest.raises(HostError, match="is damaged"):
-        asyncio.run(recovery.recover(journal, context=place.context()))
+    with pytest.raises(HostError, match="is damaged"):
+        place.run(recovery.recover)
     assert str(UUIDS[0]) in place.system.uuids()
+
+
+def test_a_stop_is_closed_and_starts_nothing(place: Place) -> None:
+    """Whether the guest still runs is for the user to see."""
+    place.make([])
+    step = Stop(guest=GuestRecord(name="g", uuid=UUIDS[5]), unrecorded=True)
+    crashed(place, "stop", [PlannedStep(step)], StepEventKind.BEGIN, 0)
+    (done,) = place.recover()
+    assert (done.way, done.steps, done.stuck) == ("close", ("stop guest g",), ())
 
 
 # ---- after a reboot ----
@@ -419,7 +457,7 @@ def test_a_step_that_cannot_be_read_is_damage(place: Place) -> None:
 def rebooted(place: Place) -> list[Recovered]:
     """Devices do not outlive the machine; the journal does."""
     for uuid in place.system.uuids() - {FOREIGN}:
-        asyncio.run(place.system.write(str(place.system.bus / uuid / "remove"), b"1"))
+        place.system.perform(str(place.system.bus / uuid / "remove"), b"1")
     place.system.writes.clear()
     place.sql("UPDATE run SET boot_id = 'an earlier one' WHERE ended IS NULL")
     done = place.recover()
@@ -429,43 +467,46 @@ def rebooted(place: Place) -> list[Recovered]:
 
 @pytest.mark.parametrize("moment", [StepEventKind.BEGIN, StepEventKind.ACTED, StepEventKind.DONE])
 def test_an_apply_of_an_earlier_boot_is_forgotten(place: Place, moment: StepEventKind) -> None:
-    """What is ours is what it was before: the old devices, to be brought back."""
+    """What is managed is what it was before: the old devices, to be brought back."""
     place.make([0, 1])
-    before = place.owned()
-    removals = [Planned(Remove(device=device(0)), (1,)), Planned(Remove(device=device(1)), (2,))]
+    before = place.managed()
+    removals = [
+        PlannedStep(Remove(device=device(0)), (1,)),
+        PlannedStep(Remove(device=device(1)), (2,)),
+    ]
     crashed(place, "apply", [*creates(8, 9), *removals], moment, 2)
     (done,) = rebooted(place)
     assert (done.way, len(done.steps)) == ("forget", 3)
-    assert place.owned() == before
+    assert place.managed() == before
 
 
 def test_a_destroy_of_an_earlier_boot_is_forgotten_too(place: Place) -> None:
     place.make([0, 1])
-    before = place.owned()
+    before = place.managed()
     crashed(place, "destroy", removes(0, 1), StepEventKind.DONE, 0)
     (done,) = rebooted(place)
     assert done.way == "forget"
-    assert place.owned() == before
+    assert place.managed() == before
 
 
-def test_a_guest_of_an_earlier_boot_is_ours_as_it_was(place: Place) -> None:
+def test_a_guest_of_an_earlier_boot_is_managed_as_it_was(place: Place) -> None:
     place.make([])
     old = GuestRecord(name="g", uuid=UUIDS[5], spec="lab")
 
-    async def story() -> None:
-        with Journal.open(place.journal) as journal:
+    fresh = GuestRecord(name="h", uuid=UUIDS[6], spec="lab")
+    steps = [Launch(guest=old, kept=True), Launch(guest=fresh)]
+
+    async def story(machine: Machine) -> None:
+        async with open_journal(machine) as journal:
             await journal.put(Change(guests={"g": old}))
-            fresh = GuestRecord(name="h", uuid=UUIDS[6], spec="lab")
-            steps = [Launch(guest=old, kept=True), Launch(guest=fresh)]
             entries = [Entry(number, encode(step)) for number, step in enumerate(steps)]
             run = await journal.begin("apply", "lab", entries, [])
             for number, step in enumerate(steps):
-                await journal.note(run, Progress.DONE, [number], change=step.intent)
+                await journal.note(run, Progress.DONE, [number], change=step.on_begin)
 
-    asyncio.run(story())
-    place.sql("UPDATE run SET start_time = 1 WHERE ended IS NULL")
+    place.run(story)
     rebooted(place)
-    assert place.owned().guests == {"g": old}
+    assert place.managed().guests == {"g": old}
 
 
 async def test_what_no_spec_asks_for_and_is_gone_is_forgotten(tmp_path: Path) -> None:
@@ -475,12 +516,12 @@ async def test_what_no_spec_asks_for_and_is_gone_is_forgotten(tmp_path: Path) ->
     place.system.type("card0", "t-1", 100)
     place.system.mdev("card0", "t-1", str(UUIDS[0]))
     bare = {UUIDS[n]: DeviceRecord(uuid=UUIDS[n], parent="card0", type="t-1") for n in (0, 1, 2)}
-    with Journal.open(place.journal) as journal:
+    async with open_journal(place.machine) as journal:
         await journal.put(Change(devices={**bare, UUIDS[3]: device(3)}))
         run = await journal.begin("create", "1 x t-1", (), [f"mdev:{UUIDS[2]}"])
-        await recovery.recover(journal, context=place.context())
+        await recovery.recover(place.machine)
         # one is there, one may come yet, one will be made again
-        assert set(journal.owned().devices) == {UUIDS[0], UUIDS[2], UUIDS[3]}
+        assert set(place.managed().devices) == {UUIDS[0], UUIDS[2], UUIDS[3]}
         await journal.end(run, "done")
-        await recovery.recover(journal, context=place.context())
-    assert set(place.owned().devices) == {UUIDS[0], UUIDS[3]}
+        await recovery.recover(place.machine)
+    assert set(place.managed().devices) == {UUIDS[0], UUIDS[3]}
