@@ -131,3 +131,12 @@ def test_lab_needs_a_checkout_and_says_so_in_one_line(environment: Path) -> None
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.startswith("mdo: mdo lab needs a checkout of the project")
     assert done.stderr.count("\n") == 1
+
+
+def test_bash_completes(environment: Path) -> None:
+    """The script that the shell evaluates, and what it asks for then."""
+    script = run(environment / "mdo", _MDO_COMPLETE="source_bash")
+    assert "_mdo_completion" in script.stdout
+    words = {"COMP_WORDS": "mdo guest st", "COMP_CWORD": "2"}
+    done = run(environment / "mdo", _MDO_COMPLETE="complete_bash", **words)
+    assert (done.stdout.split(), done.stderr) == (["start", "stop"], "")

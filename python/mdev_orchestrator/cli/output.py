@@ -211,16 +211,32 @@ def draw(
         max(_longest(cell, whole=header in whole) for cell in (header, *column))
         for header, *column in zip(headers, *rows, strict=True)
     ]
-    if sum(least) + 3 * len(least) + 1 > console.width:  # a border and two blanks each
+    room = console.width - 3 * len(least) - 1  # a border and two blanks each
+    if sum(least) > room:
         console.print(Text(title, style="bold"))
         _stack(console, headers, rows)
         return
+    most = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     table = Table(title=title, title_justify="left", title_style="bold")
-    for header, width in zip(headers, least, strict=True):
-        table.add_column(header, overflow="fold", min_width=width)
+    for header, width in zip(headers, _widths(least, most, room), strict=True):
+        table.add_column(header, overflow="fold", width=width)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
+    """The widths of columns: what each needs at least, then what those with the least wish want.
+
+    rich shrinks the widest columns first, and those are the identifiers.
+    """
+    widths = list(least)
+    spare = room - sum(least)
+    for number in sorted(range(len(most)), key=lambda number: most[number] - least[number]):
+        more = min(spare, max(most[number] - least[number], 0))
+        widths[number] += more
+        spare -= more
+    return widths
 
 
 def _longest(cell: str, *, whole: bool) -> int:

@@ -162,9 +162,16 @@ class Root(Group):
         return build(cmd_name, _load(cmd_name))
 
     def resolve_command(self, ctx: _Context, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """As of a group, but a command of the table is found without looking for plugins."""
+        """As of a group, but a command of the table is found without looking for plugins.
+
+        :raise HostError: It is the lab's, which is not installed.
+        """
         if args[0] in COMMANDS:
             return args[0], self.get_command(ctx, args[0]), args[1:]
+        if args[0] == "lab" and "lab" not in plugins() and not ctx.resilient_parsing:
+            raise HostError(
+                "mdo lab needs a checkout of the project", "run it from there: make setup"
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: _Context, formatter: Any) -> None:  # noqa: ANN401

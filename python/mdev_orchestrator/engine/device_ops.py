@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Creating and removing mdevs, one or many at a time, whatever the driver does meanwhile.
+"""The steps that create and remove mdevs, one or many at a time.
 
 A write that was given up goes on in the kernel. So these functions wait for the outcome of what
 they have begun, also when they are cancelled: an undo must not be overtaken by a late creation.
@@ -15,7 +15,8 @@ from pathlib import Path
 from uuid import UUID
 
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.records import DeviceRecord
+from mdev_orchestrator.engine.records import Change, DeviceRecord
+from mdev_orchestrator.engine.step import Step
 from mdev_orchestrator.errors import (
     BusyError,
     DeadlineError,
@@ -51,6 +52,85 @@ def is_same(found: Mdev, device: DeviceRecord) -> bool:
     An mdev that is being removed has no type any more.
     """
     return found.parent == device.parent and found.type_id in (device.type, None)
+
+
+# ---------------------------------------------------------------- steps
+
+
+class Create(Step, frozen=True, tag="create"):
+    """Make an mdev.
+
+    :ivar kept: Its record was there before the device: the record stays if this fails.
+    """
+
+    device: DeviceRecord
+    kept: bool = False
+
+    def __str__(self) -> str:
+        """What it does."""
+        d = self.device
+        return f"create {d.type} on {d.parent}: mdev {d.uuid}"
+
+    @property
+    def batch(self) -> str | None:  # noqa: D102 - where nothing is to be set up afterwards
+        device = self.device
+        return None if device.params or device.attributes or device.group else device.parent
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"mdev:{self.device.uuid}",)
+
+    @property
+    def on_begin(self) -> Change:  # noqa: D102
+        return Change() if self.unrecorded else Change(devices={self.device.uuid: self.device})
+
+    @property
+    def on_no_effect(self) -> Change:  # noqa: D102
+        return (
+            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        )
+
+    async def act(self, context: Context) -> None:  # noqa: D102
+        await create(self.device, context)
+
+    def inverse(self) -> Remove:
+        """What undoes it."""
+        return Remove(device=self.device, kept=self.kept, unrecorded=self.unrecorded)
+
+
+class Remove(Step, frozen=True, tag="remove"):
+    """Remove an mdev.
+
+    :ivar kept: Its record stays, though the device is removed.
+    """
+
+    device: DeviceRecord
+    kept: bool = False
+
+    def __str__(self) -> str:
+        """What it does."""
+        return f"remove mdev {self.device.uuid} ({self.device.type} on {self.device.parent})"
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"mdev:{self.device.uuid}",)
+
+    @property
+    def on_done(self) -> Change:  # noqa: D102
+        return (
+            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
+        )
+
+    @property
+    def batch(self) -> str | None:  # noqa: D102
+        return self.device.parent
+
+    async def act(self, context: Context) -> None:  # noqa: D102
+        await remove(self.device, context)
+
+    def inverse(self) -> Create:
+        """What undoes it."""
+        return Create(device=self.device, kept=self.kept, unrecorded=self.unrecorded)
 
 
 # ---------------------------------------------------------------- creating

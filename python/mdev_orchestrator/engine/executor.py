@@ -28,12 +28,12 @@ from typing import Self
 
 from mdev_orchestrator.engine import steps as step_module
 from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.guest_ops import is_alive
 from mdev_orchestrator.engine.journal import Entry, Journal, Progress, Run
 from mdev_orchestrator.engine.records import Change, DeviceRecord, SpecRecord
-from mdev_orchestrator.engine.steps import AnyStep, Create, Launch, Remove, attempt_all
+from mdev_orchestrator.engine.steps import AnyStep, Create, Launch, Remove, act_together
 from mdev_orchestrator.errors import MdoError, Outcome
 from mdev_orchestrator.host import sysfs
-from mdev_orchestrator.qemu import process
 from mdev_orchestrator.system.waiting import run_to_completion
 
 _LOG = logging.getLogger(__name__)
@@ -66,6 +66,26 @@ class StepEvent:
     number: int
     total: int
     outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a step ended.
+
+    :ivar error: Why it is not done; ``None`` if it is.
+    """
+
+    outcome: Outcome
+    error: MdoError | None = None
+
+
+async def attempt(step: AnyStep, context: Context) -> Result:
+    """Make a step so, and say what is known of it."""
+    try:
+        await step.act(context)
+    except MdoError as error:
+        return Result(error.outcome or Outcome.UNKNOWN, error)
+    return Result(Outcome.DONE)
 
 
 Observer = Callable[[StepEvent], None]
@@ -252,7 +272,7 @@ class Execution:
                 )
         for entry in self.planned:
             step = entry.step
-            if isinstance(step, Launch) and not process.find(machine, step.guest.name).alive:
+            if isinstance(step, Launch) and not is_alive(machine, step.guest.name):
                 raise MdoError(
                     f"guest {step.guest.name} has ended while {self.run} was at work",
                     f"mdo guest console --log {step.guest.name} shows what it printed",
@@ -355,7 +375,7 @@ class Execution:
             await self._attempt_batch(numbers, ready)
             return
         (number,) = numbers
-        result = await self.planned[number].step.attempt(self.context)
+        result = await attempt(self.planned[number].step, self.context)
         self.progress[number] = Progress.after(result.outcome)
         if result.error is not None:
             raise result.error
@@ -375,7 +395,7 @@ class Execution:
         steps = [self.planned[number].step for number in numbers]
         needed = {need for planned in self.planned for need in planned.needs}
         pause = _PROGRESS_SECONDS if needed.isdisjoint(numbers) else _NOTE_SECONDS
-        making = asyncio.ensure_future(attempt_all(steps, self.context, on_result))
+        making = asyncio.ensure_future(act_together(steps, self.context, on_result))
         try:
             while made or not making.done():  # more may come while some are written down
                 await asyncio.wait((making,), timeout=pause)
@@ -501,7 +521,7 @@ class Execution:
         await self.journal.note(self.run, Progress.UNDOING, [number], change=inverse.on_begin)
         self.progress[number] = Progress.UNDOING
         self.emit(StepEventKind.UNDO, number)
-        result = await inverse.attempt(self.context)
+        result = await attempt(inverse, self.context)
         if result.error is not None:
             raise result.error
         self.emit(StepEventKind.ACTED, number)
@@ -525,7 +545,7 @@ class Execution:
                 await self._write(Progress.UNDOING, [number], inverse.on_begin, cause)
                 self.emit(StepEventKind.UNDO, number)
                 try:
-                    error = (await inverse.attempt(self.context)).error
+                    error = (await attempt(inverse, self.context)).error
                 except Exception as bug:  # noqa: BLE001 - the others are undone all the same
                     error = MdoError(f"internal error: {type(bug).__name__}: {bug}")
                 if error is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Starting and ending guests, plugging and unplugging: with the start groups of their devices.
+"""The steps that start and end guests, plug and unplug: with the start groups of their devices.
 
 :mod:`..qemu` knows one QEMU; this module brings the groups online before QEMU opens a member, and
 offline when it has closed the last (:mod:`.start_groups`).
@@ -15,8 +15,18 @@ from pathlib import Path
 from uuid import UUID
 
 from mdev_orchestrator.engine import start_groups
+from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.records import Change, GuestRecord
 from mdev_orchestrator.engine.start_groups import START_SECONDS, Starter
-from mdev_orchestrator.errors import MdoError, Outcome, UnknownError, before_acting
+from mdev_orchestrator.engine.step import Step
+from mdev_orchestrator.errors import (
+    BusyError,
+    MdoError,
+    Outcome,
+    RequestError,
+    UnknownError,
+    before_acting,
+)
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.machine import Machine
@@ -24,9 +34,253 @@ from mdev_orchestrator.model import Host, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import Ended, RunningGuest
+from mdev_orchestrator.spec import read_guest
 
 READY_SECONDS = 10.0
 """For an mdev that exists to be openable."""
+
+
+# ---------------------------------------------------------------- steps
+
+
+class Launch(Step, frozen=True, tag="launch"):
+    """Start a guest.
+
+    :ivar devices: The mdevs on its command line, in order.
+    """
+
+    guest: GuestRecord
+    devices: tuple[UUID, ...] = ()
+    kept: bool = False
+    deadline: float = process.START_SECONDS
+
+    def __str__(self) -> str:
+        """What it does."""
+        count = len(self.devices)
+        return f"start guest {self.guest.name}" + (
+            f" with {count} device{'s' * (count > 1)}" if count else ""
+        )
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"guest:{self.guest.name}",)
+
+    @property
+    def on_begin(self) -> Change:  # noqa: D102
+        return Change() if self.unrecorded else Change(guests={self.guest.name: self.guest})
+
+    @property
+    def on_no_effect(self) -> Change:  # noqa: D102
+        return Change() if self.kept or self.unrecorded else Change(guests={self.guest.name: None})
+
+    async def act(self, context: Context) -> None:  # noqa: D102
+        with before_acting():
+            found = _guest(self.guest.name, context)
+            if found is not None and found.alive and found.record is not None:
+                if not context.repairing or found.record.uuid != self.guest.uuid:
+                    raise BusyError(
+                        f"{found.label} runs already, as process {found.record.pid}",
+                        f"mdo guest stop {self.guest.name}, or take another name",
+                        subject=found.label,
+                    )
+                if not await process.await_pending_shutdown(found):
+                    return
+            mdevs = [_usable(uuid, context) for uuid in self.devices]
+            spec = guest_spec(self.guest, mdevs)
+        await launch(context.machine, spec, deadline=self.deadline)
+
+    def inverse(self) -> Stop:
+        """What undoes it: a guest that has only just begun is not asked to power down."""
+        return Stop(
+            guest=self.guest,
+            devices=self.devices,
+            kept=self.kept,
+            unrecorded=self.unrecorded,
+            force=True,
+            deadline=0,
+        )
+
+
+class Stop(Step, frozen=True, tag="stop"):
+    """End a guest.
+
+    :ivar devices: The mdevs that it has now.
+    :ivar deadline: Seconds for it to power down; 0 with ``force`` does not ask it.
+    :ivar kept: Its record stays, though the guest does not run.
+    """
+
+    guest: GuestRecord
+    devices: tuple[UUID, ...] = ()
+    kept: bool = False
+    force: bool = False
+    deadline: float = process.STOP_SECONDS
+
+    def __str__(self) -> str:
+        """What it does."""
+        return f"stop guest {self.guest.name}"
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"guest:{self.guest.name}",)
+
+    @property
+    def on_done(self) -> Change:  # noqa: D102
+        return Change() if self.kept or self.unrecorded else Change(guests={self.guest.name: None})
+
+    async def act(self, context: Context) -> None:  # noqa: D102
+        found = _guest(self.guest.name, context)
+        if found is None or (found.record is not None and found.record.uuid != self.guest.uuid):
+            return
+        # one without a record was cut short at its start and cannot be asked to power down
+        force = self.force or (context.repairing and found.record is None)
+        context.ended[found.name] = await end(
+            context.machine, found, deadline=self.deadline, force=force
+        )
+
+    def inverse(self) -> Launch:
+        """What undoes it."""
+        return Launch(
+            guest=self.guest,
+            devices=self.devices,
+            kept=self.kept,
+            unrecorded=self.unrecorded,
+        )
+
+
+class Attach(Step, frozen=True, tag="attach"):
+    """Plug an mdev into a running guest."""
+
+    guest: GuestRecord
+    uuid: UUID
+    deadline: float = hotplug.ATTACH_SECONDS
+    undo_deadline: float = hotplug.DETACH_SECONDS
+
+    def __str__(self) -> str:
+        """What it does."""
+        return f"attach mdev {self.uuid} to guest {self.guest.name}"
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
+
+    async def act(self, context: Context) -> None:  # noqa: D102
+        with before_acting():
+            found = _alive(self.guest, context)
+            if found is None:
+                if context.repairing:
+                    return  # a guest that has ended has no devices to give back
+                raise RequestError(
+                    f"guest {self.guest.name} does not run",
+                    "mdo apply starts it",
+                    subject=f"guest {self.guest.name}",
+                )
+            if context.repairing and await hotplug.await_pending_unplug(
+                found, self.uuid, deadline=self.deadline
+            ):
+                return
+            mdev = _usable(self.uuid, context)
+        context.ports[self.uuid] = await attach(
+            context.machine, found, mdev, deadline=self.deadline
+        )
+
+    def inverse(self) -> Detach:
+        """What undoes it."""
+        return Detach(guest=self.guest, uuid=self.uuid, deadline=self.undo_deadline)
+
+
+class Detach(Step, frozen=True, tag="detach"):
+    """Unplug an mdev from a guest.
+
+    :ivar named: A user named the device: that the guest does not have it is an error.
+    """
+
+    guest: GuestRecord
+    uuid: UUID
+    deadline: float = hotplug.DETACH_SECONDS
+    named: bool = False
+
+    def __str__(self) -> str:
+        """What it does."""
+        return f"detach mdev {self.uuid} from guest {self.guest.name}"
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
+
+    async def act(self, context: Context) -> None:  # noqa: D102
+        if _alive(self.guest, context) is None:
+            return
+        try:
+            await detach(context.machine, self.guest.name, self.uuid, self.deadline)
+        except UnknownError:
+            if self.named and not context.repairing:
+                raise
+
+    def inverse(self) -> Attach:
+        """What undoes it."""
+        return Attach(guest=self.guest, uuid=self.uuid, undo_deadline=self.deadline)
+
+
+def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
+    """What the journal knows of a guest, for QEMU.
+
+    :raise HostError: The journal is damaged.
+    """
+    guest = read_guest(own.definition)
+    return GuestSpec(
+        name=own.name,
+        uuid=own.uuid,
+        memory=int(guest.memory),
+        cpus=guest.cpus,
+        kernel=guest.kernel,
+        initrd=guest.initrd,
+        append=guest.append,
+        disk=guest.disk,
+        disk_format=guest.disk_format,
+        hotplug_window=int(guest.hotplug_window),
+        mdevs=tuple(mdevs),
+        hotplug_ports=guest.hotplug_ports,
+        accel=guest.accel,
+        machine=guest.machine,
+        qemu=guest.qemu,
+        firmware=guest.firmware,
+        extra=guest.extra,
+    )
+
+
+def _usable(uuid: UUID, context: Context) -> GuestMdev:
+    found = sysfs.read_mdev(context.machine, uuid)
+    if found is None:
+        raise UnknownError(
+            f"there is no mdev {uuid}", "mdo host lists them", subject=f"mdev {uuid}"
+        )
+    return GuestMdev(uuid, found.path, found.device_api or "vfio-pci")
+
+
+def _guest(name: str, context: Context) -> RunningGuest | None:
+    try:
+        return process.find(context.machine, name)
+    except UnknownError:
+        return None
+
+
+def is_alive(machine: Machine, name: str) -> bool:
+    """Whether a guest of this name runs."""
+    try:
+        return process.find(machine, name).alive
+    except UnknownError:
+        return False
+
+
+def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
+    """The guest that is meant, if it runs; not another one of its name."""
+    found = _guest(own.name, context)
+    if found is None or not found.alive or found.record is None:
+        return None
+    return found if found.record.uuid == own.uuid else None
+
+
+# ---------------------------------------------------------------- what they do
 
 
 async def usable_mdev(machine: Machine, uuid: UUID, deadline: float) -> GuestMdev:

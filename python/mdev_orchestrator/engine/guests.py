@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from uuid import UUID, uuid4
 
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
+from mdev_orchestrator.engine.executor import Observer, PlannedStep, attempt, ignore
 from mdev_orchestrator.engine.guest_ops import usable_mdev
 from mdev_orchestrator.engine.journal import ClaimedError
 from mdev_orchestrator.engine.journal_db import JournalError
@@ -96,7 +96,7 @@ async def stop_guest(
     except (JournalError, ClaimedError) as error:
         if isinstance(error, ClaimedError) and not force:
             raise
-        if name not in context.ended and (result := await step.attempt(context)).error is not None:
+        if name not in context.ended and (result := await attempt(step, context)).error is not None:
             raise result.error from error
     return context.ended.get(name) or Ended(name, "gone")
 

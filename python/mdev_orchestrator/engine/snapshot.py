@@ -9,9 +9,10 @@ from uuid import UUID
 
 from msgspec import Struct, field
 
+from mdev_orchestrator.engine.guest_ops import is_alive
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.engine.start_groups import reclaim_groups
-from mdev_orchestrator.errors import MdoError, UnknownError
+from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
@@ -96,16 +97,9 @@ async def _ask(machine: Machine, guest: RunningGuest) -> ObservedGuest | MdoErro
             mdevs = await hotplug.mdevs(qmp)
             ports = await hotplug.ports(qmp)
     except MdoError as error:
-        return error if _is_alive(machine, guest) else None
+        return error if is_alive(machine, guest.name) else None
     uuids = tuple(plugged.uuid for plugged in mdevs)
     return ObservedGuest(guest.record.uuid, uuids, sum(port.occupant is None for port in ports))
-
-
-def _is_alive(machine: Machine, guest: RunningGuest) -> bool:
-    try:
-        return process.find(machine, guest.name).alive
-    except UnknownError:
-        return False
 
 
 def _as_started(guest: RunningGuest, why: str) -> ObservedGuest | None:

@@ -96,14 +96,7 @@ def mdo(
     asyncio.run(system.write(str(system.types("card0") / "t-1" / "create"), FOREIGN.encode()))
     system.writes.clear()
     monkeypatch.setenv("MDO_ROOT", str(system.root))
-<<<<<<< HEAD
     return CommandLine(system, capsys)
-=======
-    for where in (module, recovery):
-        context = Context
-        monkeypatch.setattr(where, "Context", context)
-    return Machine(system, capsys)
->>>>>>> engine
 
 
 # ---- what it says ----
@@ -315,23 +308,13 @@ def test_the_first_error_and_that_all_was_undone_are_one_line(mdo: CommandLine) 
 def test_what_could_not_be_undone_stands_beside_it_and_recover_tries_again(
     mdo: CommandLine,
 ) -> None:
-<<<<<<< HEAD
-    def late(name: str, uuid: str) -> None:
-        while uuid == U2 and U1 not in mdo.system.uuids():  # it fails when the other one is there
-            time.sleep(0.01)
+    def late(_name: str, uuid: str) -> None:
+        if uuid == U2:  # it fails when the other one is there
+            until(lambda: U1 in mdo.system.uuids())
 
     mdo.system.before = late
     mdo.system.refuse |= {U2: errno.EIO, f"{U1}/remove": errno.EPERM}
     _, err = mdo("apply", mdo.spec(), code=1)
-=======
-    def late(_name: str, uuid: str) -> None:
-        if uuid == U2:  # when the other one is there
-            until(lambda: U1 in machine.system.uuids())
-
-    machine.system.before = late
-    machine.system.refuse |= {U2: errno.EIO, f"{U1}/remove": errno.EPERM}
-    _, err = machine.mdo("apply", machine.spec(), code=1)
->>>>>>> engine
     last = err.splitlines()[-1]
     assert "Input/output error" in last
     assert f"could not undo: create t-1 on card0: mdev {U1}: " in last
@@ -391,16 +374,12 @@ def until(check: Callable[[], bool]) -> None:
 def test_a_signal_in_the_middle_rolls_back_and_says_so(
     mdo: CommandLine, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-<<<<<<< HEAD
-    mdo.system.block[U2] = asyncio.Event()  # until it is cancelled, and answered then
-=======
-    gate = machine.system.block[U2] = asyncio.Event()
->>>>>>> engine
+    gate = mdo.system.block[U2] = asyncio.Event()
     err = tmp_path / "err"
     pid = in_child(mdo, ["apply", mdo.spec(), "--deadline", "1.5"], err)
     until(lambda: U1 in mdo.system.uuids() and "[1/2]" in err.read_text())
     os.kill(pid, number)
-    time.sleep(0.3)  # nothing tells that it has taken the signal
+    time.sleep(0.3)  # no event says that it has taken the signal
     gate.set()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     assert err.read_text().splitlines()[-1] == "mdo: interrupted; all was undone"
@@ -422,17 +401,9 @@ def test_a_second_signal_stops_at_once_and_recover_still_works(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
     last = err.read_text().splitlines()[-1]
     assert last == "mdo: interrupted again: stopped at once; mdo recover undoes what was begun"
-<<<<<<< HEAD
     assert mdo.system.uuids() == {U1, FOREIGN}
     mdo.system.block.clear()
     (done,) = asyncio.run(recovery.recover(machine()))
-=======
-    assert machine.system.uuids() == {U1, FOREIGN}
-    machine.system.block.clear()
-    with Journal.open() as journal:
-        context = Context(host=machine.system.root)
-        (done,) = asyncio.run(recovery.recover(journal, context=context))
->>>>>>> engine
     assert done.errors == ()
     assert mdo.system.uuids() == {FOREIGN}
     assert mdo.managed() == Managed()

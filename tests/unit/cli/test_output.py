@@ -201,6 +201,19 @@ def test_other_words_wrap_in_a_drawn_table() -> None:
     assert sum("\u2502" in line for line in lines) > 1  # the remarks take several lines
 
 
+@pytest.mark.parametrize("width", [*range(60, 70), 100, 130, 160, 200])
+def test_a_drawn_table_is_whole(width: int) -> None:
+    """rich leaves out what does not fit, and shrinks identifiers before words."""
+    headers = ("uuid", "parent", "owner", "remarks")
+    lines = drawn(width, headers, (U1, "card0", "ours lab guest:a", ROW[-1]))
+    if any("\u2502" in line for line in lines):
+        assert max(map(len, lines)) <= width
+        text = " ".join(lines)
+        assert all(word in text for word in (*headers, U1, "card0", "device"))
+    else:
+        assert width < 70
+
+
 def test_a_narrow_terminal_shows_lines_for_each_row() -> None:
     lines = drawn(80, HEADERS, (*ROW[:-1], ""))
     assert lines == [
