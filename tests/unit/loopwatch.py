@@ -3,8 +3,9 @@
 
 What counts is the time that a callback computes or is blocked in the kernel. The time that it could
 run and another process has the processor is the machine's business, and is subtracted, as the
-kernel counts it (the second number of ``/proc/thread-self/schedstat``); so is the time of Python's
-garbage collector, which visits what all tests before have left.
+kernel counts it (the second number of ``/proc/thread-self/schedstat``). So is the time in which a
+thread that it starts waits for a processor, and the time of Python's garbage collector, which
+visits what all tests before have left.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def watch() -> Iterator[list[str]]:
     """
     holds: list[str] = []
     collecting = [0.0, 0.0]  # when it began, and seconds in all
-    original = asyncio.Handle._run
+    original, start = asyncio.Handle._run, threading.Thread.start
 
     def collect(phase: str, _info: object) -> None:
         if phase == "start":
@@ -39,21 +40,41 @@ def watch() -> Iterator[list[str]]:
         else:
             collecting[1] += time.perf_counter() - collecting[0]
 
+    def start_thread(thread: threading.Thread) -> None:
+        began, queued = time.perf_counter(), _queued()
+        start(thread)  # returns when the thread runs
+        _local.starting = _starting() + time.perf_counter() - began - (_queued() - queued)
+
+    def spared() -> float:
+        return _queued() + _starting() + collecting[1]
+
     def run(handle: asyncio.Handle) -> None:
-        spared, began = _queued() + collecting[1], time.perf_counter()
+        before, began = spared(), time.perf_counter()
         original(handle)
         if time.perf_counter() - began > LIMIT:
-            held = time.perf_counter() - began - (_queued() + collecting[1] - spared)
+            held = time.perf_counter() - began - (spared() - before)
             if held > LIMIT:
-                holds.append(f"{held * 1000:.0f} ms in {handle!r}")
+                holds.append(f"{held * 1000:.0f} ms in {_named(handle)}")
 
     asyncio.Handle._run = run  # type: ignore[method-assign]
+    threading.Thread.start = start_thread  # type: ignore[method-assign]
     gc.callbacks.append(collect)
     try:
         yield holds
     finally:
         gc.callbacks.remove(collect)
         asyncio.Handle._run = original  # type: ignore[method-assign]
+        threading.Thread.start = start  # type: ignore[method-assign]
+
+
+def _starting() -> float:
+    """Seconds that this thread has waited for threads to start."""
+    return getattr(_local, "starting", 0.0)
+
+
+def _named(handle: asyncio.Handle) -> str:
+    task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
+    return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
 def _queued() -> float:

@@ -16,7 +16,8 @@ from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
 from mdev_orchestrator.engine.apply import diff
-from mdev_orchestrator.engine.diff import Existing, MisfitError
+from mdev_orchestrator.engine.device_requests import Existing
+from mdev_orchestrator.engine.placement import MisfitError
 from mdev_orchestrator.spec import Document, GuestMdev, key, load
 
 

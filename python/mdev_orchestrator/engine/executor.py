@@ -114,6 +114,7 @@ _PROGRESS_SECONDS = 1.0
 """Between two such notes otherwise."""
 _GOODBYE_SECONDS = 1.0
 """For what is under way to take notice of a second interruption."""
+ALL_DONE = "all was done already"
 LEFT_OPEN = "mdo recover undoes what was done"
 
 
@@ -178,6 +179,8 @@ class Execution:
         self.progress = list(progress or [Progress.PLANNED] * len(planned))
         self.stuck: list[MdoError] = []
         self._last: list[int] = []
+        # numbers of the steps that are written as about to act, or are being written so
+        self._announced = {n for n, entry in enumerate(planned) if not entry.needs}
         self._limits: dict[type, asyncio.Semaphore] = {}
         self._held_parents = self._parents_in_use()
 
@@ -252,7 +255,7 @@ class Execution:
         try:
             await run_to_completion(self.end(change, specs))
         except asyncio.CancelledError as error:
-            error.add_note("all was done already")
+            error.add_note(ALL_DONE)
             raise
 
     def _check_still_there(self) -> None:
@@ -315,9 +318,7 @@ class Execution:
         :raise MdoError: It failed.
         """
         ready = [asyncio.Event() for _ in self.planned]
-        await self.journal.note(
-            self.run, Progress.ACTING, [number], change=self.planned[number].step.on_begin
-        )
+        await self._announce([number])
         self.emit(StepEventKind.BEGIN, number)
         await self._attempt([number], ready, keep_open=True)
 
@@ -348,8 +349,7 @@ class Execution:
         async with self._limit(steps[0]):
             try:
                 if needs or self.progress[numbers[0]] is not Progress.PLANNED:
-                    change = Change.merged(step.on_begin for step in steps)
-                    await self.journal.note(self.run, Progress.ACTING, numbers, change=change)
+                    await self._announce(numbers)
                 for number in numbers:
                     self.emit(StepEventKind.BEGIN, number)
                 await self._attempt(numbers, ready)
@@ -358,6 +358,12 @@ class Execution:
                     if not ready[number].is_set():
                         self.emit(StepEventKind.FAILED, number, self._outcome(number))
                 raise
+
+    async def _announce(self, numbers: Sequence[int]) -> None:
+        """Write down that steps are about to act; it is written even when this is cancelled."""
+        self._announced.update(numbers)
+        change = Change.merged(self.planned[number].step.on_begin for number in numbers)
+        await self.journal.note(self.run, Progress.ACTING, numbers, change=change)
 
     def _outcome(self, number: int) -> Outcome:
         match self.progress[number]:
@@ -506,7 +512,7 @@ class Execution:
             number
             for number, progress in enumerate(self.progress)
             if progress is Progress.NO_EFFECT
-            or (progress is Progress.PLANNED and not self.planned[number].needs)
+            or (progress is Progress.PLANNED and number in self._announced)
         ]
         if numbers:
             change = Change.merged(self.planned[n].step.on_no_effect for n in numbers)

@@ -19,7 +19,13 @@ from typing import Generic, TypeVar
 
 from mdev_orchestrator.engine import executor, recovery
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.executor import Execution, Observer, PlannedStep, ignore
+from mdev_orchestrator.engine.executor import (
+    ALL_DONE,
+    Execution,
+    Observer,
+    PlannedStep,
+    ignore,
+)
 from mdev_orchestrator.engine.journal import (
     CLAIM_SECONDS,
     ClaimedError,
@@ -89,10 +95,18 @@ async def perform(operation: Operation[T], context: Context, *, observe: Observe
     :raise HostError: The journal cannot be written; nothing was done.
     :raise MdoError: A step failed, and all was undone; what could not be is in the error's notes.
     """
-    async with open_journal(context.machine) as journal:
-        with before_acting():
-            await recovery.recover_abandoned(journal, context, observe)
-        return await _Performance(operation, context, observe, journal).perform()
+    is_done = False
+    try:
+        async with open_journal(context.machine) as journal:
+            with before_acting():
+                await recovery.recover_abandoned(journal, context, observe)
+            result = await _Performance(operation, context, observe, journal).perform()
+            is_done = True
+    except asyncio.CancelledError as error:
+        if is_done:  # while the journal was closed
+            error.add_note(ALL_DONE)
+        raise
+    return result
 
 
 class _Performance(Generic[T]):

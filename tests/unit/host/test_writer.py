@@ -79,8 +79,11 @@ def ignore(_index: int, _result: WriteResult) -> None:
 
 def children() -> set[int]:
     """The processes that this one has started and that have not been reaped."""
-    lists = (task / "children" for task in Path("/proc/self/task").iterdir())
-    return {int(pid) for path in lists for pid in path.read_text().split()}
+    found = set[int]()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def names(pid: int, path: Path) -> bool:
