@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from mdev_orchestrator.capacity.planner import ParentPlan, Placement, Plan, Policy, Shortfall
     from mdev_orchestrator.engine.adopt import Adopted
     from mdev_orchestrator.engine.attach import Attached
-    from mdev_orchestrator.engine.diff import Changes, Existing, MisfitError
+    from mdev_orchestrator.engine.device_requests import Existing
+    from mdev_orchestrator.engine.diff import Changes
     from mdev_orchestrator.engine.executor import Observer, PlannedStep, StepEvent, StepEventKind
     from mdev_orchestrator.engine.journal import Run
+    from mdev_orchestrator.engine.placement import MisfitError
     from mdev_orchestrator.engine.probe import Probed
     from mdev_orchestrator.engine.records import (
         Change,
@@ -87,7 +89,7 @@ _PLACES = {
     "Document": "spec",
     "Ended": "qemu.process",
     "Event": "host.events",
-    "Existing": "engine.diff",
+    "Existing": "engine.device_requests",
     "GuestConfig": "spec",
     "GuestMdev": "spec",
     "GuestRecord": "engine.records",
@@ -101,7 +103,7 @@ _PLACES = {
     "MdevEvent": "host.events",
     "MdevType": "model",
     "MdoError": "errors",
-    "MisfitError": "engine.diff",
+    "MisfitError": "engine.placement",
     "NodeEvent": "host.events",
     "Observer": "engine.executor",
     "OpenMachine": "library",
