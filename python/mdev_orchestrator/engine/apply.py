@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes specs true, and removes what they brought: ``mdo apply``, ``diff`` and ``destroy``."""
+"""Makes specs true, removes what they brought, and previews it: apply, destroy, diff and plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mdev_orchestrator.capacity.planner import Policy
 from mdev_orchestrator.engine import diff as differ
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.diff import Changes
+from mdev_orchestrator.engine.diff import Changes, Preview
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS
 from mdev_orchestrator.engine.journal_db import read_managed
@@ -32,6 +32,22 @@ from mdev_orchestrator.qemu.process import STOP_SECONDS
 from mdev_orchestrator.spec import Document, parse, to_json
 
 _LISTED = 4  # names in one message
+
+
+async def preview(machine: Machine, document: Document, *, policy: Policy = "pack") -> Preview:
+    """Find where the devices of a spec would go; changes nothing, and asks no guest.
+
+    :raise RequestError: With file and line: it cannot be had.
+    :raise MisfitError: The devices do not fit; it has the plan too.
+    """
+    managed = await asyncio.to_thread(read_managed, machine)
+    observed = await take_snapshot(machine, managed, ())
+
+    def find() -> Preview:
+        capacity = model_cache.capacities(machine)
+        return differ.preview(document, observed, policy=policy, capacity=capacity)
+
+    return await asyncio.to_thread(find)  # the planner may search for a second
 
 
 async def diff(machine: Machine, document: Document, *, policy: Policy = "pack") -> Changes:
@@ -53,7 +69,7 @@ async def _compare(
     policy: Policy,
     options: StepOptions | None = None,
 ) -> Changes:
-    """Find the steps, in a thread: the planner may search for a second."""
+    """Find the steps, in a thread as :func:`preview` does."""
 
     def compare() -> Changes:
         capacity = model_cache.capacities(machine)

@@ -20,9 +20,9 @@ from mdev_orchestrator.capacity.models import survey
 from mdev_orchestrator.capacity.planner import Plan, Policy
 from mdev_orchestrator.capacity.planner import plan as make_plan
 from mdev_orchestrator.engine import device_requests, guest_changes, placement, step_order
-from mdev_orchestrator.engine.device_requests import Existing, is_present
+from mdev_orchestrator.engine.device_requests import Existing, Matched, is_present
 from mdev_orchestrator.engine.executor import PlannedStep
-from mdev_orchestrator.engine.placement import Survey
+from mdev_orchestrator.engine.placement import Placed, Survey
 from mdev_orchestrator.engine.records import Change
 from mdev_orchestrator.engine.snapshot import ObservedState
 from mdev_orchestrator.engine.step_order import StepOptions
@@ -57,6 +57,34 @@ class Changes(Struct, frozen=True):
         return not (self.steps or self.change.devices or self.change.guests)
 
 
+class Preview(Struct, frozen=True):
+    """Where the devices of a spec go, whatever else an apply does.
+
+    :ivar plan: Where new devices go, by the key of their request, and what remains.
+    :ivar existing: The devices that stay.
+    """
+
+    plan: Plan
+    existing: tuple[Existing, ...]
+
+
+def preview(
+    document: Document,
+    observed: ObservedState,
+    *,
+    policy: Policy = "pack",
+    capacity: Survey = survey,
+    new_uuid: Callable[[], UUID] = uuid4,
+) -> Preview:
+    """Find where the devices of a spec go; which devices guests have now does not matter.
+
+    Raises what :func:`diff` does.
+    """
+    matched, placed = _place_all(document, observed, policy, capacity, new_uuid)
+    present = device_requests.existing(matched.requests, observed.host)
+    return Preview(placed.plan, tuple(present))
+
+
 def diff(
     document: Document,
     observed: ObservedState,
@@ -71,11 +99,7 @@ def diff(
     :raise RequestError: With file and line: the spec asks for what belongs to another one.
     :raise MisfitError: The devices do not fit, not even in place of those that leave.
     """
-    guest_changes.check_guests(document, observed)
-    matched = device_requests.match(document, observed)
-    placed = placement.place(
-        document, observed.host, matched, policy=policy, capacity=capacity, new_uuid=new_uuid
-    )
+    matched, placed = _place_all(document, observed, policy, capacity, new_uuid)
     guests = guest_changes.find_changes(document, observed, matched, new_uuid)
     steps = step_order.order(
         placed.missing,
@@ -95,6 +119,21 @@ def diff(
         placed.plan,
         tuple(device_requests.existing(matched.requests, observed.host)),
     )
+
+
+def _place_all(
+    document: Document,
+    observed: ObservedState,
+    policy: Policy,
+    capacity: Survey,
+    new_uuid: Callable[[], UUID],
+) -> tuple[Matched, Placed]:
+    guest_changes.check_guests(document, observed)
+    matched = device_requests.match(document, observed)
+    placed = placement.place(
+        document, observed.host, matched, policy=policy, capacity=capacity, new_uuid=new_uuid
+    )
+    return matched, placed
 
 
 def without(name: str, observed: ObservedState, options: StepOptions | None = None) -> Changes:

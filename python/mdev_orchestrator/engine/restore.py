@@ -133,11 +133,7 @@ async def restore(
     :raise HostError: The journal cannot be used.
     """
     managed = await _recovered(machine, observe)
-    specs: dict[str, SpecRecord] = {}
-    for name in sorted(names or managed.specs):
-        if name not in managed.specs:
-            raise unknown_spec(name, managed)
-        specs[name] = managed.specs[name]
+    specs = _chosen(names, managed)
     defined = await asyncio.to_thread(mdevctl.defined, machine)
 
     async def bring_back(record: SpecRecord, needed: frozenset[Need]) -> Changes:
@@ -181,6 +177,13 @@ async def _recovered(machine: Machine, observe: Observer) -> Managed:
     async with open_journal(machine) as journal:
         await recover_abandoned(journal, Context(machine), observe)
         return await journal.read(journal.managed)
+
+
+def _chosen(names: Sequence[str], managed: Managed) -> dict[str, SpecRecord]:
+    for name in names:
+        if name not in managed.specs:
+            raise unknown_spec(name, managed)
+    return {name: managed.specs[name] for name in sorted(names or managed.specs)}
 
 
 class _Work(Struct):
