@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mdev_orchestrator.engine.adopt import Adopted
     from mdev_orchestrator.engine.attach import Attached
     from mdev_orchestrator.engine.device_requests import Existing
-    from mdev_orchestrator.engine.diff import Changes
+    from mdev_orchestrator.engine.diff import Changes, Preview
     from mdev_orchestrator.engine.executor import Observer, PlannedStep, StepEvent, StepEventKind
     from mdev_orchestrator.engine.journal import Run
     from mdev_orchestrator.engine.placement import MisfitError
@@ -119,6 +119,7 @@ _PLACES = {
     "Policy": "capacity.planner",
     "Pool": "spec",
     "PoweredDown": "engine.restore",
+    "Preview": "engine.diff",
     "Probed": "engine.probe",
     "ProcessRecord": "qemu.process",
     "QemuError": "errors",
@@ -192,6 +193,7 @@ __all__ = [
     "Policy",
     "Pool",
     "PoweredDown",
+    "Preview",
     "Probed",
     "ProcessRecord",
     "QemuError",

@@ -30,7 +30,7 @@ from mdev_orchestrator.engine import restore as engine_restore
 from mdev_orchestrator.engine.adopt import Adopted
 from mdev_orchestrator.engine.attach import Attached
 from mdev_orchestrator.engine.context import DEADLINE
-from mdev_orchestrator.engine.diff import Changes
+from mdev_orchestrator.engine.diff import Changes, Preview
 from mdev_orchestrator.engine.executor import Observer, ignore
 from mdev_orchestrator.engine.journal import CLAIM_SECONDS
 from mdev_orchestrator.engine.journal_db import read_managed
@@ -265,6 +265,13 @@ class OpenMachine(Machine):
         return await engine_restore.power_down(self, deadline=deadline, force=force)
 
     # ---- specs ----------------------------------------------------------------------------------
+
+    async def plan(self, document: Document, *, policy: Policy = "pack") -> Preview:
+        """Find where the devices of a spec would go; changes nothing, and asks no guest.
+
+        Raises what :func:`mdev_orchestrator.engine.apply.preview` does.
+        """
+        return await engine_apply.preview(self, document, policy=policy)
 
     async def diff(self, document: Document, *, policy: Policy = "pack") -> Changes:
         """Find what :meth:`apply` would do; changes nothing.
