@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = {".py", ".md", ".rst", ".toml"}
-PLACES = ("python", "docs", "tests", "benches", "tools", "kernel", "README.md")
+PLACES = ("python", "docs", "tests", "benches", "tools", "kernel", "README.md", "CHANGELOG.md")
 
 PERSONS = re.compile(
     r"(?<![a-z])(who|whom|whoever|nobody|somebody|someone|anybody)(?![a-z])", re.IGNORECASE
