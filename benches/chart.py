@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP = 150, 70, 44
 ROW, GAP = 18, 12  # height of a bar's row, and what parts two groups
 HEIGHT = 240  # of the area of lines
 MARK = 110  # width of one entry of the legend
-# readable on both pages, and to those who see few colours (Okabe and Ito, 2008)
+# readable on both pages, and for people with colour blindness (Okabe and Ito, 2008)
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 STYLE = """
 svg { background: #ffffff; font: 12px sans-serif; fill: #1f2328; }

@@ -8,11 +8,13 @@
 ...         await machine.attach("render-1", device.uuid)
 
 A method that changes the machine does all of it or nothing, also when it is cancelled. It raises
-:class:`mdev_orchestrator.errors.MdoError`, with the object, the outcome, and what to do.
+:class:`mdev_orchestrator.errors.MdoError`, with the object, the outcome, and what to do. All
+methods that look at the machine or change it are coroutines, and none holds the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Self
@@ -28,13 +30,15 @@ from mdev_orchestrator.engine import restore as engine_restore
 from mdev_orchestrator.engine.adopt import Adopted
 from mdev_orchestrator.engine.attach import Attached
 from mdev_orchestrator.engine.context import DEADLINE
-from mdev_orchestrator.engine.diff import Changes
+from mdev_orchestrator.engine.diff import Changes, Preview
 from mdev_orchestrator.engine.executor import Observer, ignore
+from mdev_orchestrator.engine.journal import CLAIM_SECONDS
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.probe import Probed
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.engine.recovery import Recovered
-from mdev_orchestrator.engine.restore import PoweredDown, Restored
+from mdev_orchestrator.engine.restore import WAIT_SECONDS, PoweredDown, Restored
+from mdev_orchestrator.errors import Outcome, UnknownError
 from mdev_orchestrator.host import events as host_events
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import Event
@@ -70,15 +74,18 @@ class OpenMachine(Machine):
         """Read all parents, types and mdevs; does not block the event loop."""
         return await sysfs.scan(self)
 
-    def managed(self) -> Managed:
-        """Read the records of what is managed here.
+    async def managed(self) -> Managed:
+        """Read the records of what is managed here; does not block the event loop.
 
         :raise HostError: The journal is damaged, of a newer version, or of another user.
         """
-        return read_managed(self)
+        return await asyncio.to_thread(read_managed, self)
 
     async def guests(self) -> list[Report]:
-        """Look at all guests, and ask the QEMU of each; one that hangs is reported as that."""
+        """Look at all guests, and ask the QEMU of each.
+
+        A QEMU that does not answer within five seconds is reported as not answering.
+        """
         return await guests.guest_reports(self)
 
     async def guest(self, name: str) -> Report:
@@ -111,8 +118,10 @@ class OpenMachine(Machine):
         """Create one mdev, and return when it is usable.
 
         Takes and raises what :func:`mdev_orchestrator.engine.devices.create_devices` does.
+
+        :raise UnknownError: Another program removed it as soon as it was there.
         """
-        (made,) = await self.create_many(
+        made = await self.create_many(
             type_id,
             1,
             parent=parent,
@@ -122,12 +131,18 @@ class OpenMachine(Machine):
             deadline=deadline,
             observe=observe,
         )
-        return made
+        if not made:
+            raise UnknownError(
+                f"another program removed the mdev of type {type_id} right after its creation",
+                "see which program it was, then try again",
+                outcome=Outcome.UNKNOWN,
+            )
+        return made[0]
 
     async def create_many(
         self,
         type_id: str,
-        count: int,
+        count: int | None = None,
         *,
         parent: str | None = None,
         uuids: Sequence[UUID] = (),
@@ -251,6 +266,13 @@ class OpenMachine(Machine):
 
     # ---- specs ----------------------------------------------------------------------------------
 
+    async def plan(self, document: Document, *, policy: Policy = "pack") -> Preview:
+        """Find where the devices of a spec would go; changes nothing, and asks no guest.
+
+        Raises what :func:`mdev_orchestrator.engine.apply.preview` does.
+        """
+        return await engine_apply.preview(self, document, policy=policy)
+
     async def diff(self, document: Document, *, policy: Policy = "pack") -> Changes:
         """Find what :meth:`apply` would do; changes nothing.
 
@@ -266,6 +288,7 @@ class OpenMachine(Machine):
         restart: bool = False,
         force: bool = False,
         deadline: float | None = None,
+        wait: float = CLAIM_SECONDS,
         observe: Observer = ignore,
     ) -> Changes:
         """Make a spec true, all of it or nothing.
@@ -279,6 +302,7 @@ class OpenMachine(Machine):
             restart=restart,
             force=force,
             deadline=deadline,
+            wait=wait,
             observe=observe,
         )
 
@@ -299,22 +323,35 @@ class OpenMachine(Machine):
         )
 
     async def restore(
-        self, names: Sequence[str] = (), *, observe: Observer = ignore
+        self,
+        names: Sequence[str] = (),
+        *,
+        wait: float = WAIT_SECONDS,
+        observe: Observer = ignore,
     ) -> tuple[Restored, ...]:
         """After a reboot, bring back what was applied.
 
         Takes and raises what :func:`mdev_orchestrator.engine.restore.restore` does.
         """
-        return await engine_restore.restore(self, names, observe=observe)
+        return await engine_restore.restore(self, names, wait=wait, observe=observe)
 
     # ---- after a crash --------------------------------------------------------------------------
 
-    async def recover(self, *, observe: Observer = ignore) -> list[Recovered]:
+    async def pending(self) -> list[Recovered]:
+        """Find what :meth:`recover` would undo or finish; changes nothing.
+
+        :raise HostError: The journal is damaged, of a newer version, or of another user.
+        """
+        return await recovery.pending(self)
+
+    async def recover(
+        self, *, deadline: float | None = None, observe: Observer = ignore
+    ) -> list[Recovered]:
         """Undo or finish what processes left open that were killed.
 
-        :raise HostError: The journal is damaged or cannot be written.
+        Takes and raises what :func:`mdev_orchestrator.engine.recovery.recover` does.
         """
-        return await recovery.recover(self, observe=observe)
+        return await recovery.recover(self, deadline=deadline, observe=observe)
 
     async def adopt(self, names: Sequence[str] = (), *, everything: bool = False) -> Adopted:
         """Manage guests and devices that the journal does not know.

@@ -48,11 +48,6 @@ def cache_dir() -> Path:
     return _base("MDO_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
-def journal_path() -> Path:
-    """Return the file of the journal, see ``engine.journal``; it need not exist."""
-    return state_dir() / "journal.db"
-
-
 def private_dir(path: Path) -> Path:
     """Create ``path`` with mode 0700, or check that it is a directory of this user alone.
 

@@ -39,18 +39,20 @@ def campaign(
     judge: Callable[[Look, Look], list[str]],
     others: Foreign,
     tally: Tally,
+    recover: Callable[[], list[str]] = recovered,
 ) -> list[str]:
     """Kill a command at every point that it has, and some times in between.
 
     :param prepare: Makes the machine as the command is to find it, and tells how that is.
     :param judge: What is wrong, from how it was before and how it is after ``mdo recover``.
+    :param recover: Does that, and gives why it did not succeed.
     """
     failures: list[str] = []
     longest = 0.0
 
     def after(ended: Ended, was: Look, where: str) -> None:
         left = denials(ended.err, was, lambda: look(others))
-        left += recovered() + judge(was, look(others))
+        left += recover() + judge(was, look(others))
         failures.extend(tally.count(what, left, where))
         if left:
             clear(others)
@@ -141,7 +143,11 @@ def test_every_verb(place: Path, others: Foreign, empty: Look, tally: Tally, nam
     def judge(was: Look, now: Look) -> list[str]:
         return half_done(was, whole, now)
 
-    assert campaign(name, work.command(place), prepare, judge, others, tally) == []
+    def recover() -> list[str]:
+        return work.recovered(place)
+
+    command = work.command(place)
+    assert campaign(name, command, prepare, judge, others, tally, recover) == []
     clear(others)
 
 

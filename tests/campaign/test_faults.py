@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Each step fails, for each reason that it can have; all is as before, and the error says it.
 
-The faults are real: the driver refuses (its own fault injection), a parent goes, somebody else
+The faults are real: the driver refuses (its own fault injection), a parent goes, another program
 fills a pool, QEMU does not start, a guest does not let go, a disk is full. What is on the machine
 after the command is compared with what was there before, whole, as in the crash campaign; but
 nothing repairs in between.
@@ -130,7 +130,7 @@ def test_the_driver_is_late(place: Path, empty: Look, campaign: Campaign) -> Non
 
 
 def test_the_driver_is_silent(place: Path, empty: Look, campaign: Campaign) -> None:
-    """It answers when nobody listens any more: recover takes away what it made."""
+    """It answers when the command has ended: recover takes away what it made."""
     spec = specs.known(place)
     with vfio.fault("create", f"delay_ms=20000 uuid={ALL[6]}"):
         ended = mdo("apply", spec, "--deadline", "2")
@@ -145,7 +145,7 @@ def test_the_driver_is_silent(place: Path, empty: Look, campaign: Campaign) -> N
 
 
 def test_a_pool_is_filled_meanwhile(place: Path, empty: Look, campaign: Campaign) -> None:
-    """Somebody else is quicker, after it was seen that all fits."""
+    """Another program is quicker, after it was seen that all fits."""
     apply = ("apply", specs.known(place))
     for type_ in ("128M", "256M"):
 
@@ -173,7 +173,7 @@ def test_a_pool_is_filled_meanwhile(place: Path, empty: Look, campaign: Campaign
 
 
 def test_links_are_taken_meanwhile(place: Path, empty: Look, campaign: Campaign) -> None:
-    """A group of somebody else takes six of the eight before ours is started."""
+    """Another program's group takes six of the eight before ours is started."""
     spec = specs.known(place, two={"mdev": []}, three={"mdev": []})
 
     def take() -> None:
@@ -184,7 +184,7 @@ def test_links_are_taken_meanwhile(place: Path, empty: Look, campaign: Campaign)
 
     campaign.fails(
         "links taken",
-        "somebody else's group comes online before ours is started",
+        "another program's group comes online before ours is started",
         ("apply", spec),
         empty,
         status=2,
@@ -298,7 +298,7 @@ def test_a_device_is_held_at_its_removal(place: Path, empty: Look, campaign: Cam
         was = look(campaign.others)
         campaign.fails(
             "device held",
-            "destroy of a pool that somebody has open",
+            "destroy of a pool that a process has open",
             DESTROY,
             was,
             status=2,

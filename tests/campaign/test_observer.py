@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def events(ended: Ended) -> int:
     return sum(point.split()[0] in kinds for point in ended.points)
 
 
+def last_line(ended: Ended) -> str:
+    """The error, without the numbers of IOMMU groups."""
+    return re.sub(r"group \d+", "group N", ended.err.splitlines()[-1])
+
+
 @pytest.mark.parametrize("name", list(WORKS))
 @pytest.mark.parametrize("what", list(ERRORS))
 def test_what_is_done(
@@ -74,7 +80,7 @@ def test_what_is_undone(place: Path, others: Foreign, empty: Look, tally: Tally,
         silent = mdo("apply", spec)
         ended = mdo("apply", spec, change=raising(ERRORS[what]))
     left = differences(empty, look(others))
-    if (ended.status, ended.err.splitlines()[-1]) != (silent.status, silent.err.splitlines()[-1]):
+    if (ended.status, last_line(ended)) != (silent.status, last_line(silent)):
         left.append(f"with an observer that does not raise: {silent}; with one that does: {ended}")
     where = f"{what} at each of {events(ended)} events, {last} cannot be opened"
     assert tally.count("undone apply: observer raises", left, where) == []

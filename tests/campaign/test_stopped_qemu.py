@@ -19,7 +19,7 @@ import pytest
 from campaign import specs
 from campaign.command import DEVICE_COMMANDS, Hook, mdo
 from campaign.conftest import EVERY, Tally
-from campaign.works import UUIDS, WORKS, Work, create, half_done, recovered, start
+from campaign.works import UUIDS, WORKS, Work, create, half_done, start
 from campaign.world import Foreign, Look, clear, denials, look
 from lab import vfio
 from lab.machine import machine
@@ -41,16 +41,20 @@ STOPPED["changed apply"] = Work(
 )
 
 
+def is_told(point: str) -> bool:
+    """Whether QEMU is about to be told to add or to delete a device."""
+    return point.startswith(tuple(f"before {command} " for command in DEVICE_COMMANDS))
+
+
 def stop_at(number: int) -> Hook:
     """SIGSTOP for the QEMU that gets the so-many-th command about a device."""
     seen: list[str] = []
 
     def hook(what: str, _: int) -> None:
-        words = what.split()
-        if words[0] == "before" and words[1] in DEVICE_COMMANDS:
+        if is_told(what):
             seen.append(what)
             if len(seen) == number:
-                record = process.find(machine(), words[-1]).record
+                record = process.find(machine(), what.rsplit(maxsplit=1)[-1]).record
                 assert record is not None
                 os.kill(record.pid, signal.SIGSTOP)
 
@@ -100,9 +104,9 @@ def test_stopped(place: Path, others: Foreign, empty: Look, tally: Tally, name: 
         left += denials(ended.err, was, lambda: look(others))  # what was late is there by now
         if ended.status == 0:
             left.append("it succeeded without an answer of QEMU")
-        left += recovered()
+        left += work.recovered(place)
         left += half_done(was, whole, look(others))
-        told = [p for p in ended.points if p.split()[1:2] and p.split()[1] in DEVICE_COMMANDS]
+        told = [point for point in ended.points if is_told(point)]
         if left:
             left.append(str(ended))
         where = f"stopped at command {number}, {told[number - 1]!r}"
@@ -161,7 +165,7 @@ def test_the_open_takes_longer_than_the_deadline(
     left += denials(ended.err, was, lambda: look(others))
     if ended.status == 0:
         left.append("it succeeded without an answer of QEMU")
-    left += recovered()
+    left += work.recovered(place)
     left += half_done(was, whole, look(others))
     if left:
         left.append(str(ended))

@@ -17,7 +17,7 @@ import pytest
 
 from campaign.command import mdo
 from campaign.conftest import EVERY, Tally
-from campaign.works import WORKS, half_done, recovered
+from campaign.works import WORKS, half_done
 from campaign.world import Foreign, Look, clear, denials, differences, look
 from mdev_orchestrator.system import writer
 
@@ -80,7 +80,7 @@ def test_every_write(
         left = denials(ended.err, was, lambda: look(others))
         if ended.status == 0:  # it says that all is done
             left += differences(whole, look(others), shape=True)
-        left += recovered()
+        left += work.recovered(place)
         left += half_done(was, whole, look(others))
         where = f"{'after' if after else 'before'} write {number}, {killer.path}"
         if left:

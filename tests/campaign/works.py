@@ -10,6 +10,8 @@ from pathlib import Path
 from campaign import specs
 from campaign.command import Ended, mdo
 from campaign.world import Foreign, Look, clear, differences, look
+from lab.machine import machine
+from mdev_orchestrator.qemu.process import list_guests
 
 Command = tuple[str, ...]
 
@@ -40,11 +42,13 @@ class Work:
 
     :ivar before: Commands that make the machine as this one is to find it; given the directory for
         specs.
-    :ivar command: The command itself.
+    :ivar command: The command itself; given the same.
+    :ivar is_repeated: ``mdo recover`` only closes it: if it has begun, a user gives it again.
     """
 
     before: Callable[[Path], list[Command]]
     command: Callable[[Path], Command]
+    is_repeated: bool = False
 
     def prepare(self, place: Path, others: Foreign) -> Look:
         """Make the machine as the command is to find it; give what is there then."""
@@ -52,6 +56,14 @@ class Work:
         for command in self.before(place):
             done(*command)
         return look(others)
+
+    def recovered(self, place: Path) -> list[str]:
+        """Do what follows after the command was cut short; give what did not succeed."""
+        wrong = recovered()
+        if self.is_repeated and not all(guest.alive for guest in list_guests(machine())):
+            again = mdo(*self.command(place))
+            wrong += [] if again.status == 0 else [f"given again: {again}"]
+        return wrong
 
     def whole(self, place: Path, others: Foreign) -> Look:
         """Run the command undisturbed; give what is there then."""
@@ -98,7 +110,9 @@ WORKS = {
     ),
     "guest start": Work(_fixed(create(*UUIDS[:2], group="peers")), lambda _: start(*UUIDS[:2])),
     "guest stop": Work(
-        _fixed(create(*UUIDS[:2], group="peers"), start(*UUIDS[:2])), lambda _: STOP
+        _fixed(create(*UUIDS[:2], group="peers"), start(*UUIDS[:2])),
+        lambda _: STOP,
+        is_repeated=True,
     ),
     "attach": Work(
         _fixed(create(UUIDS[0]), start()), lambda _: ("attach", "g", UUIDS[0], "--deadline", "3")

@@ -204,9 +204,13 @@ def _guest(guest: process.RunningGuest) -> str:
 
 
 def _files() -> list[str]:
-    """What stands in the directories of guests."""
+    """What is in the directories of guests, without empty directories in these."""
     place = machine().guests_dir
-    return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    return sorted(
+        str(path.relative_to(place))
+        for path in place.rglob("*")
+        if path.parent == place or not path.is_dir()
+    )
 
 
 def _open() -> tuple[list[str], list[str]]:

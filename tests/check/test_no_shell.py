@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""No shell reads anything that came from somebody: ruff forbids ``shell=True`` and its like
+"""No shell reads anything that a user or a program gave: ruff forbids ``shell=True`` and its like
 (S602, S604, S605), and what is run by ``sh -c`` is a fixed text of ours.
 """
 

@@ -42,7 +42,7 @@ def load(name: str) -> One:
 def scratch() -> Path:
     """A directory for this process; its path is short enough for sockets."""
     place = Path(tempfile.mkdtemp(prefix="mdo-fuzz-"))
-    # a process that libFuzzer ends does not come to this: who starts it gives it a TMPDIR
+    # a process that libFuzzer ends does not come to this: test_parsers.py gives it a TMPDIR
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     return place
 

@@ -5,7 +5,7 @@ import contextlib
 import sqlite3
 
 from fuzz import harness
-from mdev_orchestrator.engine import journal_db, recovery, steps
+from mdev_orchestrator.engine import guest_ops, journal_db, recovery, steps
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.errors import MdoError
@@ -90,7 +90,7 @@ def _recover(journal: Journal) -> None:
 def _use(managed: Managed) -> None:
     for guest in managed.guests.values():
         with contextlib.suppress(MdoError):
-            steps.guest_spec(guest, [])
+            guest_ops.guest_spec(guest, [])
 
 
 def _step(text: str) -> None:

@@ -52,7 +52,7 @@ def _read() -> None:
     model_cache.load(machine)
     harness.check_shown([process.qemu_words(GUEST / "qemu.log")])
     for guest in process.list_guests(machine):
-        msgspec.json.encode(guest_shape(Report(guest, damage=guest.damage), Host()))
+        msgspec.json.encode(guest_shape(Report(guest, damage=guest.damage), Host(), {}))
         if guest.record is not None:
             written = msgspec.json.encode(guest.record)
             assert msgspec.json.decode(written, type=process.ProcessRecord) == guest.record

@@ -25,7 +25,7 @@ PARENT = "sys/devices/virtual/v/p0"
 TYPE = f"{PARENT}/mdev_supported_types/v-1"
 BUS = "sys/bus/mdev/devices"
 CLASS = "sys/class/mdev_bus"
-#: First letters of a record's name: where its file is. Behind a ``>`` it is a link, not a file.
+#: First letters of a record's name: where its file is. After a ``>`` it is a link, not a file.
 PLACES = {"t": TYPE, "a": f"{TYPE}/attributes", "p": PARENT, "m": f"{PARENT}/{DEV}"}
 PLACES |= {"n": f"{PARENT}/{DEV}/nvidia", "b": BUS, "c": CLASS, "o": f"{PARENT}/{DEV}/vfio-dev"}
 PLACES |= {"s": f"{PARENT}/mdev_supported_types"}

@@ -24,7 +24,7 @@ from fuzz import harness
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build/fuzz"
 SECONDS = int(os.environ.get("MDO_FUZZ_SECONDS", "600"))
-MEMORY = "/dev/shm"  # noqa: S108 - a directory of a name that nobody knows is made there
+MEMORY = "/dev/shm"  # noqa: S108 - a directory with a random name is made there
 HANG_SECONDS = 10
 LARGEST = 8192  # bytes
 LIFECYCLE = "mdev-lifecycle"

@@ -63,7 +63,7 @@ def log() -> Iterator[KernelLog]:
 
 @pytest.fixture(scope="module")
 def without_udev() -> Iterator[None]:
-    """Nobody looks at every event; the kernel makes the nodes itself."""
+    """Keep udev from looking at every event; the kernel makes the nodes itself."""
     subprocess.run(["udevadm", "control", "--exit"], check=True)
     yield
     subprocess.run(["/lib/systemd/systemd-udevd", "--daemon"], check=True)

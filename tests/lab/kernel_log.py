@@ -20,7 +20,7 @@ COMPLAINT = re.compile(
 class KernelLog:
     """The lines that the kernel prints from now on.
 
-    :ivar lost: Lines were overwritten before anybody looked.
+    :ivar lost: Lines were overwritten before they were read.
     """
 
     def __init__(self) -> None:

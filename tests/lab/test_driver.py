@@ -195,7 +195,7 @@ def test_every_second_open_is_a_new_life(make: Make) -> None:
         assert [(event.uuid, event.value) for event in accesses] == [(uuid, 1)]
 
 
-def test_the_log_is_a_ring_that_says_who(make: Make) -> None:
+def test_the_log_is_a_ring_that_names_the_process(make: Make) -> None:
     since = vfio.now()
     (uuid,) = make(group=GROUP)
     with Child(uuid) as child:
@@ -210,7 +210,7 @@ def test_the_log_is_a_ring_that_says_who(make: Make) -> None:
     assert [event.sequence for event in log] == list(range(since, since + 8))
     assert [event.ns for event in log] == sorted(event.ns for event in log)
     (uuid,) = make()
-    for _ in range(2050):  # two events each, and nobody is told
+    for _ in range(2050):  # two events each, and no uevent
         put(uuid, "group_uuid", GROUP)
         put(uuid, "group_uuid", "")
     full = vfio.events()

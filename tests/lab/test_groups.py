@@ -283,7 +283,7 @@ def test_newcomers_take_their_links_when_they_join(kernel_log: KernelLog, group:
             vfio.remove(uuid)
 
 
-def test_started_by_online_it_belongs_to_nobody(make: Make, group: str) -> None:
+def test_started_by_online_it_has_no_owner(make: Make, group: str) -> None:
     first, second = make(2, group)
     put(first, "online", "1")
     put(second, "online", "1")
@@ -292,7 +292,7 @@ def test_started_by_online_it_belongs_to_nobody(make: Make, group: str) -> None:
     with Child(second) as child:
         assert child.failed == 0
         assert get(first, "group_owner") == str(child.pid)
-    # implicit start: the final release stops, whoever has started
+    # implicit start: the final release stops, whichever process has started
     assert online([first, second]) == ["0", "0"]
     put(first, "online", "1")
     put(second, "online", "0")
@@ -456,7 +456,7 @@ def explicit() -> Iterator[None]:
 class TestExplicit:
     """``implicit_start=0``: QEMU and the orchestrator do what others leave to the driver."""
 
-    def test_nobody_opens_what_is_offline(
+    def test_what_is_offline_cannot_be_opened(
         self, make: Make, group: str, kernel_log: KernelLog
     ) -> None:
         first, second = make(2, group)
@@ -483,7 +483,7 @@ class TestExplicit:
         put(uuids[2], "online", "0")
         assert (online(uuids), links()) == (["0"] * 3, LINKS)
 
-    def test_a_removal_gives_back_what_nobody_stopped(self, make: Make, group: str) -> None:
+    def test_a_removal_gives_back_what_was_not_stopped(self, make: Make, group: str) -> None:
         uuids = make(2, group)
         put(uuids[0], "online", "1")
         assert links() == LINKS - 1

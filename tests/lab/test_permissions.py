@@ -26,16 +26,16 @@ from mdev_orchestrator.system.processes import boot_id, start_time
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
-NOBODY = 65534
+OTHER_USER = 65534
 CODE = "from mdev_orchestrator.cli.main import main; raise SystemExit(main())"
 CONNECT = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
 SOCKETS = ("qmp.sock", "query.sock", "watch.sock", "console.sock")
 
 
-def nobody(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as the user nobody."""
+def as_other_user(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as another user."""
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, user=NOBODY, group=NOBODY,
+        command, capture_output=True, text=True, check=False, user=OTHER_USER, group=OTHER_USER,
         extra_groups=[], env={"PATH": os.environ["PATH"]},
     )  # fmt: skip
 
@@ -58,8 +58,8 @@ async def test_a_guests_files_are_for_its_owner_only(guest: process.RunningGuest
         assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (0, 0o700)
     for name in SOCKETS:
         assert stat.S_IMODE((guest.directory / name).stat().st_mode) == 0o600
-    assert nobody("ls", str(guest.directory)).returncode != 0
-    assert nobody("cat", str(guest.directory / "record.json")).returncode != 0
+    assert as_other_user("ls", str(guest.directory)).returncode != 0
+    assert as_other_user("cat", str(guest.directory / "record.json")).returncode != 0
     with Journal.open(machine().journal_path):
         pass
     assert stat.S_IMODE(machine().journal_path.stat().st_mode) == 0o600
@@ -73,7 +73,7 @@ async def test_a_socket_refuses_another_user_even_in_a_directory_that_is_open(
         path.chmod(0o755)
     try:
         for name in SOCKETS:
-            done = nobody("/usr/bin/python3", "-c", CONNECT, str(guest.directory / name))
+            done = as_other_user("/usr/bin/python3", "-c", CONNECT, str(guest.directory / name))
             assert "PermissionError" in done.stderr, name
     finally:
         for path in opened:
@@ -118,13 +118,13 @@ def test_a_state_directory_of_another_user_kills_nothing(
     place = tmp_path / "open/state"
     place.mkdir(parents=True)
     plant(place, *victim)
-    said = f"{place} belongs to user {NOBODY}, not to you"
+    said = f"{place} belongs to user {OTHER_USER}, not to you"
     if how == "theirs":
         for path in (place, *place.rglob("*")):
-            shutil.chown(path, NOBODY)
+            shutil.chown(path, OTHER_USER)
     elif how == "link":
         place.rename(tmp_path / "theirs")
-        shutil.chown(tmp_path / "theirs", NOBODY)
+        shutil.chown(tmp_path / "theirs", OTHER_USER)
         place.symlink_to(tmp_path / "theirs")
         said = f"{place} is not a directory"
     else:

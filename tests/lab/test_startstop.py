@@ -191,7 +191,7 @@ async def test_the_next_command_stops_what_a_guest_left_online(explicit: None, h
     guest = await guest_ops.launch(machine(), spec(*mdevs))
     await ENDS[how](guest)
     assert await process.wait_ended(guest, 20)
-    assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # nobody has looked yet
+    assert (states(*mdevs), free()) == ({True}, LINKS - 1)  # no command has looked yet
     [reclaimed] = await start_groups.reclaim_groups(machine())
     assert str(reclaimed).endswith("it is offline now")
     assert (states(*mdevs), free()) == ({False}, LINKS)

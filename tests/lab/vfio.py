@@ -242,7 +242,7 @@ def create(parent: str, type_: str, uuid: str | None = None) -> str:
 
 
 def remove(uuid: str) -> None:
-    """Remove an mdev that nobody has open; else this would wait for itself."""
+    """Remove an mdev that no process has open; else this would wait for itself."""
     assert uuid not in Device.held
     poke(MDEVS / uuid / "remove", "1")
 

@@ -65,10 +65,10 @@ class Cell(GuestTest):
 
     @property
     def by_launcher(self) -> bool:
-        """Whether whoever launches QEMU has to start its groups, and to stop them."""
+        """Whether the launcher of QEMU has to start its groups, and to stop them."""
         return self.driver == "explicit" and not self.version.patched
 
     def start(self, *uuids: str, extra: tuple[str, ...] = ()) -> Machine:
-        """The cell's QEMU, launched by whom it takes so that its groups are started."""
+        """The cell's QEMU, launched in the way in which its groups are started."""
         kind = Orchestrated if self.by_launcher else Direct
         return kind(self.version, *uuids, extra=extra)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What must hold, whoever started and however it ended. The driver's log is the proof."""
+"""What must hold, whichever program started and however it ended. The driver's log is the proof."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Qmp:
 
 
 class Direct:
-    """QEMU as a child of the test, with nobody in between.
+    """QEMU as a child of the test, with no program in between.
 
     :raise QemuError: It ended at once; what it said, and its exit status.
     """
@@ -250,7 +250,7 @@ class Direct:
 
     @staticmethod
     def reclaim(*uuids: str) -> None:
-        """What whoever launched a QEMU does when it has ended."""
+        """What the launcher of a QEMU does when it has ended."""
         for uuid in uuids:
             with contextlib.suppress(FileNotFoundError):
                 vfio.put(uuid, "online", "0")

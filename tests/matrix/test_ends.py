@@ -115,7 +115,7 @@ class Ends(Cell):
             checks.given_back(uuids, self.links)
 
     def is_left_online(self, uuids: list[str], left: bool) -> None:
-        """Whether a QEMU that has ended has left its group online, which then nobody owns."""
+        """Whether a QEMU that has ended has left its group online, which then has no owner."""
         assert checks.online(uuids) == {left}
         assert links() == self.links - (self.cost(len(uuids)) if left else 0)
         if self.grouped:
@@ -170,7 +170,7 @@ class Ends(Cell):
 
     @cells(driver=DRIVERS, qemu=QEMUS)
     async def test_a_guest_that_powers_off(self) -> None:
-        """A booted guest uses its devices, is told to power off, and nobody looks after it."""
+        """A booted guest uses its devices, is told to power off, and no command follows."""
         uuids = self.group(2)
         since = vfio.now()
         mdevs = [mdev for uuid in uuids if (mdev := sysfs.read_mdev(machine(), UUID(uuid)))]

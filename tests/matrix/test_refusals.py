@@ -60,7 +60,7 @@ class Refusals(Cell):
     """What only the patched QEMUs know to refuse, or to show."""
 
     @cells(driver=GROUPING, qemu=PATCHED)
-    def test_a_member_that_nobody_attached(self) -> None:
+    def test_a_member_that_was_not_attached(self) -> None:
         uuids = self.group(3)
         group = get(uuids[0], "group_uuid")
         with refused(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Opens, closes and kills at random: no link lost, no group stuck, nothing for the kernel to say.
 
-Every move is checked against a small model of who has what. The seed is printed; MDO_TEST_SEED
-plays a schedule again, MDO_TEST_MOVES makes it longer.
+Every move is checked against a small model of what each QEMU has. The seed is printed;
+MDO_TEST_SEED plays a schedule again, MDO_TEST_MOVES makes it longer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Group:
 
 
 class Schedule:
-    """Several QEMUs, several groups, and who has what by the rules of the ABI."""
+    """Several QEMUs, several groups, and what each has by the rules of the ABI."""
 
     def __init__(
         self, rng: random.Random, groups: list[Group], known: list[Version], *, explicit: bool

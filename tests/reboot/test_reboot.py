@@ -185,7 +185,7 @@ def test_a_driver_that_loads_after_the_deadline(applied: str) -> None:
 
 
 def test_stopped_by_the_administrator(applied: str) -> None:
-    """Who has stopped the guests gets none by loading the driver; starting them is enough."""
+    """After the guests were stopped, loading the driver brings none; starting them does."""
     inside("mdo guest stop --all --force --deadline 0; systemctl stop mdo-guests")
     inside(LOSE + "systemctl stop mvgpu; rmmod mvgpu; systemctl start mvgpu; udevadm settle")
     inside("! systemctl is-active -q mdo-restore")

@@ -54,7 +54,7 @@ def watch() -> Iterator[list[str]]:
         if time.perf_counter() - began > LIMIT:
             held = time.perf_counter() - began - (spared() - before)
             if held > LIMIT:
-                holds.append(f"{held * 1000:.0f} ms in {handle!r}")
+                holds.append(f"{held * 1000:.0f} ms in {_named(handle)}")
 
     asyncio.Handle._run = run  # type: ignore[method-assign]
     threading.Thread.start = start_thread  # type: ignore[method-assign]
@@ -70,6 +70,11 @@ def watch() -> Iterator[list[str]]:
 def _starting() -> float:
     """Seconds that this thread has waited for threads to start."""
     return getattr(_local, "starting", 0.0)
+
+
+def _named(handle: asyncio.Handle) -> str:
+    task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
+    return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
 def _queued() -> float:

@@ -15,6 +15,7 @@ from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError
+from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.state import private_dir, state_dir
 
@@ -39,13 +40,13 @@ def any_umask(place: Path) -> Iterator[None]:
 
 
 USERS: dict[str, Callable[[], object]] = {
-    "guest list": process.list_guests,
-    "guest, by name": lambda: process.find("a"),
+    "guest list": lambda: process.list_guests(Machine()),
+    "guest, by name": lambda: process.find(Machine(), "a"),
     "lab list": labs.find_all,
-    "journal, to look": read_managed,
-    "journal, to change": Journal.open,
-    "what was learned": model_cache.load,
-    "what is learned": lambda: model_cache.keep({}),
+    "journal, to look": lambda: read_managed(Machine()),
+    "journal, to change": lambda: Journal.open(Machine().journal_path),
+    "what was learned": lambda: model_cache.load(Machine()),
+    "what is learned": lambda: model_cache.keep(Machine(), {}),
 }
 
 
@@ -107,7 +108,7 @@ def test_a_sticky_directory_above_is_as_good_as_tmp(place: Path) -> None:
     place.parent.chmod(0o1777)
     assert state_dir() == place
     assert private_dir(place) == place
-    assert process.list_guests() == []
+    assert process.list_guests(Machine()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -131,12 +132,13 @@ def test_a_link_of_another_user_on_the_way_is_refused(
 
 @pytest.mark.usefixtures("any_umask")
 def test_what_is_made_is_for_us_only(place: Path) -> None:
-    with Journal.open():
+    with Journal.open(Machine().journal_path):
         pass
-    model_cache.keep({})
-    private_dir(process.guests_dir())
+    model_cache.keep(Machine(), {})
+    private_dir(Machine().guests_dir)
     found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()}
-    assert (found["journal.db"], found["guests"]) == (0o600, 0o700)
+    assert (found["journal.db"], found["journal.lock"]) == (0o600, 0o600)
+    assert found["guests"] == 0o700
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
@@ -162,8 +164,8 @@ def test_a_socket_is_for_us_only_from_its_first_moment(place: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_journal_that_others_can_write_is_refused(place: Path, mode: int) -> None:
-    with Journal.open():
+    with Journal.open(Machine().journal_path):
         pass
     (place / "journal.db").chmod(mode)
-    for use in (read_managed, Journal.open):
-        assert refusal(use).message == f"{place / 'journal.db'} can be written by others"
+    for use in ("journal, to look", "journal, to change"):
+        assert refusal(USERS[use]).message == f"{place / 'journal.db'} can be written by others"

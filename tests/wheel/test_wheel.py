@@ -23,11 +23,12 @@ import asyncio
 import mdev_orchestrator as mdo
 
 async def main() -> list[str]:
-    try:
-        changes = await mdo.apply(mdo.load("lab.toml"))
-    except mdo.MdoError as error:
-        return [error.message, error.hint]
-    return [str(changes)]
+    async with mdo.open() as machine:
+        try:
+            changes = await machine.apply(mdo.load("lab.toml"))
+        except mdo.MdoError as error:
+            return [error.message, error.hint]
+        return [str(changes)]
 
 print(asyncio.run(main()))
 """

@@ -15,8 +15,9 @@ from mdev_orchestrator.capacity.planner import ParentPlan, Plan
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
-from mdev_orchestrator.engine.apply import diff
-from mdev_orchestrator.engine.diff import Existing, MisfitError
+from mdev_orchestrator.engine.apply import preview
+from mdev_orchestrator.engine.device_requests import Existing
+from mdev_orchestrator.engine.placement import MisfitError
 from mdev_orchestrator.spec import Document, GuestMdev, key, load
 
 
@@ -48,11 +49,11 @@ def plan(
     document = load(spec)
     error: MisfitError | None = None
     try:
-        changes = run(lambda machine: diff(machine, document, policy=policy_of(policy)))
+        found = run(lambda machine: preview(machine, document, policy=policy_of(policy)))
     except MisfitError as misfit:
         error, answer, existing = misfit, misfit.plan, misfit.existing
     else:
-        answer, existing = changes.plan, changes.existing
+        answer, existing = found.plan, found.existing
     if json:
         output.emit_json(shape(document, existing, answer))
     else:

@@ -179,6 +179,7 @@ class Execution:
         self.progress = list(progress or [Progress.PLANNED] * len(planned))
         self.stuck: list[MdoError] = []
         self._last: list[int] = []
+        # numbers of the steps that are written as about to act, or are being written so
         self._announced = {n for n, entry in enumerate(planned) if not entry.needs}
         self._limits: dict[type, asyncio.Semaphore] = {}
         self._held_parents = self._parents_in_use()

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How parents fill, as it was observed, for later plans: ``models.json`` in the state directory.
+"""Keeps the observed capacity models of parents for later plans, in ``models.json``.
 
-It is a cache: without it a plan may have to guess. So a fault of the file is no error; it is read
-as far as it makes sense, and a model that the kernel's counts contradict is not used
-(:func:`..capacity.models.survey`).
+The file is in the state directory. It is a cache: without it a plan may have to guess. So a fault
+of the file is no error: what can be read of it is used, and :func:`..capacity.models.survey` does
+not use a model that the kernel's counts contradict.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping
@@ -57,7 +58,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load(machine: Machine) -> dict[str, Model]:
-    """Read the models, by kind of parent; those that make no sense are left out."""
+    """Read the models, by kind of parent; entries that cannot be used are left out."""
     found: dict[str, Model] = {}
     try:
         entries = decode(_read(machine.state_dir / _FILE), list[_Entry])
@@ -74,18 +75,18 @@ def load(machine: Machine) -> dict[str, Model]:
 def capacities(
     machine: Machine,
 ) -> Callable[[Host, Collection[UUID]], tuple[ParentCapacity, ...]]:
-    """Return a function that tells how every parent of a host fills, with all that is cached.
+    """Return a function that finds the capacity of all parents of a host with the cached models.
 
-    It takes the host, and devices to count as gone.
+    It takes the host, and the devices to count as removed.
     """
     models = load(machine)
     return lambda host, removing: survey(host, removing, models)
 
 
 def keep(machine: Machine, found: Mapping[str, Model]) -> None:
-    """Add models to the cache; one of the same kind is replaced.
+    """Add models to the cache, in place of those of the same kinds.
 
-    Of two processes that do so at the same moment the models of one may be lost.
+    When two processes do so at the same moment, the models of one may be lost.
 
     :raise HostError: The state directory cannot be written.
     """
@@ -103,22 +104,28 @@ def keep(machine: Machine, found: Mapping[str, Model]) -> None:
 
 
 async def learn_from(machine: Machine, before: Host, *, plan: Plan | None = None) -> None:
-    """Learn from what came or went since a scan: how the counts changed by it.
+    """Learn how the counts changed by the devices that were created or removed since a scan.
 
-    To be called after devices were created; never fails, and mostly there is nothing to learn.
+    Never fails.
 
-    :param plan: What was to come, where that was planned: if it came true, nothing is scanned.
+    :param before: The scan.
+    :param plan: The plan of what was created since. If the counts are as it says, there is nothing
+        to learn, and nothing is scanned.
     """
-    if plan is not None and _is_true(machine, plan):
+    if plan is not None and await asyncio.to_thread(_is_true, machine, plan):
         return
     after = await sysfs.scan(machine)
     with suppress(MdoError):
-        if found := learn(before, after, load(machine)):
-            keep(machine, found)
+        await asyncio.to_thread(_learn, machine, before, after)
+
+
+def _learn(machine: Machine, before: Host, after: Host) -> None:
+    if found := learn(before, after, load(machine)):
+        keep(machine, found)
 
 
 def _is_true(machine: Machine, plan: Plan) -> bool:
-    """Whether the counts are what a plan said, and that was no guess."""
+    """Whether the counts are what a plan says, and it was no guess."""
     touched = {placement.parent for placement in plan.placements}
     return all(
         parent.capacity.confidence is not Confidence.GUESSED
@@ -132,13 +139,13 @@ def _is_true(machine: Machine, plan: Plan) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """A file's content if it is one, and of a size that it can have.
+    """Read a file.
 
-    :raise OSError: It is something else.
+    :raise OSError: It is no regular file, or too large.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT:
-            raise OSError(f"{path} is no such file")
+            raise OSError(f"{path} is no regular file, or too large")
         return file.read()

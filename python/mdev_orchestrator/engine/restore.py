@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""After a reboot: every spec that was applied is made true again, as soon as its parents are there.
+"""Brings back what was applied, after a reboot, and powers guests down before one.
 
 mdevs and guests do not outlive the machine; the journal and the specs in it do. So nothing is
-written before a shutdown, and bringing a spec back is :func:`.apply.apply` of what was applied:
-managed devices that are not there are created again as they were, with their UUIDs, and guests that
-do not run are started.
+written before a shutdown, and to bring a spec back is to apply it again (:mod:`.apply`): managed
+devices that are absent are created again as they were, with their UUIDs, and guests that do not run
+are started.
 
-At boot, drivers load at any time. A spec waits for what *its* devices need and for nothing else:
-for the parents, with the types, that its devices were on, and for the devices that mdevctl starts
-by itself. The kernel's events tell when to look; the scan is what counts.
+At boot, drivers load at any time. A spec waits for what its own devices need and for nothing else:
+for the parents that they were on, with their types, and for the devices that mdevctl starts by
+itself. The kernel's events tell when to look; the scan is what counts.
 
-A second ``mdo restore`` beside the first (udev runs one for each parent, at once) finds the spec
-claimed, waits, and then finds nothing to do.
+udev runs one ``mdo restore`` for each parent, at the same time. All but one find the spec claimed,
+wait, and then find nothing to do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from uuid import UUID
 from msgspec import Struct, field
 
 from mdev_orchestrator.engine import guest_ops
-from mdev_orchestrator.engine.apply import apply, manual_pools, stored
+from mdev_orchestrator.engine.apply import apply, manual_pools, stored, unknown_spec
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.diff import Changes
 from mdev_orchestrator.engine.executor import Observer, ignore
@@ -40,7 +40,7 @@ from mdev_orchestrator.engine.journal import open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Managed, SpecRecord
 from mdev_orchestrator.engine.recovery import recover_abandoned
-from mdev_orchestrator.errors import DeadlineError, HostError, MdoError, UnknownError
+from mdev_orchestrator.errors import DeadlineError, HostError, MdoError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import (
     Event,
@@ -62,13 +62,13 @@ from mdev_orchestrator.qemu.process import RunningGuest
 WAIT_SECONDS = 60.0
 """For parents to appear. A graphics card whose firmware is loaded takes half of it."""
 CLAIM_SECONDS = 300.0
-"""For another command that brings the same spec back: it may have many guests to start."""
+"""For another command that brings the same spec back and may have many guests to start."""
 _AT_ONCE = 4
-"""A spec is itself brought back concurrently; more at once only make every one of them late."""
+"""Specs; the steps of each are concurrent already."""
 
 
 class Need(Struct, frozen=True, order=True):
-    """What must be there before a spec can be brought back.
+    """What must be present before a spec can be brought back.
 
     :ivar parent: Name of a parent device.
     :ivar type: Id of a type that it must have.
@@ -80,7 +80,7 @@ class Need(Struct, frozen=True, order=True):
     uuid: UUID | None = None
 
     def lacks(self, host: Host) -> str:
-        """What is missing, as a sentence; empty when it is there."""
+        """Say what is missing; empty when it is present."""
         found = next((parent for parent in host.parents if parent.name == self.parent), None)
         if found is None:
             return f"parent {self.parent} has not appeared"
@@ -104,9 +104,10 @@ class Need(Struct, frozen=True, order=True):
 
 
 class Restored(Struct, frozen=True):
-    """What became of one spec.
+    """How one spec was brought back.
 
     :ivar changes: What was done; ``None`` if it could not be brought back.
+    :ivar error: Why not; ``None`` if it is back.
     """
 
     name: str
@@ -122,22 +123,22 @@ async def restore(
     observe: Observer = ignore,
     make_monitor: Callable[[], UdevMonitor] | None = None,
 ) -> tuple[Restored, ...]:
-    """Bring back what was applied: each spec whole or not at all, whatever becomes of the others.
+    """Bring back what was applied: each spec whole or not at all, independent of the others.
 
-    :param names: The specs; all of them without any.
-    :param wait: Seconds to wait for what is not there yet.
-    :param make_monitor: Gives a monitor of events; udev's without it.
-    :return: In the order of their names. Errors of single specs are in there and not raised.
+    :param names: The specs; all of them if empty.
+    :param wait: Seconds to wait for what is not present yet.
+    :param make_monitor: Makes a monitor of events; :func:`..host.events.udev_monitor` if not given.
+    :return: In the order of their names. The error of a spec is in its entry and is not raised.
     :raise UnknownError: No spec of this name was applied.
     :raise HostError: The journal cannot be used.
     """
     managed = await _recovered(machine, observe)
-    specs = {name: _known(managed, name) for name in sorted(names or managed.specs)}
-    defined = mdevctl.defined(machine)
+    specs = _chosen(names, managed)
+    defined = await asyncio.to_thread(mdevctl.defined, machine)
 
     async def bring_back(record: SpecRecord, needed: frozenset[Need]) -> Changes:
         for need in needed:
-            if need.uuid is not None:  # it is on the bus before it can be used
+            if need.uuid is not None:  # a device is on the bus before it can be opened
                 await wait_ready(machine, need.uuid, wait)
         return await apply(
             machine,
@@ -164,24 +165,31 @@ async def restore(
                         break
         except TimeoutError:
             work.give_up(tasks, await sysfs.scan(machine), wait)
-        except HostError as error:  # no events: what is there comes back nevertheless
+        except HostError as error:  # no events: the specs that lack nothing come back nevertheless
             work.done |= {name: Restored(name, error=error) for name in waiting}
     return tuple(work.done[name] for name in specs)
 
 
 async def _recovered(machine: Machine, observe: Observer) -> Managed:
-    """What is managed here, when no abandoned run is left."""
-    if not read_managed(machine).specs:
+    """Recover abandoned runs, and read what is managed then; nothing if no spec was applied."""
+    if not (await asyncio.to_thread(read_managed, machine)).specs:
         return Managed()  # abandoned runs are left to a command that changes something
     async with open_journal(machine) as journal:
         await recover_abandoned(journal, Context(machine), observe)
         return await journal.read(journal.managed)
 
 
-class _Work(Struct):
-    """Specs that come back, each as soon as it can.
+def _chosen(names: Sequence[str], managed: Managed) -> dict[str, SpecRecord]:
+    for name in names:
+        if name not in managed.specs:
+            raise unknown_spec(name, managed)
+    return {name: managed.specs[name] for name in sorted(names or managed.specs)}
 
-    :ivar waiting: What each spec needs that has not begun yet.
+
+class _Work(Struct):
+    """Specs that are brought back, each as soon as it can be.
+
+    :ivar waiting: What each spec needs that was not begun with yet.
     """
 
     specs: Mapping[str, SpecRecord]
@@ -191,13 +199,13 @@ class _Work(Struct):
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
 
     def begin(self, tasks: asyncio.TaskGroup, found: Host) -> None:
-        """Begin with every spec that lacks nothing any more."""
+        """Begin with every spec that lacks nothing."""
         ready = [name for name, needed in self.waiting.items() if not _lacking(needed, found)]
         for name in ready:
             tasks.create_task(self._one(name, self.waiting.pop(name)))
 
     def give_up(self, tasks: asyncio.TaskGroup, found: Host, wait: float) -> None:
-        """Look for the last time."""
+        """Begin with the specs that lack nothing now, and fail the others."""
         self.begin(tasks, found)
         for name, needed in self.waiting.items():
             error = DeadlineError(
@@ -217,7 +225,7 @@ class _Work(Struct):
 def needs(
     record: SpecRecord, managed: Managed, defined: Mapping[UUID, Sequence[Definition]]
 ) -> frozenset[Need]:
-    """What a spec must wait for: where its devices were, and what mdevctl makes for it.
+    """Find what a spec must wait for: parents of its devices, and devices that mdevctl starts.
 
     :raise RequestError: The spec cannot be read: the journal is damaged, or of another version.
     """
@@ -238,13 +246,6 @@ def needs(
     )
 
 
-def _known(managed: Managed, name: str) -> SpecRecord:
-    if name not in managed.specs:
-        known = ", ".join(managed.specs)
-        raise UnknownError(f"no spec {name} was applied", f"there are: {known}" if known else "")
-    return managed.specs[name]
-
-
 def _lacking(needed: Collection[Need], host: Host) -> list[str]:
     words = (need.lacks(host) for need in sorted(needed, key=str))
     return list(dict.fromkeys(filter(None, words)))
@@ -256,9 +257,9 @@ async def _scans(
     waiting: Mapping[str, Collection[Need]],
     make_monitor: Callable[[], UdevMonitor] | None,
 ) -> AsyncIterator[AsyncIterator[Host]]:
-    """Scans of the machine: one at once, then one whenever something came that is waited for.
+    """Give scans of the machine: one at once, then one after each event of something awaited.
 
-    :param waiting: What is still waited for at each moment.
+    :param waiting: What is awaited; it is read at each event.
     """
 
     async def scans(stream: AsyncIterator[Event]) -> AsyncGenerator[Host, None]:
@@ -272,11 +273,11 @@ async def _scans(
         yield found
 
 
-# ---------------------------------------------------------------- and before it
+# ---------------------------------------------------------------- before a shutdown
 
 
 class PoweredDown(Struct, frozen=True):
-    """What became of one guest.
+    """How one guest was powered down.
 
     :ivar how: As :class:`mdev_orchestrator.qemu.process.Ended` has it; empty if it still runs.
     """
@@ -308,5 +309,5 @@ async def power_down(
             return PoweredDown(guest.name, error=error)
         return PoweredDown(guest.name, ended.how)
 
-    alive = [guest for guest in process.list_guests(machine) if guest.alive]
-    return tuple(await asyncio.gather(*map(one, alive)))
+    guests = await asyncio.to_thread(process.list_guests, machine)
+    return tuple(await asyncio.gather(*(one(guest) for guest in guests if guest.alive)))

@@ -9,25 +9,28 @@ from uuid import UUID
 
 from msgspec import Struct, field
 
-from mdev_orchestrator.engine.guest_ops import is_alive
 from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.engine.start_groups import reclaim_groups
-from mdev_orchestrator.errors import MdoError
+from mdev_orchestrator.errors import DeadlineError, MdoError, Outcome, QemuError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
-from mdev_orchestrator.qemu.process import RunningGuest
+from mdev_orchestrator.qemu.process import ProcessRecord, RunningGuest
+
+_ENDING_SECONDS = 1.0
+"""For a guest to end whose monitor has hung up: a process that ends closes its sockets first."""
 
 
 class ObservedGuest(Struct, frozen=True):
     """A guest whose process is alive.
 
-    :ivar mdevs: What it has now, as its QEMU says; what it was started with if QEMU does not say.
+    :ivar mdevs: What it has now, as its QEMU says; what it was started with if it was not asked or
+        does not answer.
     :ivar free_ports: Root ports without a device.
-    :ivar silent: Why its QEMU does not say; empty if it does.
+    :ivar silent: Why its QEMU does not answer; empty if it does.
     """
 
     uuid: UUID
@@ -55,54 +58,72 @@ async def take_snapshot(
 ) -> ObservedState:
     """Look at the devices of a machine, and ask the guests that matter.
 
-    :param names: Guests that a spec names, beside the managed ones of that spec. Other guests are
-        not asked: one whose QEMU hangs is no reason to refuse a spec that does not name it.
+    :param names: Guests that are asked what they have: those that a spec names or has brought. A
+        QEMU that hangs is no reason to refuse a spec that does not name its guest.
     :param force: Take a guest that does not answer as it was started; otherwise it is an error.
-    :raise MdoError: A guest that matters cannot be asked what it has.
+    :raise DeadlineError: A guest that matters does not answer in time.
+    :raise QemuError: It answers nonsense.
     """
     await reclaim_groups(machine)
-    alive = [guest for guest in process.list_guests(machine) if guest.alive]
+    guests = await asyncio.to_thread(process.list_guests, machine)
     host = await sysfs.scan(machine)
-    running: dict[str, ObservedGuest] = {}
-    for guest in alive:
-        if guest.name not in names and guest.record is not None:
-            running[guest.name] = ObservedGuest(guest.record.uuid, tuple(guest.record.mdevs))
-    asked = [guest for guest in alive if guest.name in names]
+    defined = await asyncio.to_thread(mdevctl.defined, machine)
+    alive = [(guest, guest.record) for guest in guests if guest.alive and guest.record is not None]
+    running = {
+        guest.name: _as_started(record) for guest, record in alive if guest.name not in names
+    }
+    asked = [(guest, record) for guest, record in alive if guest.name in names]
     # errors are values here: no task fails, so none is left running
-    found = await asyncio.gather(*(_ask(machine, guest) for guest in asked))
-    for guest, answer in zip(asked, found, strict=True):
-        if not isinstance(answer, MdoError):
-            observed = answer
-        elif force:
-            observed = _as_started(guest, answer.message)
-        else:
-            raise MdoError(
-                f"{guest.label} cannot be asked what it has: {answer.message}",
-                f"mdo guest stop --force {guest.name} ends it, if it does not come back",
-                subject=guest.label,
-            )
-        if observed is not None:
-            running[guest.name] = observed
-    return ObservedState(host, managed, running, mdevctl.defined(machine))
+    answers = await asyncio.gather(*(_ask(guest, record) for guest, record in asked))
+    for (guest, record), answer in zip(asked, answers, strict=True):
+        if isinstance(answer, ObservedGuest):
+            running[guest.name] = answer
+        elif isinstance(answer, MdoError):
+            if not force:
+                raise answer
+            running[guest.name] = _as_started(record, answer.message)
+    return ObservedState(host, managed, running, defined)
 
 
-async def _ask(machine: Machine, guest: RunningGuest) -> ObservedGuest | MdoError | None:
-    """What a guest has, by its own monitor for questions; ``None`` if it has ended meanwhile."""
+async def _ask(guest: RunningGuest, record: ProcessRecord) -> ObservedGuest | MdoError | None:
+    """Ask a guest what it has, by its monitor for questions.
+
+    :return: ``None`` if it has ended meanwhile.
+    """
     from mdev_orchestrator.qemu.monitor import connect
 
-    if guest.record is None:
-        return None
+    if process.is_stopped(guest):
+        return _silent(guest, "its QEMU is stopped (SIGSTOP)", f"kill -CONT {record.pid}", None)
+    end = asyncio.get_running_loop().time() + hotplug.QUERY_SECONDS
     try:
-        async with connect(guest.query_socket, guest.label, deadline=hotplug.QUERY_SECONDS) as qmp:
+        async with connect(guest.query_socket, guest.label, deadline=None, end=end) as qmp:
             mdevs = await hotplug.mdevs(qmp)
             ports = await hotplug.ports(qmp)
     except MdoError as error:
-        return error if is_alive(machine, guest.name) else None
+        if await process.wait_ended(guest, _ENDING_SECONDS):
+            return None
+        why = error.message.removeprefix(f"{guest.label}: ")
+        return _silent(guest, why, error.hint, error)
     uuids = tuple(plugged.uuid for plugged in mdevs)
-    return ObservedGuest(guest.record.uuid, uuids, sum(port.occupant is None for port in ports))
+    return ObservedGuest(record.uuid, uuids, sum(port.occupant is None for port in ports))
 
 
-def _as_started(guest: RunningGuest, why: str) -> ObservedGuest | None:
-    if guest.record is None:
-        return None
-    return ObservedGuest(guest.record.uuid, tuple(guest.record.mdevs), silent=why)
+def _silent(guest: RunningGuest, why: str, remedy: str, cause: MdoError | None) -> MdoError:
+    """Say that a guest does not answer, and what helps."""
+    kind = DeadlineError if cause is None or isinstance(cause, DeadlineError) else QemuError
+    error = kind(
+        f"{guest.label} cannot be asked what it has: {why}",
+        "; ".join(filter(None, (remedy, f"mdo guest stop --force {guest.name} ends it"))),
+        outcome=Outcome.NO_EFFECT,
+        subject=guest.label,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _as_started(record: ProcessRecord, why: str = "") -> ObservedGuest:
+    """Return a guest as it was started.
+
+    :param why: Why it does not answer; empty if it was not asked.
+    """
+    return ObservedGuest(record.uuid, tuple(record.mdevs), silent=why)

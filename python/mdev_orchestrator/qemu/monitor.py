@@ -12,11 +12,11 @@ Errors, and the :class:`~mdev_orchestrator.errors.Outcome` of the command:
 * no reply in time, a connection that ends, a reply that makes no sense: ``UNKNOWN``. QEMU may have
   run the command, or may run it later.
 
-**How to find out.** A connection to the *same* socket is served only after the commands of the
-earlier one: QEMU takes the commands of all monitors one after the other, drops what a client that
-has gone had not yet brought to that queue, and accepts the next client only then. So the answer to
-a question on a new connection to ``qmp.sock`` comes after a ``device_add`` that was sent there
-before, or after it was dropped. A question on another monitor may overtake it.
+**How to find out.** A new connection to the *same* socket is served after the commands of the
+earlier one: QEMU runs the commands of a monitor one after the other, and when a client goes it
+drops those that it has not begun, before it greets the next client. So the answer to a question on
+a new connection to ``qmp.sock`` comes when a ``device_add`` that was sent there before has ended or
+has been dropped. A question on another monitor may overtake it.
 
 One :func:`connect` is one connection with a client of its own: after an end of file a qemu.qmp
 client cannot be used again.
@@ -277,10 +277,22 @@ async def _open(path: Path, label: str) -> socket.socket:
 
 
 class _Client(QMPClient):
-    """A client that does not write every message into a log that nothing keeps.
+    """A client that can follow one whose command QEMU is still running.
 
-    The library's own puts it into words for that first, which takes longer than to send it.
+    QEMU sends a reply to the client that it has when the command ends. So a client that comes after
+    one that gave up gets that one's reply first, and qemu.qmp would take it for the reply to
+    ``qmp_capabilities``: an error would end the connection. All commands but that one have an id.
+
+    It does not write every message into a log that nothing keeps: the library's own puts it into
+    words for that first, which takes longer than to send it.
     """
+
+    async def _recv(self) -> Message:
+        while True:
+            message = await super()._recv()
+            negotiating = self.greeting is not None and self.runstate is Runstate.CONNECTING
+            if not negotiating or message.get("id") is None:
+                return message
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg

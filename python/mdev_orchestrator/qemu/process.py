@@ -90,7 +90,7 @@ PRESS_AGAIN_SECONDS = 10.0
 OBEY_SECONDS = 30.0
 """For a guest to end after its button was pressed: nothing tells that it is about to."""
 REFUSED_SECONDS = 1.0
-"""For a guest to end whose monitor could not be told to: it may be ending already."""
+"""For a guest to end whose monitor could not be reached: it may be ending already."""
 QUIT_SECONDS = 2.0
 """For QEMU to end by ``quit``, connecting to its monitor included."""
 TERM_SECONDS = 3.0
@@ -465,13 +465,15 @@ async def find_strays(machine: Machine, guest: RunningGuest) -> list[int]:
 
 async def _kill_strays(
     machine: Machine, directory: Path, uuid: UUID | None, *, patience: float = 0
-) -> list[int]:
-    """End the QEMUs that :func:`_strays` finds; those that do not end.
+) -> tuple[list[int], list[int]]:
+    """End the QEMUs that :func:`_strays` finds.
 
     :param patience: Seconds to wait for each to end by itself.
+    :return: Those that there were, and those that do not end.
     """
+    found = await asyncio.to_thread(_strays, machine, directory, uuid)
     left = []
-    for pid in await asyncio.to_thread(_strays, machine, directory, uuid):
+    for pid in found:
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -483,7 +485,7 @@ async def _kill_strays(
                 left.append(pid)
         finally:
             os.close(descriptor)
-    return left
+    return found, left
 
 
 # ---------------------------------------------------------------- starting
@@ -869,10 +871,14 @@ async def _start(
             await _write_record(directory, record)
         except BaseException as error:
             failure = _not_started(label, directory, error) if isinstance(error, OSError) else error
-            gone = await run_to_completion(_end_all(machine, process, directory, spec.uuid))
+            gone, forked = await run_to_completion(_end_all(machine, process, directory, spec.uuid))
             if isinstance(failure, MdoError):
                 failure.subject = label
                 failure.outcome = Outcome.NO_EFFECT if gone else Outcome.UNKNOWN
+                if forked:
+                    failure.hint = (
+                        "a program in QEMU's place has to exec QEMU, not start QEMU beside itself"
+                    )
             if not gone:
                 failure.add_note(f"a QEMU of {label} does not end even by SIGKILL; see dmesg")
             if failure is not error:
@@ -882,10 +888,16 @@ async def _start(
     return RunningGuest(spec.name, directory, State.RUNNING, record)
 
 
-async def _end_all(machine: Machine, process: int, directory: Path, uuid: UUID) -> bool:
-    """End the process that was started, and what it has left behind; whether all have ended."""
+async def _end_all(
+    machine: Machine, process: int, directory: Path, uuid: UUID
+) -> tuple[bool, bool]:
+    """End the process that was started, and what it has left behind.
+
+    :return: Whether all have ended, and whether there was more than the one process.
+    """
     ended = await _kill(process)
-    return not await _kill_strays(machine, directory, uuid) and ended
+    found, left = await _kill_strays(machine, directory, uuid)
+    return ended and not left, bool(found)
 
 
 def _not_started(label: str, directory: Path, error: OSError) -> HostError:
@@ -1114,7 +1126,7 @@ async def _quit(guest: RunningGuest, process: int) -> bool:
 
     loop = asyncio.get_running_loop()
     end = loop.time() + QUIT_SECONDS
-    with contextlib.suppress(MdoError):  # a QEMU that cannot be told is killed
+    with contextlib.suppress(MdoError):  # a QEMU that does not answer is killed
         async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
             await qmp.quit()
     return await _ended(process, max(end - loop.time(), 0))
@@ -1128,7 +1140,8 @@ def _signal(process: int, number: signal.Signals) -> None:
 async def _end_strays(machine: Machine, guest: RunningGuest, patience: float = 0) -> None:
     """End the QEMUs that run as a guest without being its recorded process."""
     uuid = guest.record.uuid if guest.record else None
-    if left := await _kill_strays(machine, guest.directory, uuid, patience=patience):
+    _, left = await _kill_strays(machine, guest.directory, uuid, patience=patience)
+    if left:
         raise DeadlineError(
             f"{guest.label}: process {left[0]} does not end {KILL_SECONDS:g} s after SIGKILL",
             "the kernel holds it, perhaps in a driver; see dmesg",
@@ -1151,7 +1164,7 @@ async def _end_damaged(machine: Machine, guest: RunningGuest, *, force: bool) ->
     how = "gone"
     if _is_listening(guest.qmp_socket):
         how = "quit"
-        with contextlib.suppress(MdoError):  # a QEMU that cannot be told is killed
+        with contextlib.suppress(MdoError):  # a QEMU that does not answer is killed
             end = asyncio.get_running_loop().time() + QUIT_SECONDS
             async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
                 await qmp.quit()

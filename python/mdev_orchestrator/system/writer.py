@@ -7,8 +7,8 @@ a process does not end before its last thread does. So the writes are made by ch
 nothing with this process but the file that they write to.
 
 The writes of one *lane* (a parent device, whose driver usually has one lock) share a few children:
-:data:`CHILDREN`, and one more, up to :data:`MOST_CHILDREN`, whenever no answer has come for
-:data:`LATE_SECONDS` while a write waits. A child has up to :data:`DEPTH` writes in the queue of its
+:data:`CHILDREN`, and one more, up to :data:`MOST_CHILDREN`, every :data:`LATE_SECONDS` while an
+answer is late and another write waits. A child has up to :data:`DEPTH` writes in the queue of its
 socket, makes them in order, and answers each. This process has both ends of the socket, and takes
 back from the queue what the child has not begun: when the child is late, when it has died, and when
 a batch is stopped. So it is known of each write whether a child has begun it, and a child that dies
@@ -53,7 +53,7 @@ MOST_CHILDREN = 16
 DEPTH = 8
 """Writes that are given to one child at a time."""
 LATE_SECONDS = 0.1
-"""Without an answer while a write waits, until the lane gets one more child."""
+"""After which the answer to a write is late."""
 IDLE_SECONDS = 10.0
 """Without a write, until a child ends."""
 KILL_SECONDS = 1.0
@@ -292,7 +292,6 @@ class _Lane:
         self._left: list[_Child] = []
         self._batches: deque[WriteBatch] = deque()
         self._serial = 0
-        self._heard = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     # ---- for batches ----
@@ -403,32 +402,28 @@ class _Lane:
             else:
                 batch.result(index, WriteResult(Outcome.NO_EFFECT, error.errno or errno.EIO))
             return
-        now = time.monotonic()
-        if not any(other.given for other in self.children):
-            self._heard = now
         if not child.given:
-            child.since = now
+            child.since = time.monotonic()
         child.given[self._serial] = batch, index
 
     def _watch(self) -> None:
-        """Have the timer run while a write waits and one more child would be of use."""
+        """Have the timer run while a write waits that one more child, or another, could make."""
         waits = bool(self._batches) and len(self.children) < MOST_CHILDREN
         queued = any(len(child.given) > 1 for child in self.children)
         if self._timer is None and (waits or queued):
-            left = self._heard + LATE_SECONDS - time.monotonic()
-            self._timer = self.loop.call_later(max(left, 0.0), self._look)
+            self._timer = self.loop.call_later(LATE_SECONDS, self._look)
 
     def _look(self) -> None:
-        """Start one more child if no answer has come for long."""
+        """Start one more child if an answer is late and a write waits."""
         self._timer = None
-        if time.monotonic() - self._heard >= LATE_SECONDS:
-            for child in [child for child in self.children if child.given]:
-                self._take_back(child)
-                child.full = bool(child.given)
-            if self._next() is not None and len(self.children) < MOST_CHILDREN:
-                with contextlib.suppress(OSError):  # then those that there are must do
-                    self._start()
-            self._heard = time.monotonic()
+        now = time.monotonic()
+        late = [c for c in self.children if c.given and now - c.since >= LATE_SECONDS]
+        for child in late:
+            self._take_back(child)
+            child.full = bool(child.given)
+        if late and self._next() is not None and len(self.children) < MOST_CHILDREN:
+            with contextlib.suppress(OSError):  # then those that there are must do
+                self._start()
         self._hand_out()
 
     def _take_back(self, child: _Child) -> None:
@@ -451,7 +446,6 @@ class _Lane:
         """Take the answers of a child."""
         try:
             for (batch, index), number in child.answers():
-                self._heard = time.monotonic()
                 outcome = Outcome.NO_EFFECT if number else Outcome.DONE
                 batch.result(index, WriteResult(outcome, number) if number else _DONE)
         finally:

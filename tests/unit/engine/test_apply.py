@@ -4,32 +4,43 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
 from mdev_orchestrator.engine import apply as module
-from mdev_orchestrator.engine import recovery
-from mdev_orchestrator.engine.context import Context
+from mdev_orchestrator.engine.adopt import Adopted, adopt
+from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Managed
+from mdev_orchestrator.engine.restore import restore
+from mdev_orchestrator.engine.snapshot import ObservedState
+from mdev_orchestrator.engine.steps import Create
 from mdev_orchestrator.errors import (
     BusyError,
     CapacityError,
+    DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     RequestError,
     UnknownError,
 )
-from mdev_orchestrator.qemu import process
+from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu.monitor import QmpMonitor
 from mdev_orchestrator.spec import Document, parse
+from mdev_orchestrator.system.waiting import poll_until
 from unit.fakesys import FakeSystem
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -49,14 +60,12 @@ params = "x=1"
 
 
 @pytest.fixture
-def machine(system: FakeSystem, monkeypatch: pytest.MonkeyPatch) -> FakeSystem:
-    """Two cards; what would go to a kernel goes to the machine of files."""
+def system(system: FakeSystem) -> FakeSystem:
+    """Two cards."""
     for name in ("card0", "card1"):
         system.parent(name)
         system.type(name, "t-1", 8)
         system.groups_of(name, 3)
-    context = Context
-    monkeypatch.setattr(module, "Context", context)
     return system
 
 
@@ -64,94 +73,98 @@ def document(text: str = POOL) -> Document:
     return parse(text, "lab.toml")
 
 
-async def apply(machine: FakeSystem, text: str = POOL) -> list[str]:
+async def apply(machine: Machine, text: str = POOL, *, restart: bool = False) -> list[str]:
     """The steps that were done, in words."""
-    changes = await module.apply(document(text), host=machine.root, wait=0)
+    changes = await module.apply(machine, document(text), restart=restart, wait=0)
     return [str(planned.step) for planned in changes.steps]
 
 
-async def destroy(machine: FakeSystem, name: str = "lab") -> list[str]:
-    changes = await module.destroy(name, host=machine.root, force=True, deadline=0)
+async def destroy(machine: Machine, name: str = "lab") -> list[str]:
+    changes = await module.destroy(machine, name, force=True, deadline=0)
     return [str(planned.step) for planned in changes.steps]
 
 
-async def test_a_spec_is_applied_kept_and_destroyed(machine: FakeSystem) -> None:
+async def test_a_spec_is_applied_kept_and_destroyed(machine: Machine, system: FakeSystem) -> None:
     assert len(await apply(machine)) == 4
-    assert len(machine.uuids()) == 4
-    assert (machine.bus / U1 / "vgpu_params").read_text() == "x=1"
-    owned = read_managed()
-    assert {str(uuid) for uuid in owned.devices} == machine.uuids()
-    assert owned.specs["lab"].source == "lab.toml"
-    machine.writes.clear()
+    assert len(system.uuids()) == 4
+    assert (system.bus / U1 / "vgpu_params").read_text() == "x=1"
+    managed = read_managed(machine)
+    assert {str(uuid) for uuid in managed.devices} == system.uuids()
+    assert managed.specs["lab"].source == "lab.toml"
+    system.writes.clear()
     assert await apply(machine) == []
-    assert machine.writes == []
+    assert system.writes == []
     assert len(await destroy(machine)) == 4
-    assert machine.uuids() == set()
-    assert read_managed() == Managed()
+    assert system.uuids() == set()
+    assert read_managed(machine) == Managed()
 
 
-async def test_a_stored_spec_can_be_applied_again(machine: FakeSystem) -> None:
+async def test_a_stored_spec_can_be_applied_again(machine: Machine, system: FakeSystem) -> None:
     await apply(machine)
-    again = module.stored(read_managed().specs["lab"])
+    again = module.stored(read_managed(machine).specs["lab"])
     assert again.name == "lab"
-    assert (await module.apply(again, host=machine.root)).steps == ()
+    assert (await module.apply(machine, again)).steps == ()
 
 
-async def test_a_diff_changes_nothing(machine: FakeSystem, tmp_path: Path) -> None:
-    changes = await module.diff(document(), host=machine.root)
+async def test_a_diff_changes_nothing(machine: Machine, system: FakeSystem) -> None:
+    changes = await module.diff(machine, document())
     assert len(changes.steps) == 4
-    assert machine.writes == []
-    assert not (tmp_path / "state").exists()
+    assert system.writes == []
+    assert not machine.state_dir.exists()
 
 
-async def test_a_changed_spec_does_only_the_change(machine: FakeSystem) -> None:
+async def test_a_changed_spec_does_only_the_change(machine: Machine, system: FakeSystem) -> None:
     await apply(machine)
-    before = machine.uuids()
-    machine.writes.clear()
+    before = system.uuids()
+    system.writes.clear()
     assert len(await apply(machine, POOL.replace("count = 3", "count = 5"))) == 2
-    assert before < machine.uuids()
-    assert {name for name, _ in machine.writes} == {"create"}
+    assert before < system.uuids()
+    assert {name for name, _ in system.writes} == {"create"}
 
 
-async def test_words_that_change_nothing_are_remembered(machine: FakeSystem) -> None:
+async def test_words_that_change_nothing_are_remembered(
+    machine: Machine, system: FakeSystem
+) -> None:
     """The spec's text is what it comes back with after a reboot."""
     await apply(machine)
     assert await apply(machine, POOL + 'start = "manual"\n') == []
-    assert '"manual"' in read_managed().specs["lab"].text
+    assert '"manual"' in read_managed(machine).specs["lab"].text
 
 
-async def test_a_refusal_in_the_middle_leaves_what_was_before(machine: FakeSystem) -> None:
+async def test_a_refusal_in_the_middle_leaves_what_was_before(
+    machine: Machine, system: FakeSystem
+) -> None:
     await apply(machine)
-    before, owned = machine.uuids(), read_managed()
+    before, managed = system.uuids(), read_managed(machine)
     more = POOL.replace("count = 3", "count = 1") + (
         f'[[pool]]\nname = "q"\ntype = "t-1"\nuuid = "{U2}"\n'
     )
-    machine.refuse[U2] = errno.EIO
+    system.refuse[U2] = errno.EIO
     with pytest.raises(MdoError, match="Input/output error"):
         await apply(machine, more)
-    assert machine.uuids() == before
-    assert read_managed() == owned
+    assert system.uuids() == before
+    assert read_managed(machine) == managed
 
 
-async def test_who_was_quicker_is_named(machine: FakeSystem) -> None:
+async def test_a_program_that_was_quicker_is_named(machine: Machine, system: FakeSystem) -> None:
     def quicker(name: str, uuid: str) -> int | None:
         if (name, uuid) != ("create", U1):
             return None
-        machine.mdev("card0", "t-1", U2)
+        system.mdev("card0", "t-1", U2)
         return errno.EUSERS
 
-    machine.before = quicker
+    system.before = quicker
     with pytest.raises(CapacityError) as caught:
         await apply(machine)
-    assert f"meanwhile somebody else created mdev {U2} (t-1 on card0)" in caught.value.__notes__
-    assert machine.uuids() == {U2}
-    assert read_managed().devices == {}
+    assert f"meanwhile another program created mdev {U2} (t-1 on card0)" in caught.value.__notes__
+    assert system.uuids() == {U2}
+    assert read_managed(machine).devices == {}
 
 
-async def test_the_same_spec_at_the_same_time(machine: FakeSystem) -> None:
-    """One does it, the other finds it done or is told who does it; never twice."""
+async def test_the_same_spec_at_the_same_time(machine: Machine, system: FakeSystem) -> None:
+    """One does it, the others find it done or are told which process does it; never twice."""
     done = await asyncio.gather(*(apply(machine) for _ in range(3)), return_exceptions=True)
-    assert len(machine.uuids()) == 4
+    assert len(system.uuids()) == 4
     steps = sorted(len(one) for one in done if isinstance(one, list))
     assert steps[-1] == 4
     assert set(steps[:-1]) <= {0}
@@ -159,103 +172,183 @@ async def test_the_same_spec_at_the_same_time(machine: FakeSystem) -> None:
         assert isinstance(one, list | BusyError)
 
 
-async def test_two_specs_and_one_name_of_a_device(machine: FakeSystem) -> None:
+async def test_two_specs_and_one_name_of_a_device(machine: Machine, system: FakeSystem) -> None:
     await apply(machine)
     other = f'name = "other"\n[[pool]]\nname = "o"\ntype = "t-1"\nuuid = "{U1}"\n'
     with pytest.raises(RequestError, match=f"lab.toml:5: .*{U1} belongs to pool named of spec lab"):
         await apply(machine, other)
-    assert len(machine.uuids()) == 4
+    assert len(system.uuids()) == 4
 
 
-async def test_what_was_never_applied_cannot_be_destroyed(machine: FakeSystem) -> None:
+async def test_what_was_never_applied_cannot_be_destroyed(
+    machine: Machine, system: FakeSystem
+) -> None:
     with pytest.raises(UnknownError, match="no spec lab was applied"):
         await destroy(machine)
     await apply(machine)
     with pytest.raises(UnknownError, match=r"no spec web was applied \(there are: lab\)"):
         await destroy(machine, "web")
-    assert len(machine.uuids()) == 4
+    assert len(system.uuids()) == 4
 
 
-async def test_a_destroy_that_is_refused_gives_all_back(machine: FakeSystem) -> None:
+async def test_a_destroy_that_is_refused_gives_all_back(
+    machine: Machine, system: FakeSystem
+) -> None:
     await apply(machine)
-    before, owned = machine.uuids(), read_managed()
-    machine.refuse[f"{U1}/remove"] = errno.EIO
+    before, managed = system.uuids(), read_managed(machine)
+    system.refuse[f"{U1}/remove"] = errno.EIO
     with pytest.raises(MdoError, match="Input/output error"):
         await destroy(machine)
-    assert (machine.uuids(), read_managed()) == (before, owned)
+    assert (system.uuids(), read_managed(machine)) == (before, managed)
 
 
-async def test_a_device_that_is_held_keeps_the_spec_whole(machine: FakeSystem) -> None:
+async def test_a_device_that_is_held_keeps_the_spec_whole(
+    machine: Machine, system: FakeSystem
+) -> None:
     await apply(machine)
-    group = (machine.bus / U1 / "iommu_group").resolve().name
-    machine.process(41, "qemu-system-x86", ["qemu", "-name", "guest=x"], [f"/dev/vfio/{group}"])
-    before = machine.uuids()
+    group = (system.bus / U1 / "iommu_group").resolve().name
+    system.process(41, "qemu-system-x86", ["qemu", "-name", "guest=x"], [f"/dev/vfio/{group}"])
+    before = system.uuids()
     with pytest.raises(BusyError, match=rf"mdev {U1} is held by guest 'x' \(pid 41\)"):
         await destroy(machine)
-    assert machine.uuids() == before
+    assert system.uuids() == before
 
 
-async def test_a_group_is_made_on_one_parent(machine: FakeSystem) -> None:
+async def test_a_group_is_made_on_one_parent(machine: Machine, system: FakeSystem) -> None:
     """Half of a card is taken: the group goes whole to the other one."""
     for number in range(6):
-        machine.mdev("card0", "t-1", f"99999999-509f-382f-3c1e-e6bfe0fa100{number}")
-    machine.types("card0").joinpath("t-1", "available_instances").write_text("2\n")
+        system.mdev("card0", "t-1", f"99999999-509f-382f-3c1e-e6bfe0fa100{number}")
+    system.types("card0").joinpath("t-1", "available_instances").write_text("2\n")
     text = (
         'name = "lab"\n[[guest]]\nname = "g"\nqemu = "no-such-qemu"\n'
         'mdev = [{type = "t-1", count = 3, group = "peers"}]\n'
     )
-    changes = await module.diff(document(text), host=machine.root)
+    changes = await module.diff(machine, document(text))
     assert {placement.parent for placement in changes.plan.placements} == {"card1"}
 
 
-async def test_a_qemu_that_will_not_start_leaves_no_device(machine: FakeSystem) -> None:
+async def test_a_qemu_that_will_not_start_leaves_no_device(
+    machine: Machine, system: FakeSystem
+) -> None:
     text = (
         'name = "lab"\n[[guest]]\nname = "g"\nqemu = "no-such-qemu"\n'
         'mdev = [{type = "t-1", count = 2, group = "peers"}]\n'
     )
     with pytest.raises(MdoError, match="no-such-qemu"):
         await apply(machine, text)
-    assert machine.uuids() == set()
-    assert read_managed() == Managed()
+    assert system.uuids() == set()
+    assert read_managed(machine) == Managed()
 
 
 async def test_a_journal_that_cannot_be_used_is_known_before_anything(
-    machine: FakeSystem, tmp_path: Path
+    machine: Machine, system: FakeSystem
 ) -> None:
-    (tmp_path / "state").mkdir(mode=0o700)
-    (tmp_path / "state" / "journal.db").write_bytes(b"\xff" * 5000)
+    machine.state_dir.mkdir(mode=0o700)
+    machine.journal_path.write_bytes(b"\xff" * 5000)
     with pytest.raises(HostError, match="is damaged"):
         await apply(machine)
-    assert machine.writes == []
+    assert system.writes == []
 
 
-async def test_what_another_command_left_open_is_recovered_first(machine: FakeSystem) -> None:
+async def test_what_another_command_left_open_is_recovered_first(
+    machine: Machine, system: FakeSystem
+) -> None:
     await apply(machine)
-    with Journal.open() as journal:
-        run = await journal.begin("apply", "lab", [], ["spec:lab"])
-        journal._db.execute("UPDATE run SET start_time = 1 WHERE id = ?", (run.id,))
+    with Journal.open(machine.journal_path) as journal:
+        await journal.begin("apply", "lab", [], ["spec:lab"])
     assert await apply(machine) == []
-    with Journal.open() as journal:
+    with Journal.open(machine.journal_path) as journal:
         assert journal.open_runs() == []
 
 
 async def test_a_device_that_runs_on_after_the_journal_is_gone(
-    machine: FakeSystem, tmp_path: Path
+    machine: Machine, system: FakeSystem
 ) -> None:
-    """It is somebody else's then, until it is adopted."""
+    """It is not managed then, until it is adopted."""
     await apply(machine)
-    before = machine.uuids()
-    shutil.rmtree(tmp_path / "state")
+    before = system.uuids()
+    shutil.rmtree(machine.state_dir)
     with pytest.raises(RequestError, match=f"{U1} exists and is not ours.*mdo adopt {U1}"):
         await apply(machine)
-    assert machine.uuids() == before
-    done = await recovery.adopt([U1], host=machine.root)
+    assert system.uuids() == before
+    done = await adopt(machine, [U1])
     assert done.devices == (UUID(U1),)
-    assert await recovery.adopt([U1], host=machine.root) == recovery.Adopted()
+    assert await adopt(machine, [U1]) == Adopted()
     await apply(machine)
-    assert read_managed().devices[UUID(U1)].spec == "lab"
+    assert read_managed(machine).devices[UUID(U1)].spec == "lab"
     with pytest.raises(UnknownError, match=f"there is no mdev {U2}"):
-        await recovery.adopt([U2], host=machine.root)
+        await adopt(machine, [U2])
+
+
+async def test_after_a_loss_of_the_journal_no_device_is_made_twice(
+    machine: Machine, system: FakeSystem
+) -> None:
+    """Fault 27: the devices of pools stayed foreign, and an apply made them again."""
+    await apply(machine)
+    before = system.uuids()
+    shutil.rmtree(machine.state_dir)
+    assert len((await adopt(machine, [], everything=True)).devices) == 4
+    assert await apply(machine) == []
+    assert await apply(machine) == []
+    assert system.uuids() == before
+    owners = {device.owner for device in read_managed(machine).devices.values()}
+    assert owners == {"pool:p", "pool:named"}
+
+
+async def test_a_device_that_another_program_removes_meanwhile_is_not_applied(
+    machine: Machine, system: FakeSystem
+) -> None:
+    """Fault 25: it was counted as applied."""
+    acted: list[UUID] = []
+
+    def remove_the_first(event: StepEvent) -> None:
+        if event.kind is StepEventKind.ACTED and isinstance(event.step, Create):
+            acted.append(event.step.device.uuid)
+            if len(acted) == event.total:
+                system.perform(str(system.bus / str(acted[0]) / "remove"), b"1")
+
+    with pytest.raises(MdoError, match="was removed by another program") as caught:
+        await module.apply(machine, document(), observe=remove_the_first)
+    assert caught.value.subject == f"mdev {acted[0]}"
+    assert caught.value.__notes__ == ["all was undone"]
+    assert system.uuids() == set()
+    assert read_managed(machine) == Managed()
+
+
+async def test_of_two_applies_that_fit_one_by_one_exactly_one_succeeds(
+    machine: Machine, system: FakeSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 25: six devices each where eight fit; both created some, and both failed."""
+    system.type("card0", "t-2", 8)
+    both_have_looked = threading.Event()
+    looks: list[ObservedState] = []
+    take_snapshot = module.take_snapshot
+
+    async def counted(
+        machine: Machine, managed: Managed, names: set[str], *, force: bool
+    ) -> ObservedState:
+        looks.append(await take_snapshot(machine, managed, names, force=force))
+        if len(looks) == 2:
+            both_have_looked.set()
+        return looks[-1]
+
+    def wait(name: str, _: str) -> None:
+        if name == "create":
+            both_have_looked.wait(20)
+
+    monkeypatch.setattr(module, "take_snapshot", counted)
+    system.before = wait
+    pool = '[[pool]]\nname = "p"\ntype = "t-2"\ncount = 6\n'
+    done = await asyncio.gather(
+        *(module.apply(machine, document(f'name = "{name}"\n{pool}')) for name in "ab"),
+        return_exceptions=True,
+    )
+    (failed,) = [one for one in done if isinstance(one, BaseException)]
+    assert isinstance(failed, CapacityError)
+    assert "6 asked for, 2 fit" in failed.message
+    assert failed.outcome is Outcome.NO_EFFECT
+    assert len(system.uuids()) == len(read_managed(machine).devices) == 6
+    assert len(read_managed(machine).specs) == 1
 
 
 # ---- guests: a real QEMU, stopped before its first instruction ----
@@ -271,78 +364,133 @@ extra = ["-S"]
 
 
 @pytest.fixture
-async def real(machine: FakeSystem, place: Path, qemu: str) -> AsyncIterator[Path]:
-    """Where guests live; none is left."""
+async def guests(system: FakeSystem, place: Path, qemu: str) -> AsyncIterator[Machine]:
+    """The machine of files, with its state where sockets have room; no guest is left."""
     assert qemu
-    yield place / "guests"
-    for guest in process.list_guests(place / "guests"):
-        await process.stop(guest, deadline=0, force=True)
+    machine = Machine(system.root, state=place)
+    yield machine
+    for guest in process.list_guests(machine):
+        await process.stop(machine, guest, deadline=0, force=True)
 
 
-async def test_a_guest_is_started_kept_changed_adopted_and_stopped(
-    machine: FakeSystem, real: Path, tmp_path: Path
-) -> None:
-    async def make(text: str) -> list[str]:
-        changes = await module.apply(document(text), host=machine.root, guests=real)
-        return [str(planned.step) for planned in changes.steps]
+def record_of(machine: Machine) -> process.ProcessRecord:
+    record = process.find_running(machine, "g").record
+    assert record is not None
+    return record
 
-    assert await make(GUEST) == ["start guest g"]
-    first = process.find_running("g", real).record
-    assert first is not None
-    assert await make(GUEST) == []
+
+async def test_a_guest_is_started_kept_changed_adopted_and_stopped(guests: Machine) -> None:
+    machine = guests
+    assert await apply(machine, GUEST) == ["start guest g"]
+    first = record_of(machine)
+    assert await apply(machine, GUEST) == []
 
     more = GUEST.replace("64M", "96M")
-    with pytest.raises(RequestError, match=r"needs a restart: guest g: memory changes") as caught:
-        await make(more)
+    with pytest.raises(RequestError, match="guest g: memory changes from 64M to 96M") as caught:
+        await apply(machine, more)
     assert "--restart" in caught.value.hint
-    assert process.find_running("g", real).record == first
-    await process.stop(process.find_running("g", real), deadline=0, force=True)
-    assert await make(more) == ["start guest g"]
-    second = process.find_running("g", real).record
-    assert second is not None
+    assert record_of(machine) == first
+    await process.stop(machine, process.find_running(machine, "g"), deadline=0, force=True)
+    assert await apply(machine, more) == ["start guest g"]
+    second = record_of(machine)
     assert (second.uuid, second.pid == first.pid) == (first.uuid, False)
 
-    shutil.rmtree(tmp_path / "state")
+    for file in machine.state_dir.glob("journal*"):
+        file.unlink()
     with pytest.raises(RequestError, match="guest g runs already, and was not started by a spec"):
-        await make(more)
-    done = await recovery.adopt([], everything=True, host=machine.root, guests=real)
-    assert done.guests == ("g",)
-    assert await make(more) == []
-    assert process.find_running("g", real).record == second
+        await apply(machine, more)
+    assert (await adopt(machine, [], everything=True)).guests == ("g",)
+    assert await apply(machine, more) == []
+    assert record_of(machine) == second
 
-    changes = await module.destroy("lab", host=machine.root, guests=real, force=True, deadline=0)
-    assert [str(planned.step) for planned in changes.steps] == ["stop guest g"]
-    assert process.list_guests(real) == []
-    assert read_managed().guests == {}
+    assert await destroy(machine) == ["stop guest g"]
+    assert process.list_guests(machine) == []
+    assert read_managed(machine).guests == {}
 
 
-async def test_of_two_guests_one_that_fails_stops_the_other(
-    machine: FakeSystem, real: Path
-) -> None:
+async def test_of_two_guests_one_that_fails_stops_the_other(guests: Machine) -> None:
     bad = GUEST + '[[guest]]\nname = "h"\nextra = ["-no-such-option"]\nmemory = "64M"\n'
     with pytest.raises(MdoError, match="no-such-option"):
-        await module.apply(document(bad), host=machine.root, guests=real)
-    assert process.list_guests(real) == []
-    assert read_managed().guests == {}
+        await apply(guests, bad)
+    assert process.list_guests(guests) == []
+    assert read_managed(guests).guests == {}
 
 
-async def test_a_guest_that_obeys_after_all_is_started_again(
-    machine: FakeSystem, real: Path
-) -> None:
+async def test_a_guest_that_powers_down_late_is_started_again(guests: Machine) -> None:
     """Its button was pressed and cannot be taken back: a destroy was interrupted meanwhile."""
-    await module.apply(document(GUEST), host=machine.root, guests=real)
-    first = process.find_running("g", real)
-    destroying = asyncio.ensure_future(module.destroy("lab", host=machine.root, guests=real))
-    while not (first.directory / process.ASKED).exists():
-        await asyncio.sleep(0.01)
+    await apply(guests, GUEST)
+    first, guest = record_of(guests), process.find_running(guests, "g")
+    destroying = asyncio.ensure_future(module.destroy(guests, "lab"))
+    assert await poll_until((guest.directory / process.ASKED).exists, 20)
     destroying.cancel()
     await asyncio.sleep(0.1)
-    assert first.record is not None
-    os.kill(first.record.pid, signal.SIGTERM)
+    os.kill(first.pid, signal.SIGTERM)
     with pytest.raises(asyncio.CancelledError) as caught:
         await destroying
     assert caught.value.__notes__ == ["all was undone"]
-    second = process.find_running("g", real)
-    assert second.record is not None
-    assert (second.record.uuid, second.record.pid == first.record.pid) == (first.record.uuid, False)
-    assert not (second.directory / process.ASKED).exists()
+    second = record_of(guests)
+    assert (second.uuid, second.pid == first.pid) == (first.uuid, False)
+    assert not (guest.directory / process.ASKED).exists()
+
+
+async def test_a_guest_that_ends_while_it_is_asked_is_started_again(
+    guests: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 9: no guest is called g."""
+    await apply(guests, GUEST)
+    first = record_of(guests)
+    ask = hotplug.mdevs
+
+    async def kill_and_ask(qmp: QmpMonitor) -> tuple[hotplug.Plugged, ...]:
+        monkeypatch.setattr(hotplug, "mdevs", ask)
+        os.kill(first.pid, signal.SIGKILL)
+        return await ask(qmp)
+
+    monkeypatch.setattr(hotplug, "mdevs", kill_and_ask)
+    assert await apply(guests, GUEST) == ["start guest g"]
+    assert record_of(guests).pid != first.pid
+
+
+@contextlib.contextmanager
+def silenced(machine: Machine, how: str) -> Iterator[None]:
+    """Keep the guest's QEMU from answering: it is stopped, or it serves another client."""
+    if how == "stopped":
+        os.kill(record_of(machine).pid, signal.SIGSTOP)
+        yield
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(process.find_running(machine, "g").query_socket))
+        yield
+
+
+@pytest.mark.parametrize("how", ["stopped", "asked by another client"])
+async def test_a_qemu_that_does_not_answer_concerns_its_own_spec_alone(
+    guests: Machine, system: FakeSystem, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 18: every plan and apply failed, and destroy --force of its own spec."""
+    monkeypatch.setattr(hotplug, "QUERY_SECONDS", 0.5)
+    hung = GUEST.replace('"lab"', '"hung"')
+    await apply(guests, hung)
+    with silenced(guests, how):
+        assert (await module.preview(guests, document(hung))).plan.fits
+        assert len((await module.diff(guests, document())).steps) == 4
+        assert len(await apply(guests)) == 4
+        (restored,) = await restore(guests, ["lab"])
+        assert restored.error is None
+        assert len(await destroy(guests)) == 4
+        assert system.uuids() == set()
+
+        for refused in (
+            module.diff(guests, document(hung)),
+            module.apply(guests, document(hung)),
+            module.destroy(guests, "hung"),
+        ):
+            with pytest.raises(DeadlineError, match="guest g cannot be asked") as caught:
+                await refused
+            assert "mdo guest stop --force g ends it" in caught.value.hint
+            assert ("kill -CONT" in caught.value.hint) == (how == "stopped")
+            assert caught.value.outcome is Outcome.NO_EFFECT
+            assert caught.value.subject == "guest g"
+        assert await destroy(guests, "hung") == ["stop guest g"]
+    assert process.list_guests(guests) == []
+    assert read_managed(guests) == Managed()

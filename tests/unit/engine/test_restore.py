@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is waited for after a reboot, and for how long; that it really comes back is tests/reboot's.
+"""What is waited for after a reboot, and for how long; tests/reboot shows that it comes back.
 
 Here a device "comes back" with its parent, so a spec that has all that it needs has nothing to do.
 """
@@ -10,7 +10,6 @@ import asyncio
 import errno
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from uuid import UUID
 
 import msgspec
@@ -18,11 +17,11 @@ import pytest
 
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.engine.journal_db import read_managed
-from mdev_orchestrator.engine.records import Change, DeviceRecord, SpecRecord
+from mdev_orchestrator.engine.records import Change, DeviceRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.restore import Need, Restored, needs, power_down, restore
 from mdev_orchestrator.errors import DeadlineError, HostError, UnknownError
 from mdev_orchestrator.interop.mdevctl import Definition
-from mdev_orchestrator.state import journal_path
+from mdev_orchestrator.machine import Machine
 from unit.fakesys import FakeSystem
 from unit.host.test_events import FakeMonitor
 
@@ -33,9 +32,9 @@ REGISTERED = {"ACTION": "change", "SUBSYSTEM": "fake", "MDEV_STATE": "registered
 
 @pytest.fixture
 def monitor() -> Iterator[FakeMonitor]:
-    it = FakeMonitor()
-    yield it
-    it.close()
+    monitor = FakeMonitor()
+    yield monitor
+    monitor.close()
 
 
 def registered(parent: str) -> dict[str, str]:
@@ -57,15 +56,15 @@ def pool(uuid: UUID, parent: str, name: str, **more: str) -> tuple[DeviceRecord,
     return device, SpecRecord(name=name, text=text, source=f"{name}.toml", applied=1.0)
 
 
-async def applied(*rows: tuple[DeviceRecord, SpecRecord]) -> None:
+async def applied(machine: Machine, *records: tuple[DeviceRecord, SpecRecord]) -> None:
     """What an earlier boot has left in the journal."""
-    with Journal.open() as book:
-        run = await book.begin("apply", "test", (), ())
-        await book.end(
+    with Journal.open(machine.journal_path) as journal:
+        run = await journal.begin("apply", "test", (), ())
+        await journal.end(
             run,
             "done",
-            change=Change(devices={device.uuid: device for device, _ in rows}),
-            specs={spec.name: spec for _, spec in rows},
+            change=Change(devices={device.uuid: device for device, _ in records}),
+            specs={spec.name: spec for _, spec in records},
         )
 
 
@@ -76,39 +75,41 @@ def appear(system: FakeSystem, parent: str, uuid: UUID, type_: str = "fake-1") -
         system.mdev(parent, type_, str(uuid))
 
 
-async def back(system: FakeSystem, monitor: FakeMonitor, **options: object) -> tuple[Restored, ...]:
-    return await restore(host=system.root, make_monitor=lambda: monitor, **options)  # type: ignore[arg-type]
+async def back(machine: Machine, monitor: FakeMonitor, **options: object) -> tuple[Restored, ...]:
+    return await restore(machine, make_monitor=lambda: monitor, **options)  # type: ignore[arg-type]
 
 
-async def test_nothing_was_applied(system: FakeSystem, monitor: FakeMonitor) -> None:
-    assert await back(system, monitor) == ()
-    assert not journal_path().exists()
+async def test_nothing_was_applied(machine: Machine, monitor: FakeMonitor) -> None:
+    assert await back(machine, monitor) == ()
+    assert not machine.journal_path.exists()
 
 
-async def test_a_spec_that_nobody_knows(system: FakeSystem, monitor: FakeMonitor) -> None:
-    await applied(pool(U1, "card0", "one"))
+async def test_a_spec_that_was_never_applied(machine: Machine, monitor: FakeMonitor) -> None:
+    await applied(machine, pool(U1, "card0", "one"))
     with pytest.raises(UnknownError, match=r"no spec two was applied \(there are: one\)"):
-        await back(system, monitor, names=["two"])
+        await back(machine, monitor, names=["two"])
 
 
-async def test_what_is_there_needs_no_events(system: FakeSystem) -> None:
-    await applied(pool(U1, "card0", "one"))
+async def test_what_is_there_needs_no_events(machine: Machine, system: FakeSystem) -> None:
+    await applied(machine, pool(U1, "card0", "one"))
     appear(system, "card0", U1)
 
     def none() -> FakeMonitor:
         raise HostError("cannot listen")
 
-    (done,) = await restore(host=system.root, make_monitor=none)
+    (done,) = await restore(machine, make_monitor=none)
     assert done.error is None
     assert done.changes is not None
     assert done.changes.steps == ()
 
 
-async def test_each_spec_waits_for_its_own_parent(system: FakeSystem, monitor: FakeMonitor) -> None:
+async def test_each_spec_waits_for_its_own_parent(
+    machine: Machine, system: FakeSystem, monitor: FakeMonitor
+) -> None:
     """In whatever order parents come; the error names the one that does not."""
-    await applied(*(pool(UUID(int=n + 1), f"card{n}", f"spec{n}") for n in range(3)))
+    await applied(machine, *(pool(UUID(int=n + 1), f"card{n}", f"spec{n}") for n in range(3)))
     appear(system, "card0", UUID(int=1))
-    work = asyncio.create_task(back(system, monitor, wait=1.0))
+    work = asyncio.create_task(back(machine, monitor, wait=1.0))
     await asyncio.sleep(0.2)
     appear(system, "card2", UUID(int=3))
     monitor.send(registered("card2"))
@@ -119,12 +120,14 @@ async def test_each_spec_waits_for_its_own_parent(system: FakeSystem, monitor: F
         "spec spec1 is not back after 1 s: parent card1 has not appeared "
         "(see the kernel log for its driver; then mdo restore spec1)"
     )
-    assert set(read_managed().devices) == {UUID(int=n + 1) for n in range(3)}
+    assert set(read_managed(machine).devices) == {UUID(int=n + 1) for n in range(3)}
 
 
-async def test_as_soon_as_the_last_one_is_there(system: FakeSystem, monitor: FakeMonitor) -> None:
-    await applied(pool(U1, "card0", "one"))
-    work = asyncio.create_task(back(system, monitor, wait=60.0))
+async def test_as_soon_as_the_last_one_is_there(
+    machine: Machine, system: FakeSystem, monitor: FakeMonitor
+) -> None:
+    await applied(machine, pool(U1, "card0", "one"))
+    work = asyncio.create_task(back(machine, monitor, wait=60.0))
     await asyncio.sleep(0.2)
     appear(system, "card0", U1)
     monitor.send(registered("card0"))
@@ -133,9 +136,11 @@ async def test_as_soon_as_the_last_one_is_there(system: FakeSystem, monitor: Fak
     assert done.error is None
 
 
-async def test_events_that_were_lost(system: FakeSystem, monitor: FakeMonitor) -> None:
-    await applied(pool(U1, "card0", "one"))
-    work = asyncio.create_task(back(system, monitor, wait=60.0))
+async def test_events_that_were_lost(
+    machine: Machine, system: FakeSystem, monitor: FakeMonitor
+) -> None:
+    await applied(machine, pool(U1, "card0", "one"))
+    work = asyncio.create_task(back(machine, monitor, wait=60.0))
     await asyncio.sleep(0.2)
     appear(system, "card0", U1)
     monitor.send(OSError(errno.ENOBUFS, "full"))
@@ -144,69 +149,74 @@ async def test_events_that_were_lost(system: FakeSystem, monitor: FakeMonitor) -
     assert done.error is None
 
 
-async def test_without_events_the_others_come_back(system: FakeSystem) -> None:
-    await applied(pool(U1, "card0", "one"), pool(U2, "card1", "two"))
+async def test_without_events_the_others_come_back(machine: Machine, system: FakeSystem) -> None:
+    await applied(machine, pool(U1, "card0", "one"), pool(U2, "card1", "two"))
     appear(system, "card0", U1)
 
     def none() -> FakeMonitor:
         raise HostError("cannot listen")
 
-    done = await restore(host=system.root, make_monitor=none)
+    done = await restore(machine, make_monitor=none)
     assert [one.error and one.error.message for one in done] == [None, "cannot listen"]
 
 
-async def test_a_parent_without_its_type(system: FakeSystem, monitor: FakeMonitor) -> None:
-    """It is not made elsewhere or of another type: that would be for a plan, not for a reboot."""
-    await applied(pool(U1, "card0", "one"))
+async def test_a_parent_without_its_type(
+    machine: Machine, system: FakeSystem, monitor: FakeMonitor
+) -> None:
+    """It is not made elsewhere or of another type: a reboot brings back what was."""
+    await applied(machine, pool(U1, "card0", "one"))
     appear(system, "card0", U1, type_="fake-2")
-    (done,) = await back(system, monitor, wait=0)
+    (done,) = await back(machine, monitor, wait=0)
     assert "parent card0 has appeared without type fake-1" in str(done.error)
 
 
-async def test_a_pool_that_is_made_by_hand(system: FakeSystem, monitor: FakeMonitor) -> None:
-    """It is not waited for and not made; it stays ours, for the next apply."""
-    await applied(pool(U1, "card0", "one", start="manual"))
-    before = read_managed()
-    (done,) = await back(system, monitor, wait=0)
+async def test_a_pool_that_is_made_by_hand(machine: Machine, monitor: FakeMonitor) -> None:
+    """It is not waited for and not made; it stays managed, for the next apply."""
+    await applied(machine, pool(U1, "card0", "one", start="manual"))
+    before = read_managed(machine)
+    (done,) = await back(machine, monitor, wait=0)
     assert done.error is None
     assert done.changes is not None
     assert done.changes.steps == ()
-    assert read_managed().devices == before.devices
-    assert '"manual"' in read_managed().specs["one"].text
+    assert read_managed(machine).devices == before.devices
+    assert '"manual"' in read_managed(machine).specs["one"].text
 
 
-async def test_a_spec_that_cannot_be_read(system: FakeSystem, monitor: FakeMonitor) -> None:
-    device, own = pool(U1, "card0", "one")
-    await applied((device, msgspec.structs.replace(own, text="{}")), pool(U2, "card0", "two"))
+async def test_a_spec_that_cannot_be_read(
+    machine: Machine, system: FakeSystem, monitor: FakeMonitor
+) -> None:
+    device, record = pool(U1, "card0", "one")
+    await applied(
+        machine, (device, msgspec.structs.replace(record, text="{}")), pool(U2, "card0", "two")
+    )
     appear(system, "card0", U2)
-    one, two = await back(system, monitor)
+    one, two = await back(machine, monitor)
     assert one.error is not None
     assert one.error.exit_code == 2
     assert two.error is None
 
 
-async def test_ten_at_once(system: FakeSystem) -> None:
-    await applied(pool(U1, "card0", "one"))
+async def test_ten_at_once(machine: Machine, system: FakeSystem) -> None:
+    await applied(machine, pool(U1, "card0", "one"))
     appear(system, "card0", U1)
-    done = await asyncio.gather(*(restore(host=system.root) for _ in range(10)))
+    done = await asyncio.gather(*(restore(machine) for _ in range(10)))
     assert [one.error for (one,) in done] == [None] * 10
-    with Journal.open() as book:
-        assert book.open_runs() == []
+    with Journal.open(machine.journal_path) as journal:
+        assert journal.open_runs() == []
 
 
 def test_what_mdevctl_starts_is_waited_for() -> None:
-    """One that is ours, or that mdevctl does not start, is made by us."""
+    """A managed device, and one that mdevctl does not start, is created by the apply."""
     device, spec = pool(U1, "card0", "one")
-    owned = read_managed()
 
     def defined(start: str) -> dict[UUID, list[Definition]]:
         return {U1: [Definition(uuid=U1, parent="card0", type="fake-1", start=start)]}  # type: ignore[arg-type]
 
-    assert needs(spec, owned, defined("auto")) == {Need("card0", "fake-1", U1)}
-    assert needs(spec, owned, defined("manual")) == frozenset()
-    ours = type(owned)({U1: device})
-    assert needs(spec, ours, defined("auto")) == {Need("card0", "fake-1")}
+    assert needs(spec, Managed(), defined("auto")) == {Need("card0", "fake-1", U1)}
+    assert needs(spec, Managed(), defined("manual")) == frozenset()
+    managed = Managed({U1: device})
+    assert needs(spec, managed, defined("auto")) == {Need("card0", "fake-1")}
 
 
-async def test_no_guest_to_power_down(tmp_path: Path) -> None:
-    assert await power_down(guests=tmp_path / "guests") == ()
+async def test_no_guest_to_power_down(machine: Machine) -> None:
+    assert await power_down(machine) == ()

@@ -39,7 +39,7 @@ class Machine:
 
     def __init__(self, system: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
         self.system = system
-        self.handle = Handle(system.root)
+        self.handle = Handle(system.root, state=system.root / "state")
         self.where = mdevctl.directory(self.handle)
         self.capsys = capsys
         self.err = ""
@@ -163,31 +163,31 @@ def test_nothing_to_import(machine: Machine, arguments: list[str], words: str) -
     assert machine.err.startswith(f"mdo: {words}")
 
 
-def own(*devices: DeviceRecord) -> None:
-    """Let devices be ours."""
+def manage(machine: Machine, *devices: DeviceRecord) -> None:
+    """Write records of devices."""
 
     async def put() -> None:
-        with Journal.open() as journal:
+        with Journal.open(machine.handle.journal_path) as journal:
             await journal.put(Change(devices={device.uuid: device for device in devices}))
 
     asyncio.run(put())
 
 
-def test_ours_are_exported_as_they_were_made(machine: Machine) -> None:
+def test_managed_devices_are_exported_as_they_were_made(machine: Machine) -> None:
     machine.system.groups_of("igd0", 3)
     path = machine.system.mdev("igd0", "mvgpu-128M", str(U1))
     (path / "vgpu_params").write_text("a=2\n")
     machine.system.mdev("grid0", "mvgpu-12", str(U2))
     machine.mdo("export", code=2)
     assert machine.err.startswith("mdo: no mdev here is ours \u2014 name those")
-    ours = DeviceRecord(
+    known = DeviceRecord(
         uuid=U1,
         parent="igd0",
         type="mvgpu-128M",
         params="a=2",
         attributes=(("written_only", "5"), ("written_only", "6")),
     )
-    own(ours, DeviceRecord(uuid=U2, parent="igd0", type="gone"))
+    manage(machine, known, DeviceRecord(uuid=U2, parent="igd0", type="gone"))
     (dump,) = json.loads(machine.mdo("export"))
     assert list(dump) == ["igd0"]
     assert dump["igd0"][0][str(U1)]["attrs"] == [

@@ -8,8 +8,9 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from mdev_orchestrator.engine.diff import Changes, ObservedState, diff
+from mdev_orchestrator.engine.diff import Changes, diff
 from mdev_orchestrator.engine.records import DeviceRecord, Managed
+from mdev_orchestrator.engine.snapshot import ObservedState
 from mdev_orchestrator.engine.steps import Create, Remove
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.host.sysfs import read_host

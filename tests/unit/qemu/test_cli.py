@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from mdev_orchestrator.qemu.process import RunningGuest, State, find
 from unit.fakesys import FakeSystem
 
 Mdo = Callable[..., tuple[int, str, str]]
-NOBODY = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+ABSENT = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 
 
 @pytest.fixture
@@ -98,13 +100,13 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
         (("guest", "start", "g", "--accel", "warp"), 2, "no accelerator"),
         (("guest", "start", "g", "--uuid", "x"), 2, "not a UUID"),
         (("guest", "start", "g", "--mdev", "x"), 2, "not a UUID"),
-        (("guest", "start", "g", "--mdev", NOBODY), 2, f"no mdev {NOBODY}"),
+        (("guest", "start", "g", "--mdev", ABSENT), 2, f"no mdev {ABSENT}"),
         (("guest", "start", "g", "--qemu", "no-such-qemu"), 5, "no program no-such-qemu"),
         (("guest", "start", "g", "--kernel", "/nowhere"), 2, "/nowhere does not exist"),
         (("guest", "start", "a,b"), 2, "cannot be the name of a guest"),
         (("guest", "start"), 2, "missing argument"),
-        (("attach", "g", NOBODY), 2, "no guest is called g"),
-        (("detach", "g", NOBODY), 2, "no guest is called g"),
+        (("attach", "g", ABSENT), 2, "no guest is called g"),
+        (("detach", "g", ABSENT), 2, "no guest is called g"),
         (("detach", "g", "x"), 2, "not a UUID"),
     ],
 )
@@ -146,16 +148,16 @@ def test_attach_and_detach_of_what_is_not_there(qemu: str, mdo: Mdo, system: Fak
     system.parent("card0")
     system.type("card0", "t-1", 0)
     mdo("guest", "start", "g", "--arg=-S")
-    code, _, err = mdo("attach", "g", NOBODY)
-    assert (code, f"there is no mdev {NOBODY}" in err) == (2, True)
-    code, _, err = mdo("attach", "g", NOBODY, "--parent", "card0")
+    code, _, err = mdo("attach", "g", ABSENT)
+    assert (code, f"there is no mdev {ABSENT}" in err) == (2, True)
+    code, _, err = mdo("attach", "g", ABSENT, "--parent", "card0")
     assert (code, "--parent goes with a type" in err) == (2, True)
     code, _, err = mdo("attach", "g", "t-2")
     assert (code, "t-2" in err) == (2, True)
     code, _, err = mdo("attach", "g", "t-1")
     assert (code, "t-1" in err) == (2, True)
-    code, _, err = mdo("detach", "g", NOBODY)
-    assert (code, f"guest g has no mdev {NOBODY}" in err) == (2, True)
+    code, _, err = mdo("detach", "g", ABSENT)
+    assert (code, f"guest g has no mdev {ABSENT}" in err) == (2, True)
 
 
 def test_a_damaged_guest_is_shown(mdo: Mdo, place: Path) -> None:
@@ -173,6 +175,34 @@ def test_a_damaged_guest_is_shown(mdo: Mdo, place: Path) -> None:
         0,
         "g had ended already; its files are removed\n",
     )
+
+
+@pytest.mark.parametrize("held", ["by another watcher", "by SIGSTOP"])
+def test_a_watch_that_waits_for_its_turn_ends_quietly(
+    qemu: str, mdo: Mdo, place: Path, system: FakeSystem, held: str
+) -> None:
+    """Fault 21: ctrl-C printed a hundred lines of traceback."""
+    mdo("guest", "start", "g", "--arg=-S")
+    found = find(Machine(state=place), "g")
+    assert found.record
+    first = socket.socket(socket.AF_UNIX)
+    first.connect(str(found.watch_socket))
+    if held == "by SIGSTOP":
+        os.kill(found.record.pid, signal.SIGSTOP)
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "mdev_orchestrator.cli.main", "watch"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    waiting = f"{found.watch_socket}\n"
+    while Path("/proc/net/unix").read_text().count(waiting) < 3:  # QEMU's two, and the watcher's
+        time.sleep(0.05)
+    watching.send_signal(signal.SIGINT)
+    _, err = watching.communicate()
+    first.close()
+    os.kill(found.record.pid, signal.SIGCONT)
+    assert (watching.returncode, err) == (130, b"mdo: interrupted\n")
 
 
 def test_the_log_and_a_console_without_a_terminal(qemu: str, mdo: Mdo, place: Path) -> None:

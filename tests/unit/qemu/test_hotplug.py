@@ -9,6 +9,9 @@ in the lab's tests.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,8 +34,9 @@ from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.hotplug import Device, Port
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import RunningGuest, State, start, stop
+from mdev_orchestrator.qemu.process import RunningGuest, State, is_stopped, start, stop
 from mdev_orchestrator.qemu.remedies import remedy
+from mdev_orchestrator.system.waiting import poll_until
 from unit.qemu.conftest import Peer, Script, Serve
 
 M1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -75,7 +79,7 @@ async def unplug(found: RunningGuest, device_id: str, deadline: float = 60) -> N
 
 
 async def ports(found: RunningGuest) -> tuple[Port, ...]:
-    async with connect(found.query_socket, found.label) as qmp:
+    async with connect(found.qmp_socket, found.label) as qmp:
         return await hotplug.ports(qmp)
 
 
@@ -148,7 +152,7 @@ async def test_a_guest_without_software_never_takes(qemu: str, machine: Machine)
 async def test_a_guest_without_software_never_lets_go(qemu: str, machine: Machine) -> None:
     async with guest(qemu, machine) as found:
         await plug(found, RNG)
-        for _ in range(2):  # the second is told that one is on its way, and waits for that
+        for _ in range(2):  # the second hears that one is under way, and waits for that
             with pytest.raises(DeadlineError, match=r"did not let go of rng.*it still has"):
                 await unplug(found, "rng", 0.3)
             assert (await ports(found))[0].occupant == "virtio-rng-pci"
@@ -182,6 +186,54 @@ async def test_qemu_ends_while_a_device_is_waited_for(qemu: str, machine: Machin
             await qmp.quit()
         with pytest.raises(QemuError, match="guest g"):
             await task
+
+
+@pytest.mark.parametrize("goes_on", ["before the hang-up", "after it"])
+async def test_what_a_new_connection_sees_is_final(
+    qemu: str, machine: Machine, goes_on: str
+) -> None:
+    """After a device_add with an unknown outcome, this is how its effect is found out."""
+    unknown = 8
+    async with guest(qemu, machine, unknown) as found:
+        assert found.record
+        for number in range(unknown):
+            async with connect(found.qmp_socket, found.label) as qmp:
+                await qmp.execute("query-status", object)
+                os.kill(found.record.pid, signal.SIGSTOP)
+                assert await poll_until(lambda: is_stopped(found), 10)
+                end = asyncio.get_running_loop().time() + 0.1
+                device, bus = Device(f"d{number}", "edu"), {"bus": f"port{number}"}
+                with qmp.until(end), pytest.raises(DeadlineError) as caught:
+                    await hotplug._add(qmp, device, bus)
+                assert caught.value.outcome is Outcome.UNKNOWN
+                if goes_on == "before the hang-up":
+                    os.kill(found.record.pid, signal.SIGCONT)
+            os.kill(found.record.pid, signal.SIGCONT)
+            first = await ports(found)
+            await asyncio.sleep(0.1)
+            assert await ports(found) == first
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+async def test_the_next_client_does_not_take_a_late_reply_for_its_own(
+    qemu: str, machine: Machine, ends: str
+) -> None:
+    """QEMU sends the reply to a command of the client before to the client that it has then."""
+    slow = machine.state_dir / "slow"  # its writer waits in open() for a reader
+    os.mkfifo(slow)
+    dump = {"val": 0, "size": 1 << 20, "filename": str(slow)}
+    async with guest(qemu, machine) as found:
+        async with connect(found.qmp_socket, found.label) as qmp:
+            with pytest.raises(DeadlineError, match="no reply to pmemsave"):
+                await qmp.execute("pmemsave", object, dump, deadline=0.2)
+        looking = asyncio.ensure_future(ports(found))
+        await asyncio.sleep(0.2)
+        assert not looking.done()  # it comes after what QEMU is at
+        reader = await asyncio.to_thread(os.open, slow, os.O_RDONLY)
+        while ends == "well" and await asyncio.to_thread(os.read, reader, 1 << 20):
+            pass
+        os.close(reader)
+        assert [port.occupant for port in await looking] == [None, None]
 
 
 # ---------------------------------------------------------------- scripted
@@ -317,8 +369,9 @@ async def test_pci_that_is_nonsense(serve: Serve, fake: Fake) -> None:
 async def test_qemu_takes_a_device_and_has_it_not(serve: Serve, fake: Fake) -> None:
     fake.on_add = [{"return": {}}]
     async with faked(serve, fake) as found:
-        with pytest.raises(QemuError, match="took rng, but does not list it"):
+        with pytest.raises(QemuError, match="took rng, but does not list it") as caught:
             await plug(found, RNG)
+    assert caught.value.outcome is Outcome.UNKNOWN
 
 
 async def test_a_race_for_the_id(serve: Serve, fake: Fake) -> None:
@@ -341,12 +394,52 @@ async def test_cancelled_while_it_is_plugged(serve: Serve, fake: Fake) -> None:
 
 
 async def test_device_add_is_never_answered(serve: Serve, fake: Fake) -> None:
+    """Fault 1: the run closed as undone, and QEMU had the device."""
     fake.answer_add.clear()
     async with faked(serve, fake) as found:
         with pytest.raises(DeadlineError, match="no reply to device_add") as caught:
             await plug(found, RNG, deadline=0.5)
+        assert caught.value.outcome is Outcome.UNKNOWN
         assert "not known" in caught.value.hint
         fake.answer_add.set()
+
+
+async def test_device_add_is_answered_by_a_hang_up(serve: Serve, fake: Fake) -> None:
+    async def hangs_up(peer: Peer, **_: str) -> dict[str, object]:
+        raise ConnectionError
+
+    fake.device_add = hangs_up  # type: ignore[method-assign]
+    async with faked(serve, fake) as found:
+        with pytest.raises(QemuError, match="device_add: the monitor hung up") as caught:
+            await plug(found, RNG)
+        assert caught.value.outcome is Outcome.UNKNOWN
+
+
+async def test_what_is_wrong_before_device_add_has_no_effect(serve: Serve, fake: Fake) -> None:
+    fake.devices["port0"] = "edu"
+    async with faked(serve, fake) as found:
+        with pytest.raises(RequestError, match="has no room") as caught:
+            await plug(found, RNG)
+    assert caught.value.outcome is Outcome.NO_EFFECT
+    assert not fake.added.is_set()
+
+
+async def test_the_deadline_is_for_the_whole(serve: Serve, fake: Fake) -> None:
+    """Fault 11: each phase had all of it. When it is over, nothing more is begun."""
+    async with faked(serve, fake) as found, connect(found.qmp_socket, "guest g") as qmp:
+        now = asyncio.get_running_loop().time()
+        with pytest.raises(DeadlineError, match="no time was left") as caught:
+            await hotplug.plug_by(qmp, RNG, now)
+    assert caught.value.outcome is Outcome.NO_EFFECT
+    assert not fake.added.is_set()
+
+
+async def test_a_device_that_is_plugged_and_not_taken_is_done(serve: Serve, fake: Fake) -> None:
+    fake.pci = itertools.repeat(NOTHING)
+    async with faked(serve, fake) as found:
+        with pytest.raises(DeadlineError, match="it stays plugged") as caught:
+            await plug(found, RNG, deadline=0.5, wait_guest=True)
+    assert caught.value.outcome is Outcome.DONE
 
 
 @pytest.fixture
@@ -430,16 +523,57 @@ async def test_already_on_its_way(serve: Serve, plugged: Fake) -> None:
 async def test_the_guest_refuses(serve: Serve, plugged: Fake) -> None:
     plugged.on_del = [[event("DEVICE_UNPLUG_GUEST_ERROR", DEVICE)]]
     async with faked(serve, plugged) as found:
-        with pytest.raises(BusyError, match="guest g refuses to let go"):
+        with pytest.raises(BusyError, match="guest g refuses to let go") as caught:
             await unplug(found, DEVICE)
+    assert caught.value.outcome is Outcome.NO_EFFECT
     assert DEVICE in plugged.devices
 
 
 async def test_qemu_refuses_to_unplug(serve: Serve, plugged: Fake) -> None:
     plugged.on_del = [[{"error": {"class": "GenericError", "desc": "does not support hotplug"}}]]
     async with faked(serve, plugged) as found:
-        with pytest.raises(CommandError, match="does not support hotplug"):
+        with pytest.raises(CommandError, match="does not support hotplug") as caught:
             await unplug(found, DEVICE)
+    assert caught.value.outcome is Outcome.NO_EFFECT
+
+
+async def test_qemu_refuses_to_be_asked_again(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first question is open all the same."""
+    monkeypatch.setattr(hotplug, "ASK_AGAIN_SECONDS", 0.05)
+    plugged.on_del = [[], [{"error": {"class": "GenericError", "desc": "no more"}}]]
+    async with faked(serve, plugged) as found:
+        with pytest.raises(CommandError, match="no more") as caught:
+            await unplug(found, DEVICE)
+    assert caught.value.outcome is Outcome.UNKNOWN
+
+
+async def test_device_del_is_never_answered(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(peer: Peer, **_: str) -> dict[str, object]:
+        await peer.hang()
+        raise ConnectionError
+
+    plugged.device_del = hangs  # type: ignore[method-assign]
+    async with faked(serve, plugged) as found:
+        monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
+        with pytest.raises(DeadlineError, match="no reply to device_del") as caught:
+            await hotplug.detach(Machine(), "g", M1, 0.3)
+        assert caught.value.outcome is Outcome.UNKNOWN
+        assert marks(found) == [f"asked-{M1}"]
+
+
+async def test_the_looker_waits_no_longer_than_it_may(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 23: 30 seconds were waited for, whatever the deadline was."""
+    async with asked(serve, plugged, monkeypatch) as found:
+        with pytest.raises(DeadlineError, match="may do so yet") as caught:
+            await hotplug.await_pending_unplug(found, M1, deadline=0.3)
+        assert caught.value.outcome is Outcome.UNKNOWN
+        assert marks(found) == [f"asked-{M1}"]
 
 
 async def test_the_event_is_lost(serve: Serve, plugged: Fake) -> None:
@@ -468,9 +602,8 @@ async def test_asked_again_when_the_guest_did_not_hear(
 async def asked(
     serve: Serve, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[RunningGuest]:
-    """A guest that was asked to let go by somebody who was interrupted then."""
+    """A guest that was asked to let go by a command that was interrupted then."""
     async with faked(serve, fake) as found:
-        (found.directory / "query.sock").symlink_to(found.qmp_socket)
         monkeypatch.setattr(hotplug, "find_running", lambda *_: found)
         detaching = asyncio.ensure_future(hotplug.detach(Machine(), "g", M1))
         while not fake.asked_to_go:
@@ -480,7 +613,6 @@ async def asked(
             await detaching
         assert marks(found) == [f"asked-{M1}"]
         yield found
-        (found.directory / "query.sock").unlink()
 
 
 def marks(found: RunningGuest) -> list[str]:
@@ -488,7 +620,7 @@ def marks(found: RunningGuest) -> list[str]:
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
-async def test_a_guest_answers_when_who_asked_was_interrupted(
+async def test_a_guest_answers_when_the_asker_was_interrupted(
     serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch, lets_go: bool
 ) -> None:
     """What it was asked cannot be taken back, so it is waited for."""
@@ -506,16 +638,14 @@ async def test_a_guest_answers_when_who_asked_was_interrupted(
         assert plugged.asked_to_go == 1
         if lets_go:
             del plugged.devices[DEVICE]
-        assert (
-            await hotplug.await_pending_unplug(found, M1) is not lets_go
-        )  # of this nobody has to wait
+        assert await hotplug.await_pending_unplug(found, M1) is not lets_go  # at once
 
 
 @pytest.mark.parametrize("late", [0.0, 1.0])
 async def test_a_guest_that_does_not_answer_keeps_what_it_has(
     serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch, late: float
 ) -> None:
-    """Neither to who looks soon, and waits, nor to who looks later."""
+    """Neither to a look that is soon, and waits, nor to a later one."""
     monkeypatch.setattr(hotplug, "OBEY_SECONDS", 0.5)
     async with asked(serve, plugged, monkeypatch) as found:
         await asyncio.sleep(late)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qemu.qmp import QMPClient
 
-from mdev_orchestrator.errors import CommandError, DeadlineError, MdoError, QemuError
+from mdev_orchestrator.errors import CommandError, DeadlineError, MdoError, Outcome, QemuError
 from mdev_orchestrator.qemu import monitor
 from mdev_orchestrator.qemu.monitor import MAX_EVENTS, QmpMonitor, connect
 from unit.qemu.conftest import GREETING, Peer, Script, Serve
@@ -49,12 +49,15 @@ async def test_an_answer(serve: Serve) -> None:
         assert await ask(path) == {"a": 1}
 
 
-async def test_nobody_listens(place: Path) -> None:
-    with pytest.raises(QemuError, match="guest g: cannot reach its monitor: No such file"):
+async def test_no_process_listens(place: Path) -> None:
+    with pytest.raises(
+        QemuError, match="guest g: cannot reach its monitor: No such file"
+    ) as caught:
         await ask(place / "qmp.sock")
+    assert (caught.value.outcome, caught.value.subject) == (Outcome.NO_EFFECT, "guest g")
 
 
-async def test_a_socket_nobody_holds(place: Path) -> None:
+async def test_a_socket_that_no_process_holds(place: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(place / "qmp.sock"))
     with pytest.raises(QemuError, match="refused"):
@@ -73,8 +76,11 @@ async def test_too_many_wait(place: Path) -> None:
 
 async def test_no_greeting(serve: Serve) -> None:
     async with serve(Peer.hang) as path:
-        with pytest.raises(DeadlineError, match=r"did not answer within 0\.2 s.*another program"):
+        with pytest.raises(
+            DeadlineError, match=r"did not answer within 0\.2 s.*another program"
+        ) as caught:
             await ask(path, SOON)
+    assert caught.value.outcome is Outcome.NO_EFFECT  # no command was sent
 
 
 NONSENSE = [
@@ -109,8 +115,11 @@ async def test_no_qmp_at_all(serve: Serve, nonsense: bytes) -> None:
 @pytest.mark.parametrize("nonsense", NONSENSE, ids=lambda data: repr(data[:20]))
 async def test_nonsense_instead_of_a_reply(serve: Serve, nonsense: bytes) -> None:
     async with serve(after_greeting(nonsense)) as path:
-        with pytest.raises(MdoError, match=r"guest g: (query-x: the answer is no|no reply)"):
+        with pytest.raises(
+            MdoError, match=r"guest g: (query-x: the answer is no|no reply)"
+        ) as caught:
             await ask(path, reply=SOON)
+    assert caught.value.outcome is Outcome.UNKNOWN
 
 
 async def test_capabilities_refused(serve: Serve) -> None:
@@ -120,8 +129,9 @@ async def test_capabilities_refused(serve: Serve) -> None:
         await peer.hang()
 
     async with serve(script) as path:
-        with pytest.raises(QemuError, match="guest g"):
+        with pytest.raises(QemuError, match="guest g") as caught:
             await ask(path)
+    assert caught.value.outcome is Outcome.NO_EFFECT
 
 
 @pytest.mark.parametrize(
@@ -143,8 +153,55 @@ async def test_it_hangs_up(serve: Serve, early: bytes) -> None:
             await ask(path)
 
 
+async def says_nothing(peer: Peer) -> None:
+    """Serve another client, or be stopped."""
+    await peer.hang()
+
+
+async def only_greets(peer: Peer) -> None:
+    await peer.send(GREETING)
+    await peer.hang()
+
+
+@pytest.mark.parametrize("script", [says_nothing, only_greets])
+async def test_a_cancelled_connect_is_quiet(
+    serve: Serve, caplog: pytest.LogCaptureFixture, script: Script
+) -> None:
+    """Fault 21: "_GatheringFuture exception was never retrieved", and a hundred lines."""
+    async with serve(script) as path:
+        task = asyncio.ensure_future(ask(path))
+        await asyncio.sleep(SOON)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+def test_a_program_that_ends_while_it_waits_for_a_greeting_is_quiet(
+    place: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault 21: asyncio.run() cancels every task, those of qemu.qmp too."""
+    path = place / "qmp.sock"
+
+    async def main() -> None:
+        cancelled = asyncio.ensure_future(ask(path))
+        left = asyncio.ensure_future(ask(path))
+        await asyncio.sleep(SOON)
+        cancelled.cancel()
+        del left
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen(8)
+        asyncio.run(main())
+    gc.collect()
+    assert caplog.records == []
+    assert capfd.readouterr().err == ""
+
+
 async def ends(qmp: QmpMonitor) -> None:
-    """QEMU is killed, and nobody had asked it anything."""
+    """QEMU is killed while no command is under way."""
     with contextlib.suppress(QemuError):
         await listen(qmp, 1)
 
@@ -201,8 +258,24 @@ async def test_it_hangs_up_on_a_command(serve: Serve) -> None:
         await peer.command()
 
     async with serve(script) as path:
-        with pytest.raises(QemuError, match="query-x: the monitor hung up"):
+        with pytest.raises(QemuError, match="query-x: the monitor hung up") as caught:
             await ask(path)
+    assert caught.value.outcome is Outcome.UNKNOWN
+
+
+async def test_a_command_on_a_connection_that_has_ended_was_not_sent(serve: Serve) -> None:
+    connected = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        await connected.wait()
+
+    async with serve(script) as path, connect(path, "guest g") as qmp:
+        connected.set()
+        await qmp.ended()
+        with pytest.raises(QemuError, match="query-x") as caught:
+            await qmp.execute("query-x", object)
+        assert caught.value.outcome is Outcome.NO_EFFECT
 
 
 async def test_it_never_replies(serve: Serve) -> None:
@@ -211,8 +284,9 @@ async def test_it_never_replies(serve: Serve) -> None:
         await peer.hang()
 
     async with serve(script) as path, connect(path, "guest g") as qmp:
-        with pytest.raises(DeadlineError, match=r"no reply to query-x within 0\.2 s"):
+        with pytest.raises(DeadlineError, match=r"no reply to query-x within 0\.2 s") as caught:
             await qmp.execute("query-x", object, deadline=SOON)
+        assert caught.value.outcome is Outcome.UNKNOWN
 
 
 async def test_it_stops_reading(serve: Serve) -> None:
@@ -250,6 +324,7 @@ async def test_qemu_refuses(serve: Serve) -> None:
         with pytest.raises(CommandError, match="guest g: query-x: Device 'x' not found") as caught:
             await ask(path)
     assert caught.value.qmp_class == "DeviceNotFound"
+    assert caught.value.outcome is Outcome.NO_EFFECT
 
 
 @pytest.mark.parametrize("value", [None, [], "x", {"a": "b"}, {"a": {"b": [1] * 1000}}])
@@ -257,14 +332,16 @@ async def test_an_answer_of_another_shape(serve: Serve, value: object) -> None:
     async with serve(after_greeting({"return": value})) as path:
         with pytest.raises(QemuError, match="query-x answered something odd") as caught:
             await ask(path)
+    assert caught.value.outcome is Outcome.UNKNOWN
     assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize("reply", [{}, {"error": {}}, {"error": {"class": 1, "desc": 2}}])
 async def test_a_reply_that_is_none(serve: Serve, reply: object) -> None:
     async with serve(after_greeting(reply)) as path:
-        with pytest.raises(QemuError, match="query-x"):
+        with pytest.raises(QemuError, match="query-x") as caught:
             await ask(path)
+    assert caught.value.outcome is Outcome.UNKNOWN
 
 
 async def test_a_cancelled_command_leaves_nothing(serve: Serve) -> None:
@@ -315,7 +392,7 @@ async def listen(qmp: QmpMonitor, wanted: int, deadline: float = LONG) -> list[i
 async def test_events_are_filtered(serve: Serve) -> None:
     async def script(peer: Peer) -> None:
         await peer.greet()
-        await peer.send(event(0))  # before anybody listens
+        await peer.send(event(0))  # before the listener is there
         await peer.answer({})
         await peer.send({"event": "STOP", "timestamp": {}})
         await peer.send({"event": "DEVICE_DELETED", "data": 3})

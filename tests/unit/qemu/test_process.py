@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -45,7 +46,7 @@ from mdev_orchestrator.qemu.process import (
     start,
     stop,
 )
-from mdev_orchestrator.qemu.status import check_console_free, look, look_all
+from mdev_orchestrator.qemu.status import GuestState, check_console_free, look, look_all
 from mdev_orchestrator.system.processes import has_ended, start_time
 from mdev_orchestrator.system.waiting import poll_until
 from unit.qemu.conftest import processes_of
@@ -123,7 +124,7 @@ async def test_it_is_of_a_session_of_its_own_and_holds_no_directory(
         assert len(sockets) == 4
 
 
-async def test_it_outlives_who_started_it_and_another_process_stops_it(
+async def test_it_outlives_its_starter_and_another_process_stops_it(
     qemu: str, machine: Machine
 ) -> None:
     environment = {**os.environ, "MDO_STATE_DIR": str(machine.state_dir), "MDO_ACCEL": "tcg"}
@@ -135,7 +136,7 @@ async def test_it_outlives_who_started_it_and_another_process_stops_it(
         [*mdo, "guest", "list", "--json"], env=environment, check=True, capture_output=True
     ).stdout
     [shown] = msgspec.json.decode(out)["guests"]
-    assert shown["state"] == "running"
+    assert shown["state"] == "paused"
     assert shown["status"] == "prelaunch"
     assert shown["mdevs"] == []
     again = subprocess.run(
@@ -262,6 +263,47 @@ async def test_a_path_too_long_for_a_socket(qemu: str, machine: Machine) -> None
     assert list(deep.guests_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("word", ["-daemonize", "--daemonize", "-uuid", "-chroot"])
+async def test_arguments_that_break_the_contract_are_refused(
+    qemu: str, machine: Machine, word: str
+) -> None:
+    """Fault 22: with -daemonize "nothing was changed", and an unknown QEMU lived on."""
+    with pytest.raises(RequestError, match=f"argument {word} cannot be used") as caught:
+        await start(machine, spec(qemu, "g", word))
+    assert caught.value.outcome is Outcome.NO_EFFECT
+
+
+async def test_a_qemu_that_its_program_leaves_behind_is_ended(qemu: str, machine: Machine) -> None:
+    """Fault 22: the process that was started ends, and a QEMU would live on."""
+    program = fake_qemu(machine, f'{qemu} "$@" &\nexit 0')
+    with pytest.raises(QemuError, match="ended with status 0") as caught:
+        await start(machine, spec(program))
+    assert caught.value.outcome is Outcome.NO_EFFECT
+    assert "not start QEMU beside itself" in caught.value.hint
+    assert list(machine.guests_dir.iterdir()) == []
+    assert set(processes_of(machine.state_dir)) == set()
+
+
+async def test_a_qemu_that_outlives_its_program_is_reported(qemu: str, machine: Machine) -> None:
+    told = machine.state_dir / "told"
+    body = f'{qemu} "$@" &\nwhile [ ! -e {told} ]; do sleep 0.05; done'
+    guest = await start(machine, spec(fake_qemu(machine, body)))
+    told.touch()
+    assert await process.wait_ended(guest)
+    [gone] = list_guests(machine)
+    assert gone.state is State.GONE
+    [pid] = await process.find_strays(machine, gone)
+    with pytest.raises(BusyError, match=f"a QEMU of it runs on as process {pid}"):
+        await start(machine, spec(qemu))
+    with pytest.raises(BusyError, match=f"a QEMU of it runs on as process {pid}") as caught:
+        await stop(machine, gone)
+    assert caught.value.outcome is Outcome.NO_EFFECT
+    assert "--force" in caught.value.hint
+    assert (await stop(machine, gone, force=True)).how == "killed"
+    assert has_ended(pid)
+    assert list_guests(machine) == []
+
+
 # ---------------------------------------------------------------- interrupted
 
 
@@ -275,6 +317,41 @@ async def test_cancelled_after_some_steps(qemu: str, machine: Machine, steps: in
             await task
     assert list(machine.guests_dir.iterdir()) == []
     assert processes_of(machine.state_dir) == {}
+
+
+async def test_the_event_loop_runs_while_a_process_is_killed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 10: a poll of up to 15 s held it. Here only the loop lets the process end."""
+    send = signal.pidfd_send_signal
+
+    def later(descriptor: int, number: signal.Signals) -> None:
+        asyncio.get_running_loop().call_later(0.1, send, descriptor, number)
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", later)
+    with pytest.raises(DeadlineError):
+        await start(machine, spec(fake_qemu(machine, "exec sleep 1000")), deadline=0.5)
+    assert list(machine.guests_dir.iterdir()) == []
+
+
+async def test_the_event_loop_runs_while_a_directory_is_locked(
+    qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 10: flock held it. Here only the loop gives the lock back."""
+    opened = process._descriptor
+
+    @contextlib.contextmanager
+    def locked(directory: Path) -> Iterator[int]:
+        other = os.open(directory, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        asyncio.get_running_loop().call_later(0.1, os.close, other)
+        monkeypatch.undo()
+        with opened(directory) as descriptor:
+            yield descriptor
+
+    monkeypatch.setattr(process, "_descriptor", locked)
+    async with started(machine, spec(qemu)) as guest:
+        assert guest.alive
 
 
 async def mdo_start(machine: Machine) -> tuple[asyncio.subprocess.Process, int]:
@@ -418,10 +495,10 @@ async def test_the_power_button_is_pressed_again(
 async def test_whether_a_guest_obeys_is_waited_for(
     qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asked it was interrupted."""
+    """The command that asked it was interrupted."""
     monkeypatch.setattr(process, "OBEY_SECONDS", 0.5)
     async with started(machine, spec(qemu)) as guest:
-        assert not await process.await_pending_shutdown(guest)  # nobody has asked it
+        assert not await process.await_pending_shutdown(guest)  # it was not asked
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await stop(machine, guest)
@@ -450,6 +527,39 @@ async def test_a_guest_that_was_not_asked_runs_on(qemu: str, machine: Machine) -
             await stop(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.NO_EFFECT
         assert not (guest.directory / process.ASKED).exists()
+
+
+@pytest.mark.parametrize("held", ["SIGSTOP", "by another client"])
+async def test_force_does_not_wait_for_a_qemu_that_does_not_answer(
+    qemu: str, machine: Machine, held: str
+) -> None:
+    """Fault 23: 2 seconds were given, and 43 were taken."""
+    async with started(machine, spec(qemu)) as guest:
+        assert guest.record
+        async with connect(guest.qmp_socket, guest.label), asyncio.timeout(30):
+            if held == "SIGSTOP":
+                os.kill(guest.record.pid, signal.SIGSTOP)
+                assert await poll_until(lambda: process.is_stopped(guest), 10)
+            given = 3600 if held == "SIGSTOP" else 0.2
+            ended = await stop(machine, guest, deadline=given, force=True)
+            assert ended.how == ("killed" if held == "SIGSTOP" else "terminated")
+
+
+async def test_what_a_guest_does_is_told_apart(qemu: str, machine: Machine) -> None:
+    """Fault 26: a guest whose QEMU is stopped was shown as running."""
+    async with started(machine, spec(qemu)) as guest:
+        assert (await look(guest)).state is GuestState.PAUSED
+        async with connect(guest.query_socket, guest.label) as qmp:
+            assert (await look(guest, deadline=0.2)).state is GuestState.SILENT
+            await qmp.execute("cont", object)
+        assert (await look(guest)).state is GuestState.RUNNING
+        assert guest.record
+        os.kill(guest.record.pid, signal.SIGSTOP)
+        assert await poll_until(lambda: process.is_stopped(guest), 10)
+        assert (await look(guest)).state is GuestState.STOPPED
+        os.kill(guest.record.pid, signal.SIGKILL)
+        assert await process.wait_ended(guest)
+        assert (await look(find(machine, "g"))).state is GuestState.GONE
 
 
 async def test_how_long_a_guest_is_waited_for_is_the_callers(qemu: str, machine: Machine) -> None:
@@ -493,7 +603,7 @@ async def sleeper() -> AsyncIterator[int]:
     """A process that is none of our guests."""
     other = await asyncio.create_subprocess_exec("sleep", "1000")
     yield other.pid
-    assert other.returncode is None, "somebody ended a process that is no guest"
+    assert other.returncode is None, "a process that is no guest was ended"
     other.kill()
     await other.wait()
 

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import pytest
 
+from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import events
 from mdev_orchestrator.qemu.events import StateChange, Unwatched, Watched, guest_events
@@ -144,3 +145,35 @@ async def test_a_guest_from_before_there_was_such_a_monitor_is_silent(place: Pat
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.2):
             await collected(1, [guest])
+
+
+async def test_an_error_of_the_look_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 8: it was lost, and the command hung."""
+
+    def fails(_machine: Machine) -> list[RunningGuest]:
+        raise HostError("cannot read it")
+
+    monkeypatch.setattr(events, "list_guests", fails)
+    async with asyncio.timeout(10), aclosing(guest_events(Machine())) as stream:
+        with pytest.raises(HostError, match="cannot read it"):
+            await anext(stream)
+
+
+async def test_a_fault_in_one_guest_ends_the_stream(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ArithmeticError("a fault of ours")
+
+    watched = asyncio.Event()
+
+    async def tell(peer: Peer) -> None:
+        await peer.greet()
+        await watched.wait()
+        await peer.send({"event": events.STATE_CHANGED, "data": DATA})
+        await peer.hang()
+
+    monkeypatch.setattr(events, "_change", fails)
+    async with serve(tell) as path:
+        with pytest.raises(ArithmeticError, match="of ours"):
+            await collected(3, [guest_at(path)], watched)

@@ -30,7 +30,7 @@ Version: 11.1.2+ds-3
 """
 
 PATCH = """\
-From: somebody <somebody@example.invalid>
+From: an author <author@example.invalid>
 Subject: [PATCH] call it
 
 diff --git a/hw/vfio/common.c b/hw/vfio/common.c
@@ -142,7 +142,7 @@ def test_versions_of_a_series_newest_first() -> None:
     "targets",
     [
         "uri-s|old-security|Debian|Debian-Security\nuri-u|old-updates|Debian|Debian\nuri|old|Debian|D",
-        "other|stable|Somebody|Else\nuri|old|$(ORIGIN)|$(LABEL)",
+        "other|stable|Another|Origin\nuri|old|$(ORIGIN)|$(LABEL)",
     ],
 )
 def test_mirror_is_the_machines_own(
