@@ -18,8 +18,8 @@ import pytest
 from mdev_orchestrator.capacity.models import Confidence, Homogeneous, ParentCapacity, survey
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine import model_cache
-from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.journal import Journal
+from mdev_orchestrator.engine.journal import Journal, open_journal
+from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.probe import Probed, candidates, probe
 from mdev_orchestrator.engine.recovery import recover
 from mdev_orchestrator.errors import BusyError, CapacityError, DeadlineError, MdoError, UnknownError
@@ -30,11 +30,6 @@ from unit.capacity.drivers import Driver, Texts
 from unit.fakesys import FakeSystem
 
 FOREIGN = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-
-
-@pytest.fixture
-def state() -> Path:
-    return Path(os.environ["MDO_STATE_DIR"])
 
 
 def install(system: FakeSystem, *installed: Driver) -> None:
@@ -66,7 +61,7 @@ def install(system: FakeSystem, *installed: Driver) -> None:
 
 
 def unknown(driver: Driver) -> Driver:
-    """The same, and nobody says what it is."""
+    """The same, without a text that says what it is."""
     texts: dict[str, Texts] = {f"acme-{id_}": (None, None, {}) for id_ in driver.texts}
 
     def left(used: Counter[str], type_: str) -> int:
@@ -107,13 +102,9 @@ def moody() -> Driver:
     )
 
 
-async def learn(system: FakeSystem, driver: Driver) -> Probed:
+async def learn(machine: Machine, system: FakeSystem, driver: Driver) -> Probed:
     install(system, driver)
-    return await probe(driver.name, context(system))
-
-
-def context(system: FakeSystem) -> Context:
-    return Context(host=system.root, deadline=5)
+    return await probe(machine, driver.name, deadline=5)
 
 
 def agree(driver: Driver, capacity: ParentCapacity, seed: int = 1) -> None:
@@ -140,24 +131,26 @@ MAKERS: list[Callable[[], Driver]] = [
 
 
 @pytest.mark.parametrize("make", MAKERS)
-async def test_a_driver_that_nobody_knows_is_known_afterwards(
-    system: FakeSystem, make: Callable[[], Driver]
+async def test_an_unknown_driver_is_known_afterwards(
+    system: FakeSystem, machine: Machine, make: Callable[[], Driver]
 ) -> None:
     driver = unknown(make())
-    probed = await learn(system, driver)
+    probed = await learn(machine, system, driver)
     assert probed.before.confidence is Confidence.GUESSED
     assert probed.after.confidence is Confidence.OBSERVED, probed.after.why
     assert probed.created == sum(name == "create" for name, _ in system.writes)
     for seed in range(20):
         agree(driver, probed.after, seed)
     # and a later command knows it, of this parent and of others like it
-    (now,) = survey(read_host(Machine(system.root)), learned=model_cache.load())
+    (now,) = survey(read_host(machine), learned=model_cache.load(machine))
     assert (now.model, now.confidence) == (probed.after.model, Confidence.OBSERVED)
 
 
 @pytest.mark.parametrize("make", [*MAKERS, drivers.gvtg])
-async def test_a_known_driver_is_confirmed(system: FakeSystem, make: Callable[[], Driver]) -> None:
-    probed = await learn(system, make())
+async def test_a_known_driver_is_confirmed(
+    system: FakeSystem, machine: Machine, make: Callable[[], Driver]
+) -> None:
+    probed = await learn(machine, system, make())
     assert probed.after.confidence is Confidence.OBSERVED
     assert probed.after.model.name == probed.before.model.name or probed.before.confidence == (
         Confidence.GUESSED
@@ -165,35 +158,37 @@ async def test_a_known_driver_is_confirmed(system: FakeSystem, make: Callable[[]
     agree(make(), probed.after)
 
 
-async def test_gvtgs_memory_is_known_afterwards(system: FakeSystem) -> None:
+async def test_gvtgs_memory_is_known_afterwards(system: FakeSystem, machine: Machine) -> None:
     """One look tells of a part only, see ``gvtg`` of the models' tests."""
     driver = drivers.gvtg()
-    probed = await learn(system, driver)
+    probed = await learn(machine, system, driver)
     agree(driver, probed.after)
 
 
 @pytest.mark.parametrize("make", [odd, lambda: unknown(drivers.gvtg())])
 async def test_what_has_several_explanations_stays_a_guess(
-    system: FakeSystem, make: Callable[[], Driver]
+    system: FakeSystem, machine: Machine, make: Callable[[], Driver]
 ) -> None:
-    probed = await learn(system, make())
+    probed = await learn(machine, system, make())
     assert (probed.after.confidence, probed.learned) == (Confidence.GUESSED, False)
     assert "which has other explanations" in probed.after.why
-    assert model_cache.load() == {}
+    assert model_cache.load(machine) == {}
 
 
-async def test_what_nothing_explains_is_said_and_not_kept(system: FakeSystem, state: Path) -> None:
-    probed = await learn(system, moody())
+async def test_what_nothing_explains_is_said_and_not_kept(
+    system: FakeSystem, machine: Machine
+) -> None:
+    probed = await learn(machine, system, moody())
     assert not probed.learned
     assert "no model explains" in probed.after.why
-    assert model_cache.load() == {}
+    assert model_cache.load(machine) == {}
     assert system.uuids() == set()
 
 
-async def test_one_type_needs_no_probe(system: FakeSystem) -> None:
+async def test_one_type_needs_no_probe(system: FakeSystem, machine: Machine) -> None:
     system.parent("ccw0")
     system.type("ccw0", "vfio_ccw-io", 1)
-    probed = await probe("ccw0", context(system))
+    probed = await probe(machine, "ccw0", deadline=5)
     assert (probed.created, probed.after.confidence) == (0, Confidence.CERTAIN)
     assert system.writes == []
 
@@ -201,42 +196,44 @@ async def test_one_type_needs_no_probe(system: FakeSystem) -> None:
 # ---- what it refuses ----
 
 
-async def test_a_parent_that_has_devices_is_refused_and_they_are_named(system: FakeSystem) -> None:
+async def test_a_parent_that_has_devices_is_refused_and_they_are_named(
+    system: FakeSystem, machine: Machine
+) -> None:
     install(system, drivers.igd("igd0"), drivers.igd("igd1"))
     system.mdev("igd0", "mvgpu-128M", FOREIGN)
     with pytest.raises(BusyError, match=f"parent igd0 has devices: {FOREIGN}"):
-        await candidates(["igd1", "igd0"], context(system))
+        await candidates(machine, ["igd1", "igd0"])
     with pytest.raises(BusyError, match="has devices"):
-        await probe("igd0", context(system))
-    chosen = await candidates([], context(system))
+        await probe(machine, "igd0", deadline=5)
+    chosen = await candidates(machine, [])
     assert ([parent.name for parent in chosen.idle], chosen.busy) == (["igd1"], ("igd0",))
     assert system.writes == []
     with pytest.raises(UnknownError, match=r"no parent igd2; .*|did you mean"):
-        await candidates(["igd2"], context(system))
+        await candidates(machine, ["igd2"])
 
 
-async def test_no_parent_is_idle(system: FakeSystem) -> None:
+async def test_no_parent_is_idle(system: FakeSystem, machine: Machine) -> None:
     with pytest.raises(UnknownError, match="no device of this host offers mdevs"):
-        await candidates([], context(system))
+        await candidates(machine, [])
     install(system, drivers.igd())
     system.mdev("igd0", "mvgpu-128M", FOREIGN)
     with pytest.raises(BusyError, match="every parent has devices: igd0"):
-        await candidates([], context(system))
+        await candidates(machine, [])
 
 
-async def test_a_parent_that_offers_nothing(system: FakeSystem) -> None:
+async def test_a_parent_that_offers_nothing(system: FakeSystem, machine: Machine) -> None:
     driver = drivers.igd()
     driver.left = lambda _, __: 0
     install(system, driver)
     with pytest.raises(CapacityError, match="its driver offers none"):
-        await probe("igd0", context(system))
+        await probe(machine, "igd0", deadline=5)
 
 
 # ---- nothing is left ----
 
 
-def after(system: FakeSystem, turn: int, what: Callable[[], int | None]) -> Context:
-    """A machine on which something happens at one of the creations; an errno is its outcome."""
+def at_creation(system: FakeSystem, turn: int, what: Callable[[], int | None]) -> None:
+    """Let something happen at one of the creations; an errno is its outcome."""
     seen = 0
 
     def create(name: str, _uuid: str) -> int | None:
@@ -245,27 +242,40 @@ def after(system: FakeSystem, turn: int, what: Callable[[], int | None]) -> Cont
         return what() if name == "create" and seen == turn else None
 
     system.before = create
-    return Context(host=system.root, deadline=5)
 
 
-def left_open() -> list[str]:
-    with Journal.open() as book:
-        assert book.owned().devices == {}
-        return [str(run) for run in book.open_runs()]
+def left_open(machine: Machine) -> list[str]:
+    assert read_managed(machine).devices == {}
+    with Journal.open(machine.journal_path) as journal:
+        return [str(run) for run in journal.open_runs()]
 
 
 @pytest.mark.parametrize("turn", range(1, 8))
-async def test_a_refusal_leaves_nothing(system: FakeSystem, turn: int) -> None:
+async def test_a_refusal_leaves_nothing(system: FakeSystem, machine: Machine, turn: int) -> None:
     install(system, drivers.igd())
-    with pytest.raises(CapacityError) as caught:
-        await probe("igd0", after(system, turn, lambda: errno.ENOSPC))
+    at_creation(system, turn, lambda: errno.EIO)
+    with pytest.raises(MdoError, match="Input/output error") as caught:
+        await probe(machine, "igd0", deadline=5)
     assert "every device was removed again" in caught.value.__notes__
-    assert (system.uuids(), left_open()) == (set(), [])
-    assert model_cache.load() == {}
+    assert (system.uuids(), left_open(machine)) == (set(), [])
+    assert model_cache.load(machine) == {}
+
+
+async def test_an_instance_that_is_counted_late_is_waited_for(
+    system: FakeSystem, machine: Machine
+) -> None:
+    """The driver has not counted the device yet that was removed right before."""
+    install(system, drivers.igd())
+    at_creation(system, 2, lambda: errno.ENOSPC)
+    probed = await probe(machine, "igd0", deadline=5)
+    assert probed.learned
+    assert sum(name == "create" for name, _ in system.writes) == probed.created + 1
 
 
 @pytest.mark.parametrize("turn", range(1, 8))
-async def test_an_interruption_leaves_nothing(system: FakeSystem, turn: int) -> None:
+async def test_an_interruption_leaves_nothing(
+    system: FakeSystem, machine: Machine, turn: int
+) -> None:
     install(system, drivers.igd())
     task: asyncio.Task[Probed]
 
@@ -274,32 +284,46 @@ async def test_an_interruption_leaves_nothing(system: FakeSystem, turn: int) -> 
     def interrupt() -> None:
         loop.call_soon_threadsafe(task.cancel)
 
-    task = asyncio.ensure_future(probe("igd0", after(system, turn, interrupt)))
+    at_creation(system, turn, interrupt)
+    task = asyncio.ensure_future(probe(machine, "igd0", deadline=5))
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (system.uuids(), left_open()) == (set(), [])
+    assert (system.uuids(), left_open(machine)) == (set(), [])
 
 
 @pytest.mark.parametrize("turn", [1, 2, 5])
-async def test_somebody_else_on_the_parent_ends_it(system: FakeSystem, turn: int) -> None:
+async def test_another_program_on_the_parent_ends_it(
+    system: FakeSystem, machine: Machine, turn: int
+) -> None:
     install(system, drivers.igd())
 
     def intrude() -> None:
         system.mdev("igd0", "mvgpu-128M", FOREIGN)
 
-    with pytest.raises(BusyError, match=f"somebody created device {FOREIGN} on parent igd0"):
-        await probe("igd0", after(system, turn, intrude))
+    at_creation(system, turn, intrude)
+    with pytest.raises(BusyError, match=f"another program created device {FOREIGN} on parent igd0"):
+        await probe(machine, "igd0", deadline=5)
     assert system.uuids() == {FOREIGN}
-    assert left_open() == []
+    assert left_open(machine) == []
+
+
+async def test_a_parent_on_which_another_command_creates_is_not_probed(
+    system: FakeSystem, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Journal.begin.__kwdefaults__, "wait", 0.2)
+    install(system, drivers.igd())
+    async with open_journal(machine) as journal:
+        await journal.begin("create", "1 x mvgpu-128M", (), ["parent:igd0"])
+        with pytest.raises(BusyError, match="parent igd0 is being changed by mdo create"):
+            await probe(machine, "igd0")
+    assert system.writes == []
 
 
 async def test_counts_that_do_not_come_back(
-    system: FakeSystem, monkeypatch: pytest.MonkeyPatch
+    system: FakeSystem, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mdev_orchestrator.engine.probe.SETTLE_SECONDS", 0.1)
-    driver = drivers.igd()
-    install(system, driver)
-    system.capacity = None  # the type itself counts, and the others know nothing of it
+    install(system, drivers.igd())
     lost = system.types("igd0") / "mvgpu-128M/available_instances"
 
     def spoil(_: FakeSystem) -> None:
@@ -307,40 +331,39 @@ async def test_counts_that_do_not_come_back(
 
     system.capacity = spoil
     with pytest.raises(DeadlineError, match="7 of mvgpu-128M can be created, and it should be 8"):
-        await probe("igd0", context(system))
-    assert (system.uuids(), left_open()) == (set(), [])
+        await probe(machine, "igd0", deadline=5)
+    assert (system.uuids(), left_open(machine)) == (set(), [])
 
 
 async def test_a_device_that_stays_is_named_and_the_run_is_open(
-    system: FakeSystem, monkeypatch: pytest.MonkeyPatch
+    system: FakeSystem, machine: Machine
 ) -> None:
     install(system, drivers.igd())
-
     system.before = lambda name, _uuid: errno.EIO if name == "remove" else None
     with pytest.raises(MdoError) as caught:
-        await probe("igd0", Context(host=system.root, deadline=1))
+        await probe(machine, "igd0", deadline=1)
     (left,) = system.uuids()
     assert left in str(caught.value)
-    # when this process has gone, 'mdo recover' tries again
+    # 'mdo recover' tries again
     system.before = None
-    monkeypatch.setattr("mdev_orchestrator.engine.journal.Process.alive", False)
-    with Journal.open() as book:
-        (found,) = await recover(book, context=context(system), again=True)
+    (found,) = await recover(machine)
     assert (found.run.kind, found.errors) == ("probe", ())
-    assert (system.uuids(), left_open()) == (set(), [])
+    assert (system.uuids(), left_open(machine)) == (set(), [])
 
 
 # ---- what is remembered ----
 
 
-def kept(state: Path) -> Path:
-    return state / "models.json"
+def kept(machine: Machine) -> Path:
+    return machine.state_dir / "models.json"
 
 
-async def test_what_is_wrong_with_the_memory_is_no_error(system: FakeSystem, state: Path) -> None:
-    await learn(system, drivers.igd())
-    good = json.loads(kept(state).read_text())
-    assert len(model_cache.load()) == 1
+async def test_what_is_wrong_with_the_memory_is_no_error(
+    system: FakeSystem, machine: Machine
+) -> None:
+    await learn(machine, system, drivers.igd())
+    good = json.loads(kept(machine).read_text())
+    assert len(model_cache.load(machine)) == 1
     (entry,) = good
     bad: list[object] = [
         {**entry, "model": "magic"},
@@ -354,75 +377,74 @@ async def test_what_is_wrong_with_the_memory_is_no_error(system: FakeSystem, sta
     ]
     texts = [json.dumps([one]).encode() for one in bad]
     for text in (*texts, b"", b"{}", b"\xff", b"[" * 100_000, b" " * (2 << 20)):
-        kept(state).write_bytes(text)
-        assert model_cache.load() == {}
+        kept(machine).write_bytes(text)
+        assert model_cache.load(machine) == {}
         assert (
-            survey(read_host(Machine(system.root)), learned=model_cache.load())[0].confidence
+            survey(read_host(machine), learned=model_cache.load(machine))[0].confidence
             == Confidence.KNOWN
         )
-    kept(state).unlink()
-    os.mkfifo(kept(state))
-    assert model_cache.load() == {}
-    kept(state).unlink()
-    kept(state).mkdir()
+    kept(machine).unlink()
+    os.mkfifo(kept(machine))
+    assert model_cache.load(machine) == {}
+    kept(machine).unlink()
+    kept(machine).mkdir()
     with pytest.raises(MdoError, match=r"cannot write .*models\.json"):
-        model_cache.keep({"x": Homogeneous(("a",), (1,), (0,))})
-    assert list(state.glob(".models*")) == []
+        model_cache.keep(machine, {"x": Homogeneous(("a",), (1,), (0,))})
+    assert list(machine.state_dir.glob(".models*")) == []
 
 
-async def test_a_memory_that_the_counts_contradict_is_not_used(system: FakeSystem) -> None:
-    await learn(system, drivers.mbochs(total=256))
-    (found,) = survey(read_host(Machine(system.root)), learned=model_cache.load())
+async def test_a_memory_that_the_counts_contradict_is_not_used(
+    system: FakeSystem, machine: Machine
+) -> None:
+    await learn(machine, system, drivers.mbochs(total=256))
+    (found,) = survey(read_host(machine), learned=model_cache.load(machine))
     assert found.confidence is Confidence.OBSERVED
     smaller = drivers.mbochs("less", total=128)
-    (other,) = survey(drivers.host(smaller), learned=model_cache.load())
+    (other,) = survey(drivers.host(smaller), learned=model_cache.load(machine))
     assert other.confidence is Confidence.KNOWN
     assert other.remaining() == smaller.counts()
 
 
-def test_the_oldest_is_forgotten_first() -> None:
+def test_the_oldest_is_forgotten_first(machine: Machine) -> None:
     model = Homogeneous(("a", "b"), (1, 2), (0, 1))
     for number in range(model_cache.KEPT + 5):
-        model_cache.keep({f"kind {number}": model})
-    assert list(model_cache.load()) == [f"kind {n}" for n in range(5, model_cache.KEPT + 5)]
+        model_cache.keep(machine, {f"kind {number}": model})
+    assert list(model_cache.load(machine)) == [f"kind {n}" for n in range(5, model_cache.KEPT + 5)]
 
 
-async def test_a_creation_teaches_too(system: FakeSystem) -> None:
-    """A driver that nobody knows, and one device of it."""
+async def test_a_creation_teaches_too(system: FakeSystem, machine: Machine) -> None:
+    """An unknown driver, and one device of it."""
     driver = unknown(drivers.mbochs())
     install(system, driver)
-    before = read_host(Machine(system.root))
+    before = read_host(machine)
     assert survey(before)[0].confidence is Confidence.GUESSED
     type_ = "acme-mbochs-large"
     await system.write(str(system.types("mbochs") / type_ / "create"), FOREIGN.encode())
-    model_cache.learn_from(before, system.root)
-    (now,) = survey(read_host(Machine(system.root)), learned=model_cache.load())
+    await model_cache.learn_from(machine, before)
+    (now,) = survey(read_host(machine), learned=model_cache.load(machine))
     assert now.confidence is Confidence.OBSERVED
     assert now.remaining({type_: -1}) == driver.counts()
     # with that, there is nothing to be learned from the next
-    before, known = read_host(Machine(system.root)), model_cache.load()
+    before, known = read_host(machine), model_cache.load(machine)
     second = str(UUID(int=7))
     await system.write(str(system.types("mbochs") / type_ / "create"), second.encode())
-    model_cache.learn_from(before, system.root)
-    assert model_cache.load() == known
+    await model_cache.learn_from(machine, before)
+    assert model_cache.load(machine) == known
 
 
 # ---- the command ----
 
 
 @pytest.fixture
-def machine(system: FakeSystem, monkeypatch: pytest.MonkeyPatch) -> FakeSystem:
+def two(system: FakeSystem, monkeypatch: pytest.MonkeyPatch) -> FakeSystem:
+    """Two parents, on the machine that commands act on."""
     install(system, drivers.igd("igd0"), drivers.mdpy("mdpy"))
     monkeypatch.setenv("MDO_ROOT", str(system.root))
-    monkeypatch.setattr(
-        "mdev_orchestrator.cli.probe.Context",
-        lambda host: Context(host=host, deadline=5),
-    )
     return system
 
 
 def test_it_says_what_it_will_do_and_asks(
-    machine: FakeSystem, capsys: pytest.CaptureFixture[str]
+    two: FakeSystem, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["probe", "igd0"]) == 2
     said = capsys.readouterr()
@@ -430,24 +452,25 @@ def test_it_says_what_it_will_do_and_asks(
     assert said.err.endswith(
         "mdo: mdo probe creates and removes devices — --yes says that it may\n"
     )
-    assert machine.writes == []
+    assert two.writes == []
 
 
-def test_a_table(machine: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table(two: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--yes"]) == 0
     assert capsys.readouterr().out == (
         "PARENT  MODEL BEFORE            MODEL NOW                  CREATED AND REMOVED\n"
         "igd0    shared pool (known)     shared pool (observed)     7\n"
         "mdpy    parent counter (known)  parent counter (observed)  7\n"
     )
-    assert machine.uuids() == set()
+    assert two.uuids() == set()
 
 
-def test_its_json(machine: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
-    machine.mdev("mdpy", "mdpy-vga", FOREIGN)
+def test_its_json(two: FakeSystem, capsys: pytest.CaptureFixture[str]) -> None:
+    two.mdev("mdpy", "mdpy-vga", FOREIGN)
     assert main(["probe", "--yes", "--json"]) == 0
     said = capsys.readouterr()
-    assert "mdo: left out, since they have devices: mdpy\n" in said.err
+    remark, *_ = map(json.loads, said.err.splitlines())
+    assert remark == {"remark": "left out, since they have devices: mdpy"}
     assert json.loads(said.out) == {
         "parents": [
             {
