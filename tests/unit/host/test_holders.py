@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who has a device open."""
+"""The processes that have a device open."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def found(system: FakeSystem, uuid: str) -> list[str]:
     return [str(holder) for holder in held.of(UUID(uuid))]
 
 
-def test_nobody(two: FakeSystem) -> None:
+def test_a_device_without_a_holder(two: FakeSystem) -> None:
     two.process(7, "sh", ["sh"], ["/dev/null", "/dev/vfio/vfio"])
     assert found(two, U1) == found(two, U2) == []
 
@@ -56,8 +56,8 @@ def test_a_holder_of_the_newer_character_device(two: FakeSystem) -> None:
     assert found(two, U2) == []
 
 
-def test_who_only_names_a_node_does_not_hold_it(two: FakeSystem) -> None:
-    """udev has such a descriptor of every new node for a moment."""
+def test_a_process_that_only_names_a_node_does_not_hold_it(two: FakeSystem) -> None:
+    """udev has such a descriptor of every new node for a short time."""
     worker = two.process(3, "(udev-worker)", ["udev"], ["/dev/vfio/1", "/dev/vfio/2"])
     (worker / "fdinfo").mkdir()
     (worker / "fdinfo" / "0").write_text("pos:\t0\nflags:\t012000000\nmnt_id:\t26\n")
