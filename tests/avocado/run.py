@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 TEST_SECONDS = 900
 """On a machine that is busy with other things a guest alone takes minutes to boot."""
 KIND = "avocado-instrumented"
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # what the tests import
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -143,7 +144,6 @@ def adapt_avocado() -> None:
 
 def preload() -> None:
     """Import what the tests do, once."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import guests
 
     from mdev_orchestrator.qemu import hotplug, monitor
