@@ -42,9 +42,11 @@ class ScriptedGuest:
         self.system = system
         self.name = name
         self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
         self.uuid = uuid4()
         self.devices = {f"port{number}": "pcie-root-port" for number in range(4)}
         self.sysfsdev: dict[str, str] = {}
+        self._ended = asyncio.Event()
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self.on_detach: Literal["lets go", "refuses", "does nothing"] = "lets go"
@@ -75,6 +77,11 @@ class ScriptedGuest:
         ]
         nodes = [f"/dev/vfio/{link.readlink().name}" for link in links if link.is_symlink()]
         self.system.process(self.pid, "qemu-system-x86", ["qemu", "-name", self.name], nodes)
+
+    async def end(self) -> None:
+        """Kill its process, and wait until it has ended."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        await self._ended.wait()
 
     async def serve(self, socket: str, peer: Peer) -> None:
         """Answer one client of a monitor."""
@@ -128,7 +135,7 @@ class ScriptedGuest:
         return {"return": {}}
 
     async def quit(self, _: Peer) -> dict[str, object]:
-        os.kill(self.pid, signal.SIGKILL)
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         return {"return": {}}
 
 
@@ -204,9 +211,7 @@ async def _listen(
 
 async def _close_at_end(guest: ScriptedGuest) -> None:
     """When its process has ended, it has nothing open any more."""
-    descriptor = os.pidfd_open(guest.pid)
-    try:
-        await readable(descriptor)
-    finally:
-        os.close(descriptor)
+    await readable(guest.pidfd)
+    os.close(guest.pidfd)
     shutil.rmtree(guest.system.root / "proc" / str(guest.pid), ignore_errors=True)
+    guest._ended.set()

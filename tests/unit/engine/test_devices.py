@@ -6,11 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import resource
-import signal
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -34,6 +30,7 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.machine import Machine
+from unit.engine.broken_journals import Breaker, full_disk, locked, read_only
 from unit.engine.scripted import scripted_guest
 from unit.fakesys import FakeSystem
 
@@ -540,44 +537,6 @@ async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine:
 # ---- a journal that cannot be written ----
 
 
-@contextmanager
-def full_disk(_: Machine) -> Iterator[None]:
-    """A limit on the size of files stands in for the disk's."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-@contextmanager
-def read_only(machine: Machine) -> Iterator[None]:
-    """A state directory that may not be written, and a user that is not root."""
-    for directory in machine.state_dir.parents:
-        if directory.stat().st_uid == os.geteuid():
-            directory.chmod(directory.stat().st_mode | 0o055)
-    for file in (machine.state_dir, *machine.state_dir.iterdir()):
-        os.chown(file, 65534, 65534)
-    machine.state_dir.chmod(0o500)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@contextmanager
-def locked(machine: Machine) -> Iterator[None]:
-    """Another process writes and does not come to its end."""
-    with closing(sqlite3.connect(machine.journal_path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
-
-
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -590,12 +549,12 @@ async def test_nothing_is_removed_when_the_journal_cannot_be_written(
     three: FakeSystem,
     machine: Machine,
     monkeypatch: pytest.MonkeyPatch,
-    broken: object,
+    broken: Breaker,
     words: str,
 ) -> None:
     await take_over(machine, U1)
     monkeypatch.setattr(journal_db, "LOCK_SECONDS", 0.2)
-    with broken(machine), pytest.raises(HostError) as caught:  # type: ignore[operator]
+    with broken(machine), pytest.raises(HostError) as caught:
         await remove_devices(machine, UUIDS)
     assert words in str(caught.value)
     assert three.writes == []
