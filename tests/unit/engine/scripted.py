@@ -35,6 +35,7 @@ class ScriptedGuest:
     :ivar devices: Types of the devices with an id; :ivar:`sysfsdev` has the paths of mdevs.
     :ivar goes_on: Cleared, QEMU answers nothing: it is stopped, or its driver holds it.
     :ivar on_detach: What the guest does when it is asked to let go.
+    :ivar on_powerdown: The same for its power button.
     :ivar asked: The commands that change something, as they came.
     """
 
@@ -50,6 +51,7 @@ class ScriptedGuest:
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self.on_detach: Literal["lets go", "refuses", "does nothing"] = "lets go"
+        self.on_powerdown: Literal["obeys", "does nothing"] = "does nothing"
         self.asked: list[str] = []
         self._serving = {socket: asyncio.Lock() for socket in (process.QMP, process.QUERY)}
 
@@ -131,8 +133,8 @@ class ScriptedGuest:
         await peer.send({"event": event, "data": data, "timestamp": {}})
         return {"return": {}}
 
-    async def system_powerdown(self, _: Peer) -> dict[str, object]:
-        return {"return": {}}
+    async def system_powerdown(self, peer: Peer) -> dict[str, object]:
+        return await self.quit(peer) if self.on_powerdown == "obeys" else {"return": {}}
 
     async def quit(self, _: Peer) -> dict[str, object]:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
