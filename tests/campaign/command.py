@@ -22,9 +22,16 @@ from typing import Any, NoReturn
 
 # much of this is only what a command imports when it runs: so that the children need not
 import mdev_orchestrator.cli.apply
+import mdev_orchestrator.cli.create
+import mdev_orchestrator.cli.guest
+import mdev_orchestrator.cli.hotplug
 import mdev_orchestrator.cli.recover
+import mdev_orchestrator.cli.remove
 import mdev_orchestrator.cli.tree
 import mdev_orchestrator.engine.apply
+import mdev_orchestrator.engine.attach
+import mdev_orchestrator.engine.devices
+import mdev_orchestrator.engine.guests
 import mdev_orchestrator.engine.recovery
 import mdev_orchestrator.host.events  # noqa: F401
 from mdev_orchestrator.cli.main import main

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A machine of files: the parts of ``/sys``, ``/dev`` and ``/proc`` that the project looks at.
+"""A machine of files: the parts of ``/sys``, ``/dev`` and ``/proc`` that the program reads.
 
 It has the real kernel's layout, links included. The program writes to it with its own writer. One
 function in the writer's children is replaced, :func:`write_file` for the one that opens and writes

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Finds callbacks that hold an event loop: nothing else of the program goes on meanwhile.
 
-What counts is the time that a callback computes or is blocked in the kernel. The time that it could
-run and another process has the processor is the machine's business, and is subtracted, as the
-kernel counts it (the second number of ``/proc/thread-self/schedstat``). So is the time in which a
-thread that it starts waits for a processor, and the time of Python's garbage collector, which
-visits what all tests before have left.
+What counts is the time that a callback computes or is blocked in the kernel. On a busy machine it
+also waits for a processor, or for another thread of the process that does (to start it, or for the
+interpreter's lock). That is no fault of the callback: the time that threads have waited is
+subtracted, as the kernel counts it (the second number of ``/proc/PID/task/TID/schedstat``). So is
+the time of Python's garbage collector, which visits what all tests before have left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 LIMIT = 0.1
 """Seconds that a callback may take."""
@@ -32,7 +33,8 @@ def watch() -> Iterator[list[str]]:
     """
     holds: list[str] = []
     collecting = [0.0, 0.0]  # when it began, and seconds in all
-    original, start = asyncio.Handle._run, threading.Thread.start
+    original = asyncio.Handle._run
+    threads = _OtherThreads()
 
     def collect(phase: str, _info: object) -> None:
         if phase == "start":
@@ -40,36 +42,22 @@ def watch() -> Iterator[list[str]]:
         else:
             collecting[1] += time.perf_counter() - collecting[0]
 
-    def start_thread(thread: threading.Thread) -> None:
-        began, queued = time.perf_counter(), _queued()
-        start(thread)  # returns when the thread runs
-        _local.starting = _starting() + time.perf_counter() - began - (_queued() - queued)
-
-    def spared() -> float:
-        return _queued() + _starting() + collecting[1]
-
     def run(handle: asyncio.Handle) -> None:
-        before, began = spared(), time.perf_counter()
+        threads.renew()
+        spared, began = _queued() + collecting[1], time.perf_counter()
         original(handle)
         if time.perf_counter() - began > LIMIT:
-            held = time.perf_counter() - began - (spared() - before)
-            if held > LIMIT:
+            held = time.perf_counter() - began - (_queued() + collecting[1] - spared)
+            if held > LIMIT and (held := held - threads.queued()) > LIMIT:
                 holds.append(f"{held * 1000:.0f} ms in {_named(handle)}")
 
     asyncio.Handle._run = run  # type: ignore[method-assign]
-    threading.Thread.start = start_thread  # type: ignore[method-assign]
     gc.callbacks.append(collect)
     try:
         yield holds
     finally:
         gc.callbacks.remove(collect)
         asyncio.Handle._run = original  # type: ignore[method-assign]
-        threading.Thread.start = start  # type: ignore[method-assign]
-
-
-def _starting() -> float:
-    """Seconds that this thread has waited for threads to start."""
-    return getattr(_local, "starting", 0.0)
 
 
 def _named(handle: asyncio.Handle) -> str:
@@ -77,9 +65,42 @@ def _named(handle: asyncio.Handle) -> str:
     return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
+class _OtherThreads:
+    """How long the other threads of this process have waited for a processor."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._before: dict[str, float] = {}
+
+    def renew(self) -> None:
+        """Count from now on, unless that was said a moment ago: it takes long."""
+        now = time.perf_counter()
+        if now - self._since > LIMIT / 2:
+            self._since = now
+            self._before = self._read()
+
+    def queued(self) -> float:
+        """Seconds, all threads together; from :data:`LIMIT` / 2 before the last callback began."""
+        return sum(delay - self._before.get(name, 0.0) for name, delay in self._read().items())
+
+    @staticmethod
+    def _read() -> dict[str, float]:
+        delays = {}
+        own = str(threading.get_native_id())
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # it has ended
+                if task.name != own:
+                    delays[task.name] = _delay((task / "schedstat").read_bytes())
+        return delays
+
+
 def _queued() -> float:
     """Seconds that this thread has waited for a processor."""
     if getattr(_local, "pid", None) != os.getpid():
         _local.pid = os.getpid()
         _local.file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    return int(os.pread(_local.file, 100, 0).split()[1]) / 1e9
+    return _delay(os.pread(_local.file, 100, 0))
+
+
+def _delay(schedstat: bytes) -> float:
+    return int(schedstat.split()[1]) / 1e9

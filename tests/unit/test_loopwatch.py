@@ -59,21 +59,25 @@ async def test_waiting_and_threads_do_not_hold_it(loop_holds: list[str]) -> None
 async def test_the_time_of_other_processes_and_of_the_collector_does_not_count(
     loop_holds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queued = 0.0
-    monkeypatch.setattr(loopwatch, "_queued", lambda: queued)
+    queued = {"own": 0.0, "others": 0.0}
+    monkeypatch.setattr(loopwatch, "_queued", lambda: queued["own"])
+    monkeypatch.setattr(loopwatch._OtherThreads, "queued", lambda _: queued["others"])
 
     def preempted() -> None:
-        nonlocal queued
         block()
-        queued += HELD  # what the kernel would say
+        queued["own"] += HELD  # what the kernel would say
 
     def collecting() -> None:
-        for told in gc.callbacks[-1:]:
-            told("start", {})
+        for callback in gc.callbacks[-1:]:
+            callback("start", {})
             block()
-            told("stop", {})
+            callback("stop", {})
 
-    for call in (preempted, collecting):
+    def starting_a_thread() -> None:
+        block()
+        queued["others"] += HELD
+
+    for call in (preempted, collecting, starting_a_thread):
         asyncio.get_running_loop().call_soon(call)
     await asyncio.sleep(0)
     await asyncio.sleep(0)

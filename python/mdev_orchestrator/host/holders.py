@@ -119,7 +119,7 @@ def guest_name(arguments: list[str]) -> str | None:
 
 
 def _open_files(proc: str, prefix: str, *, opened: bool = False) -> tuple[dict[str, set[int]], int]:
-    """Pids by file that begins with ``prefix``, and how many processes cannot be looked into.
+    """Pids by file that begins with ``prefix``, and how many processes this user may not look into.
 
     :param opened: Leave out descriptors that only name a file (``O_PATH``), as udev has them of
         every new device.

@@ -54,7 +54,7 @@ def missing(machine: Machine, uuid: UUID, user: str | None = None) -> tuple[str,
 def may_open(path: str | Path, user: str | None = None) -> bool:
     """Whether ``user`` may read and write a node; this process without one.
 
-    For another user only the permission bits are looked at, not access control lists.
+    For another user only the permission bits count, not access control lists.
 
     :raise HostError: There is no such user.
     """

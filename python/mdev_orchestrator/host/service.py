@@ -75,7 +75,7 @@ TimeoutStopSec={timeout}
 {environment}ExecStart={mdo} restore
 """
 _RULES = """\
-# A parent of mediated devices has registered; or had before udev began, which tells of it then.
+# A parent of mediated devices has registered, or had before udev began, and is added now.
 ACTION=="change", ENV{{MDEV_STATE}}=="registered", GOTO="mdo_parent"
 ACTION=="add", TEST=="mdev_supported_types", GOTO="mdo_parent"
 # Its driver has let go of it: if it takes it again, that is news to systemd.

@@ -84,7 +84,7 @@ __all__ = [
 
 REMOVING = GONE | {0}
 """What writing to ``remove`` gives when the device goes: a removal takes the file away first and
-the device later, and a second writer is told success, ENOENT or ENODEV."""
+the device later, and a second writer gets success, ENOENT or ENODEV."""
 
 _CORE_MDEV_FILES = frozenset(("remove", "uevent", "power", GROUP_FILE, ONLINE_FILE))
 
@@ -188,7 +188,7 @@ async def create(machine: Machine, parent: str, type_id: str, uuid: UUID) -> Non
 
     :raise UuidError: The UUID is taken, under any parent.
     :raise CapacityError: The driver has no instance of that type left.
-    :raise UnknownError: Parent or type is not there, or goes at this moment.
+    :raise UnknownError: Parent or type is not there, or is going away.
     :raise HostError: No permission.
     :raise MdoError: The driver refused for another reason, or the process that wrote was killed.
     """

@@ -107,7 +107,7 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
     apis: dict[_Kind, str | None] = {
         (type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types
     }
-    # All links at once: to change between the kernel's work and ours for each takes a fifth more.
+    # All links at once: one at a time between other work takes a fifth more.
     links = {
         name: (_link(f"{path}/mdev_type"), _link(f"{path}/iommu_group"))
         for name, (_, _, path) in homes.items()
@@ -182,7 +182,7 @@ def _parent(class_dir: str, name: str, *, with_types: bool) -> Parent | None:
     except FileNotFoundError:
         return None
     except OSError:
-        path = link  # not a link: whatever it is, its types can be looked for
+        path = link  # not a link: its types may be there nevertheless
     damage: list[str] = []
     types: list[MdevType] = []
     types_dir = os.path.join(path, TYPES)
@@ -300,7 +300,7 @@ def _links(path: str) -> _Links:
 
 
 def _link(path: str) -> str | OSError:
-    """The name that a link leads to, or why that cannot be told."""
+    """The name that a link leads to, or the error that reading it gives."""
     try:
         target = os.readlink(path)
     except OSError as error:
@@ -322,7 +322,7 @@ def _mdev(
 
     :param link: Its entry on the bus, which may be gone at any time.
     :param path: Its own directory: links are slow to follow.
-    :param kinds: What is known of other mdevs and is not looked for again; added to here.
+    :param kinds: What is known of other mdevs and need not be read again; added to here.
     :param apis: Each kind's ``device_api``; without them its type is asked.
     """
     damage = list(damaged)

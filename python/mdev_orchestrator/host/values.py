@@ -18,7 +18,7 @@ _PAGE = 4096
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _COUNT_DIGITS = 10  # the kernel's counts are 32 bits wide
 GONE = frozenset((errno.ENOENT, errno.ENODEV, errno.ENOTDIR))
-"""What a call gives for a file whose object is not there, or goes at this moment."""
+"""Error numbers of a call on a file whose object is not there, or is going away."""
 
 
 def list_names(path: str) -> list[str] | None:

@@ -22,7 +22,7 @@ visible in ``/proc/PID/fd`` until the write ends, or the check is still to come 
 without writing.
 
 **Process ids.** A child is signalled and reaped by its pidfd alone. If other code of the process
-reaps it, its id may name another process; a pidfd never does, and still tells of the child's end.
+reaps it, its id may name another process; a pidfd never does, and still reports the child's end.
 """
 
 from __future__ import annotations
@@ -221,8 +221,7 @@ class WriteBatch:
 
     def kill(self) -> None:
         """Kill the children that are at a write of this batch."""
-        for child in self._lane.busy(self):
-            child.kill()
+        self._lane.kill(self)
 
     def leave(self) -> None:
         """Leave the children that are at a write of this batch to themselves.
@@ -230,9 +229,7 @@ class WriteBatch:
         The outcome of these writes is unknown then. The lane forgets the children, and starts
         others when it needs them.
         """
-        for child in self._lane.busy(self):
-            for index in self._lane.leave(child):
-                self.result(index, _UNKNOWN)
+        self._lane.leave(self)
 
     @property
     def unknown(self) -> frozenset[int]:
@@ -248,7 +245,7 @@ class WriteBatch:
 
         If no child is at a write of this batch: seconds since the last answer to it.
         """
-        since = (child.since for child in self._lane.busy(self))
+        since = (child.since for child in self._lane.children if child.batch is self)
         return time.monotonic() - min(since, default=self._heard)
 
     def put_back(self, index: int) -> None:
@@ -267,7 +264,8 @@ class WriteBatch:
             self._on_result(index, result)
         except Exception as error:  # noqa: BLE001 - an observer's bug must not stop the others
             self.callback_error = self.callback_error or error
-        self.settle()
+        finally:
+            self.settle()
 
     def settle(self) -> None:
         """Note the end if no write is under way and none will begin."""
@@ -308,36 +306,37 @@ class _Lane:
             self._take_back(child)
         self._hand_out()
 
-    def busy(self, batch: WriteBatch) -> list[_Child]:
-        """The children that are at a write of a batch."""
-        return [child for child in self.children if child.batch is batch]
+    def kill(self, batch: WriteBatch) -> None:
+        """Kill the children that are at a write of a batch."""
+        for child in self.children:
+            if child.given_of(batch) and self._is_at(child, batch):
+                child.kill()
+            child.reserved = False
 
-    def leave(self, child: _Child) -> list[int]:
-        """Forget a child, which ends when it has made the write that it is at.
-
-        :return: The index of that write.
-        """
-        self._take_back(child)
-        indices = [index for _, index in child.given.values()]
-        child.given.clear()
-        self.children.remove(child)
-        self._left.append(child)
-        self.loop.remove_reader(child.ours)
-        child.hang_up()
+    def leave(self, batch: WriteBatch) -> None:
+        """Forget the children that are at a write of a batch; each ends when it has made that."""
+        for child in [child for child in self.children if child.given_of(batch)]:
+            if self._is_at(child, batch):
+                _, (_, index) = child.given.popitem()
+                self.children.remove(child)
+                self._left.append(child)
+                self.loop.remove_reader(child.ours)
+                child.hang_up()
+                batch.result(index, _UNKNOWN)
+            child.reserved = False
         self._hand_out()
-        return indices
 
     def close(self) -> list[int]:
         """Let all children end; give the pidfds of those that have no write under way."""
         if self._timer is not None:
             self._timer.cancel()
-        given = [write for child in self.children for write in child.given.values()]
-        batches = {*self._batches, *(batch for batch, _ in given)}
+        given = [batch for child in self.children for batch, _ in child.given.values()]
+        batches = {*self._batches, *given}
         for batch in batches:
             batch.halt()
         ends, lost = [], []
         for child in [*self.children]:
-            self._take_back(child)
+            self._is_at(child, None)
             if not child.given:
                 ends.append(child.pidfd)
             lost += [*child.given.values()]
@@ -349,6 +348,16 @@ class _Lane:
         for batch in batches:
             batch.settle()
         return ends
+
+    def _is_at(self, child: _Child, batch: WriteBatch | None) -> bool:
+        """Whether a child is at a write of a batch; it has nothing else to do then.
+
+        It is reserved: nothing more is given to it.
+        """
+        child.reserved = True
+        self._take_back(child)
+        self._take_answers(child)  # after that it has one write at most
+        return child.batch is batch
 
     def abandon(self) -> list[int]:
         """Let all children end after the event loop was closed; give their pidfds."""
@@ -443,19 +452,22 @@ class _Lane:
         return child
 
     def _answered(self, child: _Child) -> None:
-        """Take the answers of a child."""
+        """Take the answers of a child, and give it more to do."""
         try:
-            for (batch, index), number in child.answers():
-                outcome = Outcome.NO_EFFECT if number else Outcome.DONE
-                batch.result(index, WriteResult(outcome, number) if number else _DONE)
+            self._take_answers(child)
         finally:
             self._hand_out()
+
+    def _take_answers(self, child: _Child) -> None:
+        for (batch, index), number in child.answers():
+            result = WriteResult(Outcome.NO_EFFECT, number) if number else _DONE
+            batch.result(index, result)
 
     def _ended(self, child: _Child) -> None:
         """Take what a child has answered, and note that its last write has no answer."""
         if child in self.children:
             self._answered(child)
-        if child in self.children:  # no callback has closed the writer
+        if child in self.children:  # no callback has left it
             self._take_back(child)
         lost = [*child.given.values()]
         self._forget(child)
@@ -483,6 +495,7 @@ class _Child:
     :ivar given: What it was given and has not answered, by serial number, in order.
     :ivar since: When it came to the first of these, of :func:`time.monotonic`.
     :ivar full: Whether it is given nothing more before it has answered.
+    :ivar reserved: Whether it is given nothing more, whatever it answers.
     """
 
     def __init__(self) -> None:
@@ -494,6 +507,7 @@ class _Child:
         self.given: dict[int, tuple[WriteBatch, int]] = {}
         self.since = 0.0
         self.full = False
+        self.reserved = False
         self.ours = self.theirs = self.pidfd = -1
         self.ours, self.theirs = (
             end.detach() for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -519,7 +533,7 @@ class _Child:
     @property
     def has_room(self) -> bool:
         """Whether it may be given one more write."""
-        return not self.full and len(self.given) < DEPTH
+        return not (self.full or self.reserved) and len(self.given) < DEPTH
 
     def given_of(self, batch: WriteBatch) -> list[int]:
         """Indices of a batch's writes that it was given and has not answered."""
@@ -609,7 +623,7 @@ def _fork(channel: int) -> int:
     interpreter costs a hundred times as much inside an emulated machine.
     """
     parent = os.getpid()
-    # A signal before the child has put back the handlers would be told to the parent's event loop.
+    # A signal that the child got before it has put back the handlers would wake the parent's loop.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         with warnings.catch_warnings():

@@ -295,7 +295,7 @@ async def test_one_of_many_that_is_refused_leaves_none(machine: Machine) -> None
     machine.untouched()
 
 
-async def test_what_many_wait_for_keeps_nobody_from_the_others(machine: Machine) -> None:
+async def test_what_many_steps_need_holds_up_no_other_step(machine: Machine) -> None:
     """Of devices that come together one takes its time: what needs another goes on."""
     gate = machine.system.block[TEXTS[1]] = asyncio.Event()
     work = asyncio.ensure_future(machine.run([create(0), create(1), create(2, 0)]))
@@ -423,7 +423,7 @@ async def test_what_failed_at_the_same_time_stands_beside_it(machine: Machine) -
 
 
 async def test_a_race_lost_leaves_the_winners_device(machine: Machine) -> None:
-    """Somebody else makes a device of the same UUID, parent and type a moment before us."""
+    """Another program makes a device of the same UUID, parent and type a moment before."""
 
     def winner_first(_: str, uuid: str) -> None:
         if uuid == TEXTS[1]:
@@ -533,7 +533,7 @@ async def test_a_removal_that_the_kernel_does_not_end_is_not_taken_for_undone(
     gate.set()
 
 
-async def test_a_device_of_somebody_else_is_not_removed(machine: Machine) -> None:
+async def test_a_device_of_another_program_is_not_removed(machine: Machine) -> None:
     """Of the same UUID, and of another type than ours was."""
     machine.system.type("card0", "t-2")
     machine.system.mdev("card0", "t-2", TEXTS[0])
@@ -648,7 +648,7 @@ async def test_a_parent_that_was_full_before_is_not_waited_for(machine: Machine)
 async def test_an_observer_that_raises_changes_nothing(
     machine: Machine, kind: StepEventKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It prints to a pipe that nobody reads any more, for instance."""
+    """It prints to a pipe whose reader has gone, for instance."""
     seen_kinds = []
 
     def observe(event: StepEvent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from typing import Literal
 from uuid import UUID, uuid5
 
 import pytest
@@ -17,6 +18,7 @@ from mdev_orchestrator.errors import (
     DeadlineError,
     HostError,
     MdoError,
+    Outcome,
     RequestError,
 )
 from mdev_orchestrator.host import groups, sysfs
@@ -153,17 +155,40 @@ async def test_refusals_in_words(
 ) -> None:
     pair.refuse[f"{A}/online"] = number
     group = sysfs.read_host(machine).groups[0]
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=words) as caught:
         await groups.start(machine, group, 5)
+    assert (caught.value.outcome, caught.value.errno) == (Outcome.NO_EFFECT, number)
 
 
 async def test_a_silent_driver_costs_the_deadline(pair: FakeSystem, machine: Machine) -> None:
     pair.block[f"{A}/online"] = asyncio.Event()
     group = sysfs.read_host(machine).groups[0]
-    with pytest.raises(DeadlineError, match=rf"{GROUP} on card0 did not come online within 0.05 s"):
+    with pytest.raises(
+        DeadlineError, match=rf"{GROUP} on card0 did not come online within 0.05 s"
+    ) as caught:
         await groups.start(machine, group, 0.05)
+    assert caught.value.outcome is Outcome.UNKNOWN
     with pytest.raises(DeadlineError, match="did not go offline"):
         await groups.stop(machine, UUID(A), 0.05)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_start_whose_writer_is_killed_is_unknown_and_no_refusal(
+    pair: FakeSystem, machine: Machine, when: Literal["before", "after"]
+) -> None:
+    pair.kill[f"{A}/online"] = when
+    group = sysfs.read_host(machine).groups[0]
+    with pytest.raises(MdoError, match=rf"was killed; whether start group {GROUP}") as caught:
+        await groups.start(machine, group, 5)
+    assert (caught.value.outcome, caught.value.errno) == (Outcome.UNKNOWN, None)
+    pair.kill[f"{A}/online"] = when
+    with pytest.raises(MdoError, match=rf"was killed; whether mdev {A} is offline") as caught:
+        await groups.stop(machine, UUID(A), 5)
+    assert caught.value.outcome is Outcome.UNKNOWN
+    pair.kill[f"{C}/group_uuid"] = when
+    with pytest.raises(MdoError, match=rf"was killed; whether mdev {C} is in start") as caught:
+        await groups.join(machine, UUID(C), UUID(GROUP), "card0")
+    assert caught.value.outcome is Outcome.UNKNOWN
 
 
 async def test_the_driver_is_asked_what_it_knows(pair: FakeSystem, machine: Machine) -> None:

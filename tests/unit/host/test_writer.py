@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -183,6 +184,28 @@ async def test_a_cancelled_write_that_has_not_begun_never_begins(
     assert Path(path).read_bytes() == b""
 
 
+async def test_a_cancelled_write_takes_no_other_with_it(
+    sysfs: SysfsWriter, tmp_path: Path, one_child: None, loop_holds: list[str]
+) -> None:
+    """The child has made it, and is at the write of a batch when its answer is still unread."""
+    pipe = fifo(tmp_path)
+    (tmp_path / "file").touch()
+    write = sysfs.write(str(tmp_path / "file"), b"x", lane=LANE, kill_if_cancelled=True)
+    writing = asyncio.ensure_future(write)
+    batch = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
+    asyncio.get_running_loop().call_soon(batch.begin)
+    await asyncio.sleep(0)
+    while not at(pipe):
+        time.sleep(0.001)  # noqa: ASYNC251 - the loop is not to read the answer
+    writing.cancel()
+    await asyncio.wait((writing,))
+    assert (tmp_path / "file").read_bytes() == b"x"
+    assert len(at(pipe)) == 1
+    release(pipe)
+    assert await ended(batch) == [DONE]
+    loop_holds.clear()
+
+
 # ---- many ----
 
 
@@ -300,6 +323,23 @@ async def test_a_batch_that_is_stopped_before_it_begins(
     assert batch.stop() is True
     batch.begin()
     assert await ended(batch) == [None] * 3
+
+
+async def test_what_a_batch_leaves_is_unknown_and_told_once(
+    sysfs: SysfsWriter, tmp_path: Path
+) -> None:
+    results: list[tuple[int, WriteResult]] = []
+    pipe = fifo(tmp_path)
+    batch = sysfs.batch([(str(pipe), b"x")], lambda *result: results.append(result), lane=LANE)
+    batch.begin()
+    await seen(lambda: at(pipe))
+    (child,) = at(pipe)
+    batch.stop()
+    batch.leave()
+    assert await ended(batch) == [UNKNOWN]
+    release(pipe)
+    await seen(lambda: child not in children())
+    assert results == [(0, UNKNOWN)]
 
 
 @pytest.mark.parametrize("other", [LANE, "card1"])
@@ -635,3 +675,51 @@ async def test_a_fork_beside_threads_gives_no_warning(
     monkeypatch.setattr(os, "fork", warning_fork)
     path, data = lines[0]
     assert await sysfs.write(path, data, lane=LANE) == DONE
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_each_result_says_what_the_file_says_whatever_is_killed_or_stopped(
+    sysfs: SysfsWriter,
+    seed: int,
+    lines: list[tuple[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writer, "LATE_SECONDS", 0.005)
+    monkeypatch.setattr(writer, "IDLE_SECONDS", 0.01)
+    rng = random.Random(seed)  # noqa: S311 - not for secrets
+    before = children()
+    calls: list[tuple[int, int]] = []
+    batches = [
+        sysfs.batch(part, lambda i, _, k=k: calls.append((k, i)), lane=rng.choice("ab"))  # type: ignore[misc]
+        for k, part in enumerate((lines[:25], lines[25:35], lines[35:58]))
+    ]
+    for batch in batches:
+        batch.begin()
+    alone = [
+        asyncio.ensure_future(sysfs.write(*line, lane="a", kill_if_cancelled=True))
+        for line in lines[58:]
+    ]
+    for _ in range(8):
+        await asyncio.sleep(rng.random() * 0.003)
+        for child in children() - before:
+            if rng.random() < 0.5:
+                os.kill(child, signal.SIGKILL)
+    alone[0].cancel()
+    batches[seed % 3].stop()
+    if seed % 2:
+        batches[seed % 3].leave()
+    await asyncio.wait(alone)
+    assert len(calls) == len(set(calls))
+    for number, (batch, first) in enumerate(zip(batches, (0, 25, 35), strict=True)):
+        results = await ended(batch)
+        assert {index for k, index in calls if k == number} == {
+            index for index, result in enumerate(results) if result is not None
+        }
+        for index, result in enumerate(results):
+            path, data = lines[first + index]
+            written = Path(path).read_bytes()
+            assert written in {b"", data}
+            if result in {None, DONE}:
+                assert written == (b"" if result is None else data)
+            else:
+                assert result == UNKNOWN

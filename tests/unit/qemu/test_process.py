@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -129,26 +130,27 @@ async def test_it_outlives_its_starter_and_another_process_stops_it(
 ) -> None:
     environment = {**os.environ, "MDO_STATE_DIR": str(machine.state_dir), "MDO_ACCEL": "tcg"}
     mdo = [sys.executable, "-m", "mdev_orchestrator.cli.main"]
-    subprocess.run([*mdo, "guest", "start", "g", "--arg", "-S"], env=environment, check=True)
+    run = partial(asyncio.to_thread, subprocess.run)
+    await run([*mdo, "guest", "start", "g", "--arg", "-S"], env=environment, check=True)
     guest = find(machine, "g")
     assert guest.state is State.RUNNING
-    out = subprocess.run(
+    out = await run(
         [*mdo, "guest", "list", "--json"], env=environment, check=True, capture_output=True
-    ).stdout
-    [shown] = msgspec.json.decode(out)["guests"]
+    )
+    [shown] = msgspec.json.decode(out.stdout)["guests"]
     assert shown["state"] == "paused"
     assert shown["status"] == "prelaunch"
     assert shown["mdevs"] == []
-    again = subprocess.run(
+    again = await run(
         [*mdo, "guest", "start", "g"], env=environment, check=False, capture_output=True, text=True
     )
     assert again.returncode == 2
     assert "guest g runs already" in again.stderr
     assert (await stop(machine, guest, deadline=0, force=True)).how == "quit"
-    out = subprocess.run(
+    out = await run(
         [*mdo, "guest", "list", "--json"], env=environment, check=True, capture_output=True
-    ).stdout
-    assert msgspec.json.decode(out) == {"guests": []}
+    )
+    assert msgspec.json.decode(out.stdout) == {"guests": []}
 
 
 async def test_the_monitor_can_be_connected_to_again(qemu: str, machine: Machine) -> None:
