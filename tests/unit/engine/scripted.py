@@ -37,6 +37,8 @@ class ScriptedGuest:
     :ivar on_detach: What the guest does when it is asked to let go.
     :ivar on_powerdown: The same for its power button.
     :ivar asked: The commands that change something, as they came.
+    :ivar stops_at: The command at which it stops to answer, until :ivar:`goes_on` is set.
+    :ivar refuses: Its words when it refuses a device.
     """
 
     def __init__(self, system: FakeSystem, name: str, pid: int) -> None:
@@ -53,6 +55,8 @@ class ScriptedGuest:
         self.on_detach: Literal["lets go", "refuses", "does nothing"] = "lets go"
         self.on_powerdown: Literal["obeys", "does nothing"] = "does nothing"
         self.asked: list[str] = []
+        self.stops_at = ""
+        self.refuses = ""
         self._serving = {socket: asyncio.Lock() for socket in (process.QMP, process.QUERY)}
 
     def has(self, uuid: UUID) -> bool:
@@ -95,6 +99,9 @@ class ScriptedGuest:
                 name = command["execute"].replace("-", "_")
                 if name in {"device_add", "device_del", "quit", "system_powerdown"}:
                     self.asked.append(name)
+                if name == self.stops_at:
+                    self.stops_at = ""
+                    self.goes_on.clear()
                 await self.goes_on.wait()
                 reply = await getattr(self, name)(peer, **command.get("arguments", {}))
                 await peer.send({"id": command["id"], **reply})
@@ -116,8 +123,11 @@ class ScriptedGuest:
 
     async def device_add(self, _: Peer, **arguments: str) -> dict[str, object]:
         uuid = UUID(PurePosixPath(arguments["sysfsdev"]).name)
+        refusal = self.refuses
         if str(uuid) not in self.system.uuids():
-            return {"error": {"class": "GenericError", "desc": "no such host device"}}
+            refusal = "no such host device"
+        if refusal:
+            return {"error": {"class": "GenericError", "desc": refusal}}
         self.plug(uuid)
         return {"return": {}}
 
