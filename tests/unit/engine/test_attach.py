@@ -38,6 +38,7 @@ from mdev_orchestrator.errors import (
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.spec import parse
+from unit.engine.killed import dies_at, killed
 from unit.engine.scripted import ScriptedGuest, scripted_guest
 from unit.fakesys import FakeSystem
 
@@ -192,11 +193,8 @@ async def test_a_detach_that_is_killed_is_finished(
 ) -> None:
     await attach(machine, "g", T1)
 
-    def die(event: StepEvent) -> None:
-        if event.kind is StepEventKind.ACTED:
-            os._exit(9)
-
-    await in_child(detach(machine, "g", U1, remove=True, observe=die))
+    dies = dies_at(StepEventKind.ACTED)
+    await killed(detach(machine, "g", U1, remove=True, observe=dies))
     assert not guest.has(U1)
     assert card.uuids() == {T1}
     (done,) = await recovery.recover(machine)
@@ -207,28 +205,12 @@ async def test_a_detach_that_is_killed_is_finished(
 async def test_an_attach_that_is_killed_is_undone(
     machine: Machine, card: FakeSystem, guest: ScriptedGuest
 ) -> None:
-    def die(event: StepEvent) -> None:
-        if (event.kind, event.number) == (StepEventKind.ACTED, 1):
-            os._exit(9)
-
-    await in_child(attach(machine, "g", "t-1", observe=die))
+    await killed(attach(machine, "g", "t-1", observe=dies_at(StepEventKind.ACTED, 1)))
     assert guest.asked == ["device_add"]
     (done,) = await recovery.recover(machine)
     assert (done.way, len(done.steps), done.errors) == ("undo", 2, ())
     assert guest.asked == ["device_add", "device_del"]
     assert (card.uuids(), read_managed(machine).devices) == ({T1}, {})
-
-
-async def in_child(work: object) -> None:
-    """Run a command in a process that ends in the middle of it."""
-    if not (pid := os.fork()):
-        try:
-            asyncio.run(work)  # type: ignore[arg-type]
-        finally:
-            os._exit(1)
-    work.close()  # type: ignore[attr-defined]
-    _, status = await asyncio.to_thread(os.waitpid, pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 9
 
 
 # ---- an attach that could not be undone ----

@@ -14,7 +14,7 @@ import pytest
 
 from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
-from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
+from mdev_orchestrator.engine.executor import StepEventKind
 from mdev_orchestrator.engine.journal import Journal, open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
@@ -31,6 +31,7 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.machine import Machine
 from unit.engine.broken_journals import Breaker, full_disk, locked, read_only
+from unit.engine.killed import dies_at, killed
 from unit.engine.scripted import scripted_guest
 from unit.fakesys import FakeSystem
 
@@ -517,16 +518,7 @@ async def test_a_device_of_a_creation_under_way_is_not_removed(
 async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine: Machine) -> None:
     await take_over(machine, U1)
 
-    def die(event: StepEvent) -> None:
-        if event.kind is StepEventKind.ACTED:
-            os._exit(9)
-
-    if not (pid := os.fork()):
-        try:
-            asyncio.run(remove_devices(machine, UUIDS, observe=die))
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    await killed(remove_devices(machine, UUIDS, observe=dies_at(StepEventKind.ACTED)))
     (done,) = await recovery.recover(machine)
     assert (done.way, done.errors) == ("finish", ())
     assert three.uuids() == set()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
@@ -33,6 +32,7 @@ from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.process import State
 from mdev_orchestrator.spec import GuestConfig
 from unit.engine.broken_journals import Breaker, full_disk, locked
+from unit.engine.killed import dies_at, killed
 from unit.engine.scripted import ScriptedGuest, scripted_guest
 from unit.fakesys import FakeSystem
 
@@ -115,17 +115,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(machine: Machine, qemu: 
 async def test_a_start_that_is_killed_is_undone(
     machine: Machine, qemu: str, kind: StepEventKind
 ) -> None:
-    def die(event: StepEvent) -> None:
-        if event.kind is kind:
-            os._exit(9)
-
-    if not (pid := os.fork()):
-        try:
-            asyncio.run(start_guest(machine, config(qemu), observe=die))
-        finally:
-            os._exit(1)
-    _, status = await asyncio.to_thread(os.waitpid, pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 9
+    await killed(start_guest(machine, config(qemu), observe=dies_at(kind)))
     (done,) = await recovery.recover(machine)
     assert (done.way, done.steps, done.errors) == ("undo", ("start guest g",), ())
     assert process.list_guests(machine) == []

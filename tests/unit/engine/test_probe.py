@@ -139,8 +139,7 @@ async def test_an_unknown_driver_is_known_afterwards(
     assert probed.before.confidence is Confidence.GUESSED
     assert probed.after.confidence is Confidence.OBSERVED, probed.after.why
     assert probed.created == sum(name == "create" for name, _ in system.writes)
-    for seed in range(20):
-        agree(driver, probed.after, seed)
+    await asyncio.to_thread(lambda: [agree(driver, probed.after, seed) for seed in range(20)])
     # and a later command knows it, of this parent and of others like it
     (now,) = survey(read_host(machine), learned=model_cache.load(machine))
     assert (now.model, now.confidence) == (probed.after.model, Confidence.OBSERVED)
