@@ -67,7 +67,7 @@ async def attach(
     creating = not is_uuid(what)
     if not creating and parent is not None:
         raise RequestError("--parent goes with a type, not with a UUID")
-    context = Context(machine, deadline)
+    context = Context(machine, deadline, end)
 
     async def look(_: Managed) -> Plan[tuple[process.RunningGuest, UUID]]:
         found = process.find_running(machine, guest)
@@ -80,9 +80,8 @@ async def attach(
         else:
             uuid = parse_uuid(what)
             await usable_mdev(machine, uuid, deadline)
-        left = max(end - loop.time(), 0.1)
-        context.deadline = left
-        step = Attach(guest=_record(found), uuid=uuid, deadline=left)
+        context.deadline = context.seconds(deadline)
+        step = Attach(guest=_record(found), uuid=uuid, deadline=deadline)
         plan.append(PlannedStep(step, tuple(range(len(plan)))))
         return Plan((found, uuid), plan)
 

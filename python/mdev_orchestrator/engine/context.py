@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -18,6 +19,8 @@ DEADLINE = 30.0
 SETTLE_SECONDS = 2.0
 """For the driver to count an instance as free after its device was removed. No event tells; the
 core gives it back with the device's last reference."""
+_LEAST_SECONDS = 0.1
+"""For a step that begins when there is no time left: its error says what was not done."""
 _HELD_SECONDS = 0.5
 """How old an answer about open devices may be."""
 
@@ -27,6 +30,8 @@ class Context:
     """One run of steps on a machine.
 
     :ivar deadline: Seconds for one device; guests have their own.
+    :ivar end: When the steps are given up, whatever their own time limits are, in the event loop's
+        time. An undo has its own time.
     :ivar ports: The root port of each device that was attached; ``None`` for one that needs none.
     :ivar ended: How each guest ended that was stopped.
     :ivar repairing: The run is being undone, or finished by another process: what is there already
@@ -35,12 +40,22 @@ class Context:
 
     machine: Machine
     deadline: float = DEADLINE
+    end: float = math.inf
     ports: dict[UUID, str | None] = field(default_factory=dict)
     ended: dict[str, Ended] = field(default_factory=dict)
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
     _removed: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def seconds(self, limit: float) -> float:
+        """The time limit of a step that begins now, in seconds.
+
+        :param limit: Its own.
+        """
+        if self.repairing:
+            return limit
+        return min(limit, max(self.end - asyncio.get_running_loop().time(), _LEAST_SECONDS))
 
     async def held(self, uuid: UUID) -> tuple[Holder, ...]:
         """The processes that have an mdev open.

@@ -179,9 +179,8 @@ class Attach(Step, frozen=True, tag="attach"):
             ):
                 return
             mdev = _usable(self.uuid, context)
-        context.ports[self.uuid] = await attach(
-            context.machine, found, mdev, deadline=self.deadline
-        )
+        seconds = context.seconds(self.deadline)
+        context.ports[self.uuid] = await attach(context.machine, found, mdev, deadline=seconds)
 
     def inverse(self) -> Detach:
         """What undoes it."""

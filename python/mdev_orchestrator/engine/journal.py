@@ -72,6 +72,8 @@ T = TypeVar("T")
 
 CLAIM_SECONDS = 10.0
 """To wait for another command that changes the same objects."""
+KILLED_SECONDS = 1.0
+"""For the kernel to give back the locks of a process that was killed."""
 KEPT = 200
 """Closed runs that are kept, for a user who wants to know what happened."""
 _LOOK_SECONDS = 0.1
@@ -324,6 +326,27 @@ class Journal:
         return [
             (run, self.steps(run)) for run in reversed(self.open_runs()) if not self.is_at_work(run)
         ]
+
+    async def wait_for_killed(self) -> None:
+        """Wait until processes that have just been killed have given their locks back.
+
+        A child of the writer that such a process was starting shares them until it has closed what
+        it does not need. A process of another PID namespace looks killed too, so this takes
+        :data:`KILLED_SECONDS` at most.
+        """
+
+        def any_left() -> bool:
+            return any(
+                run.locked and not run.process.alive and self.is_at_work(run)
+                for run in self.open_runs()
+            )
+
+        loop = asyncio.get_running_loop()
+        end = loop.time() + KILLED_SECONDS
+        while await self.read(any_left):
+            if loop.time() >= end:
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def steps(self, run: Run) -> list[Entry]:
         """The steps of a run as they were written, in their order."""

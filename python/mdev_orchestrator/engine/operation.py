@@ -29,11 +29,14 @@ from mdev_orchestrator.engine.executor import (
 from mdev_orchestrator.engine.journal import (
     CLAIM_SECONDS,
     ClaimedError,
+    Entry,
     Journal,
+    Progress,
     Run,
     open_journal,
 )
 from mdev_orchestrator.engine.records import Change, Managed, SpecRecord
+from mdev_orchestrator.engine.steps import decode
 from mdev_orchestrator.errors import BusyError, CapacityError, Outcome, before_acting
 
 T = TypeVar("T")
@@ -226,18 +229,28 @@ class _Performance(Generic[T]):
             )
             if not any(recovered.errors for recovered in done):
                 return
-        why = await self.journal.read(lambda: _first_error(self.journal, run))
-        named = claimed.subject
-        guest = named.removeprefix("guest ") if named.startswith("guest ") else ""
+        stuck = await self.journal.read(lambda: _stuck_steps(self.journal, run))
+        why = next((f": {entry.error}" for entry in stuck if entry.error), "")
+        guest = _guest_of(claimed, stuck)
         raise BusyError(
-            f"{named}: an earlier {run} could not be undone" + (f": {why}" if why else ""),
+            f"{claimed.subject}: an earlier {run} could not be undone{why}",
             f"mdo guest stop --force {guest} ends the guest, then mdo recover"
             if guest
             else "mdo recover tells what stands in the way",
             outcome=Outcome.NO_EFFECT,
-            subject=named,
+            subject=claimed.subject,
         )
 
 
-def _first_error(journal: Journal, run: Run) -> str:
-    return next((entry.error for entry in journal.steps(run) if entry.error), "")
+def _stuck_steps(journal: Journal, run: Run) -> list[Entry]:
+    return [entry for entry in journal.steps(run) if entry.progress is Progress.STUCK]
+
+
+def _guest_of(claimed: ClaimedError, stuck: Sequence[Entry]) -> str:
+    """The guest whose end would let a run be undone; empty if there is none."""
+    steps = [decode(entry.data) for entry in stuck]
+    for claim in (claimed.object, *(claim for step in steps for claim in step.claims)):
+        kind, _, name = claim.partition(":")
+        if kind == "guest":
+            return name
+    return ""

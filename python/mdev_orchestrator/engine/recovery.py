@@ -66,6 +66,7 @@ async def pending(machine: Machine) -> list[Recovered]:
     if not machine.journal_path.exists():
         return []
     async with open_journal(machine) as journal:
+        await journal.wait_for_killed()
         return [
             Recovered(run, _way(run, entries), tuple(map(str, _begun(entries))))
             for run, entries in await journal.read(journal.abandoned)
@@ -86,6 +87,7 @@ async def recover(
     if deadline is not None:
         context.deadline = deadline
     async with open_journal(machine) as journal:
+        await journal.wait_for_killed()
         return await recover_abandoned(journal, context, observe, again=True)
 
 

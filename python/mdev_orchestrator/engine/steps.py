@@ -32,7 +32,8 @@ from mdev_orchestrator.engine import device_ops
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.device_ops import Create, Remove, ResultCallback
 from mdev_orchestrator.engine.guest_ops import Attach, Detach, Launch, Stop
-from mdev_orchestrator.errors import HostError, MdoError
+from mdev_orchestrator.engine.journal_db import JournalError
+from mdev_orchestrator.errors import MdoError
 
 __all__ = [
     "AnyStep",
@@ -79,7 +80,7 @@ def decode(text: str) -> AnyStep:
     try:
         step: AnyStep = msgspec.json.decode(text, type=AnyStep)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise HostError(
+        raise JournalError(
             f"the journal is damaged: a step of it cannot be read: {error}",
             "move it away; mdo adopt --all then makes a new one from what runs",
         ) from error

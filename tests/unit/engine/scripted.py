@@ -35,20 +35,28 @@ class ScriptedGuest:
     :ivar devices: Types of the devices with an id; :ivar:`sysfsdev` has the paths of mdevs.
     :ivar goes_on: Cleared, QEMU answers nothing: it is stopped, or its driver holds it.
     :ivar on_detach: What the guest does when it is asked to let go.
+    :ivar on_powerdown: The same for its power button.
     :ivar asked: The commands that change something, as they came.
+    :ivar stops_at: The command at which it stops to answer, until :ivar:`goes_on` is set.
+    :ivar refuses: Its words when it refuses a device.
     """
 
     def __init__(self, system: FakeSystem, name: str, pid: int) -> None:
         self.system = system
         self.name = name
         self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
         self.uuid = uuid4()
         self.devices = {f"port{number}": "pcie-root-port" for number in range(4)}
         self.sysfsdev: dict[str, str] = {}
+        self._ended = asyncio.Event()
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self.on_detach: Literal["lets go", "refuses", "does nothing"] = "lets go"
+        self.on_powerdown: Literal["obeys", "does nothing"] = "does nothing"
         self.asked: list[str] = []
+        self.stops_at = ""
+        self.refuses = ""
         self._serving = {socket: asyncio.Lock() for socket in (process.QMP, process.QUERY)}
 
     def has(self, uuid: UUID) -> bool:
@@ -76,6 +84,11 @@ class ScriptedGuest:
         nodes = [f"/dev/vfio/{link.readlink().name}" for link in links if link.is_symlink()]
         self.system.process(self.pid, "qemu-system-x86", ["qemu", "-name", self.name], nodes)
 
+    async def end(self) -> None:
+        """Kill its process, and wait until it has ended."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        await self._ended.wait()
+
     async def serve(self, socket: str, peer: Peer) -> None:
         """Answer one client of a monitor."""
         async with self._serving[socket]:
@@ -86,6 +99,9 @@ class ScriptedGuest:
                 name = command["execute"].replace("-", "_")
                 if name in {"device_add", "device_del", "quit", "system_powerdown"}:
                     self.asked.append(name)
+                if name == self.stops_at:
+                    self.stops_at = ""
+                    self.goes_on.clear()
                 await self.goes_on.wait()
                 reply = await getattr(self, name)(peer, **command.get("arguments", {}))
                 await peer.send({"id": command["id"], **reply})
@@ -107,8 +123,11 @@ class ScriptedGuest:
 
     async def device_add(self, _: Peer, **arguments: str) -> dict[str, object]:
         uuid = UUID(PurePosixPath(arguments["sysfsdev"]).name)
+        refusal = self.refuses
         if str(uuid) not in self.system.uuids():
-            return {"error": {"class": "GenericError", "desc": "no such host device"}}
+            refusal = "no such host device"
+        if refusal:
+            return {"error": {"class": "GenericError", "desc": refusal}}
         self.plug(uuid)
         return {"return": {}}
 
@@ -124,11 +143,11 @@ class ScriptedGuest:
         await peer.send({"event": event, "data": data, "timestamp": {}})
         return {"return": {}}
 
-    async def system_powerdown(self, _: Peer) -> dict[str, object]:
-        return {"return": {}}
+    async def system_powerdown(self, peer: Peer) -> dict[str, object]:
+        return await self.quit(peer) if self.on_powerdown == "obeys" else {"return": {}}
 
     async def quit(self, _: Peer) -> dict[str, object]:
-        os.kill(self.pid, signal.SIGKILL)
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         return {"return": {}}
 
 
@@ -204,9 +223,7 @@ async def _listen(
 
 async def _close_at_end(guest: ScriptedGuest) -> None:
     """When its process has ended, it has nothing open any more."""
-    descriptor = os.pidfd_open(guest.pid)
-    try:
-        await readable(descriptor)
-    finally:
-        os.close(descriptor)
+    await readable(guest.pidfd)
+    os.close(guest.pidfd)
     shutil.rmtree(guest.system.root / "proc" / str(guest.pid), ignore_errors=True)
+    guest._ended.set()

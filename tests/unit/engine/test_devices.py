@@ -6,11 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import resource
-import signal
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -18,7 +14,7 @@ import pytest
 
 from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
-from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
+from mdev_orchestrator.engine.executor import StepEventKind
 from mdev_orchestrator.engine.journal import Journal, open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
@@ -34,6 +30,8 @@ from mdev_orchestrator.errors import (
     UuidError,
 )
 from mdev_orchestrator.machine import Machine
+from unit.engine.broken_journals import Breaker, full_disk, locked, read_only
+from unit.engine.killed import dies_at, killed
 from unit.engine.scripted import scripted_guest
 from unit.fakesys import FakeSystem
 
@@ -269,7 +267,7 @@ async def test_a_device_that_never_becomes_usable_is_undone(
 ) -> None:
     cards.after = lambda *_: (cards.root / "dev/vfio/1").unlink(missing_ok=True)
     with pytest.raises(DeadlineError, match=r"vfio/1 is not there"):
-        await create_devices(machine, "grid-12", deadline=0.1)
+        await create_devices(machine, "grid-12", deadline=0.7)
     assert cards.uuids() == set()
 
 
@@ -520,16 +518,7 @@ async def test_a_device_of_a_creation_under_way_is_not_removed(
 async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine: Machine) -> None:
     await take_over(machine, U1)
 
-    def die(event: StepEvent) -> None:
-        if event.kind is StepEventKind.ACTED:
-            os._exit(9)
-
-    if not (pid := os.fork()):
-        try:
-            asyncio.run(remove_devices(machine, UUIDS, observe=die))
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    await killed(remove_devices(machine, UUIDS, observe=dies_at(StepEventKind.ACTED)))
     (done,) = await recovery.recover(machine)
     assert (done.way, done.errors) == ("finish", ())
     assert three.uuids() == set()
@@ -538,44 +527,6 @@ async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine:
 
 
 # ---- a journal that cannot be written ----
-
-
-@contextmanager
-def full_disk(_: Machine) -> Iterator[None]:
-    """A limit on the size of files stands in for the disk's."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-@contextmanager
-def read_only(machine: Machine) -> Iterator[None]:
-    """A state directory that may not be written, and a user that is not root."""
-    for directory in machine.state_dir.parents:
-        if directory.stat().st_uid == os.geteuid():
-            directory.chmod(directory.stat().st_mode | 0o055)
-    for file in (machine.state_dir, *machine.state_dir.iterdir()):
-        os.chown(file, 65534, 65534)
-    machine.state_dir.chmod(0o500)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@contextmanager
-def locked(machine: Machine) -> Iterator[None]:
-    """Another process writes and does not come to its end."""
-    with closing(sqlite3.connect(machine.journal_path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
 
 
 @pytest.mark.parametrize(
@@ -590,12 +541,12 @@ async def test_nothing_is_removed_when_the_journal_cannot_be_written(
     three: FakeSystem,
     machine: Machine,
     monkeypatch: pytest.MonkeyPatch,
-    broken: object,
+    broken: Breaker,
     words: str,
 ) -> None:
     await take_over(machine, U1)
     monkeypatch.setattr(journal_db, "LOCK_SECONDS", 0.2)
-    with broken(machine), pytest.raises(HostError) as caught:  # type: ignore[operator]
+    with broken(machine), pytest.raises(HostError) as caught:
         await remove_devices(machine, UUIDS)
     assert words in str(caught.value)
     assert three.writes == []

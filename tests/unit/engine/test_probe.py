@@ -103,7 +103,7 @@ def moody() -> Driver:
 
 
 async def learn(machine: Machine, system: FakeSystem, driver: Driver) -> Probed:
-    install(system, driver)
+    await asyncio.to_thread(install, system, driver)
     return await probe(machine, driver.name, deadline=5)
 
 
@@ -139,8 +139,7 @@ async def test_an_unknown_driver_is_known_afterwards(
     assert probed.before.confidence is Confidence.GUESSED
     assert probed.after.confidence is Confidence.OBSERVED, probed.after.why
     assert probed.created == sum(name == "create" for name, _ in system.writes)
-    for seed in range(20):
-        agree(driver, probed.after, seed)
+    await asyncio.to_thread(lambda: [agree(driver, probed.after, seed) for seed in range(20)])
     # and a later command knows it, of this parent and of others like it
     (now,) = survey(read_host(machine), learned=model_cache.load(machine))
     assert (now.model, now.confidence) == (probed.after.model, Confidence.OBSERVED)
@@ -252,7 +251,7 @@ def left_open(machine: Machine) -> list[str]:
 
 @pytest.mark.parametrize("turn", range(1, 8))
 async def test_a_refusal_leaves_nothing(system: FakeSystem, machine: Machine, turn: int) -> None:
-    install(system, drivers.igd())
+    await asyncio.to_thread(install, system, drivers.igd())
     at_creation(system, turn, lambda: errno.EIO)
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await probe(machine, "igd0", deadline=5)
@@ -265,7 +264,7 @@ async def test_an_instance_that_is_counted_late_is_waited_for(
     system: FakeSystem, machine: Machine
 ) -> None:
     """The driver has not counted the device yet that was removed right before."""
-    install(system, drivers.igd())
+    await asyncio.to_thread(install, system, drivers.igd())
     at_creation(system, 2, lambda: errno.ENOSPC)
     probed = await probe(machine, "igd0", deadline=5)
     assert probed.learned
