@@ -23,7 +23,7 @@ import pytest
 from campaign import specs
 from campaign.command import Ended, Hook, at, mdo
 from campaign.conftest import EVERY, Tally
-from campaign.works import DESTROY, done
+from campaign.works import DESTROY, done, recovered
 from campaign.world import Foreign, Look, clear, denials, differences, look, small_disk
 from lab import vfio
 
@@ -137,9 +137,8 @@ def test_the_driver_is_silent(place: Path, empty: Look, campaign: Campaign) -> N
     assert ended.status == 4, ended
     assert "may still appear" in ended.err, ended
     assert "mdo recover" in ended.err, ended
-    again = mdo("recover")
-    left = differences(empty, look(campaign.others))
-    left += [] if again.status == 0 else [f"mdo recover: {again}"]
+    left = denials(ended.err, empty, lambda: look(campaign.others))
+    left += recovered() + differences(empty, look(campaign.others))
     campaign.failures += campaign.tally.count("driver silent", left, "create takes 20 s")
     assert campaign.failures == []
 
@@ -218,7 +217,8 @@ def test_a_parent_goes(
         where = f"{mtty} goes at '{moment}'"
         words = ("mdev",) if moment.startswith("done") else ("mtty",)
         ended = mdo("apply", spec, hook=at(moment, unload))
-        left = differences(empty, look(others))
+        now = look(others)
+        left = differences(empty, now) + denials(ended.err, empty, lambda: now)
         error = ended.err.splitlines()[-1]
         if ended.status != 2 or not all(word in error for word in (*words, "all was undone")):
             left.append(f"not as it should be: {ended}")
@@ -328,15 +328,13 @@ def test_an_undo_fails_too(place: Path, empty: Look, campaign: Campaign) -> None
     with vfio.fault("create", f"errno=5 delay_ms=8000 times=-1 uuid={late}"):
         ended = mdo("apply", spec, hook=hook)
     error = ended.err.splitlines()[-1]
-    left = []
+    left = denials(ended.err, empty, lambda: look(campaign.others))
     if ended.status != 1 or "Input/output error" not in error.partition(";")[0]:
         left.append(f"the first error is not the first: {ended}")
     if "could not undo: create" not in error or f"mdev {alone} is held by" not in error:
         left.append(f"the undo that failed is not beside it: {ended}")
     os.kill(int(note.read_text()), signal.SIGKILL)
-    again = mdo("recover")
-    left += [] if again.status == 0 else [f"mdo recover: {again}"]
-    left += differences(empty, look(campaign.others))
+    left += recovered() + differences(empty, look(campaign.others))
     campaign.failures += campaign.tally.count("undo fails", left, f"mdev {alone} is held")
     assert campaign.failures == []
 
@@ -361,13 +359,12 @@ def test_the_disk_is_full(place: Path, others: Foreign, empty: Look, campaign: C
             now = look(others)
             bookkeeping = ("open runs", "claims", "our devices", "our guests", "our specs")
             left = differences({k: v for k, v in was.items() if k not in bookkeeping}, now)
+            left += denials(ended.err, was, lambda now=now: now)
             error = ended.err.splitlines()[-1]
             if ended.status != 5 or not ("full" in error or "No space" in error):
                 left.append(f"not as it should be: {ended}")
             (place / "small" / "filler").unlink()
-            again = mdo("recover")
-            left += [] if again.status == 0 else [f"mdo recover: {again}"]
-            left += differences(was, look(others))
+            left += recovered() + differences(was, look(others))
             at_point = f"at point {number}, {ended.points[number - 1 : number]}"
             campaign.failures += campaign.tally.count("disk full", left, at_point)
             if left:

@@ -309,8 +309,10 @@ def differences(wanted: Look, got: Look, *, shape: bool = False) -> list[str]:
     return lines
 
 
-DENIAL = re.compile(r"nothing was (changed|created|removed|done)|no step had any effect")
-"""Words that deny that a command has changed anything."""
+DENIAL = re.compile(
+    r"nothing was (changed|created|removed|done)|no step had any effect|all was undone"
+)
+"""Words that deny that anything has changed by a command."""
 DENIED = ("devices", "guests")
 """What they deny a change of. A device's entry names the processes that have it open: a device that
 was plugged into a guest differs by that, also while its QEMU cannot be asked."""
