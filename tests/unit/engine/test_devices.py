@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
