@@ -228,6 +228,12 @@ async def test_a_failed_undo_stands_beside_the_first_error(
     cards: FakeSystem, machine: Machine
 ) -> None:
     cards.refuse |= {T2: errno.EIO, f"{U1}/remove": errno.EPERM}
+
+    def before(_: str, uuid: str) -> None:
+        while uuid == T2 and T1 not in cards.uuids():  # a busy machine has two children write them
+            time.sleep(0.01)
+
+    cards.before = before
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await create(machine, "grid-12", uuids=[U1, U2])
     stuck, recover = caught.value.__notes__
