@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Finds callbacks that hold an event loop: nothing else of the program goes on meanwhile.
 
-What counts is the time that a callback computes or is blocked in the kernel. On a busy machine it
-also waits for a processor, or for another thread of the process that does (to start it, or for the
-interpreter's lock). That is no fault of the callback: the time that threads have waited is
-subtracted, as the kernel counts it (the second number of ``/proc/PID/task/TID/schedstat``). So is
-the time of Python's garbage collector, which visits what all tests before have left.
+What counts is the time that a callback computes or is blocked in the kernel. What a busy machine
+adds is subtracted:
+
+* the time that the callback could run and another process has the processor, as the kernel counts
+  it (the second number of ``/proc/thread-self/schedstat``);
+* the time that a thread waits for a processor that the callback starts;
+* the time that no thread of this process gets on, because the one that has Python's lock waits for
+  a processor, or a child that was forked does: a thread that does nothing but sleep is late then;
+* the time of Python's garbage collector, which visits what all tests before have left.
+
+The time that the callback itself computes always counts.
 """
 
 from __future__ import annotations
@@ -16,11 +22,12 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 LIMIT = 0.1
 """Seconds that a callback may take."""
+_NAP = 0.02
+"""Seconds that the thread sleeps which finds out whether threads get on."""
 
 _local = threading.local()
 
@@ -33,8 +40,7 @@ def watch() -> Iterator[list[str]]:
     """
     holds: list[str] = []
     collecting = [0.0, 0.0]  # when it began, and seconds in all
-    original = asyncio.Handle._run
-    threads = _OtherThreads()
+    original, start = asyncio.Handle._run, threading.Thread.start
 
     def collect(phase: str, _info: object) -> None:
         if phase == "start":
@@ -42,56 +48,69 @@ def watch() -> Iterator[list[str]]:
         else:
             collecting[1] += time.perf_counter() - collecting[0]
 
+    def start_thread(thread: threading.Thread) -> None:
+        began, queued = time.perf_counter(), _queued()
+        start(thread)  # returns when the thread runs
+        _local.starting = _starting() + time.perf_counter() - began - (_queued() - queued)
+
+    def spared() -> float:
+        return _queued() + _starting() + _sleeper.late() + collecting[1]
+
     def run(handle: asyncio.Handle) -> None:
-        threads.renew()
-        spared, began = _queued() + collecting[1], time.perf_counter()
+        before, began, computed = spared(), time.perf_counter(), time.thread_time() - collecting[1]
         original(handle)
         if time.perf_counter() - began > LIMIT:
-            held = time.perf_counter() - began - (_queued() + collecting[1] - spared)
-            if held > LIMIT and (held := held - threads.queued()) > LIMIT:
-                holds.append(f"{held * 1000:.0f} ms in {_named(handle)}")
+            computed = time.thread_time() - collecting[1] - computed
+            held = max(time.perf_counter() - began - (spared() - before), computed)
+            if held > LIMIT:
+                holds.append(f"{held * 1000:.0f} ms in {handle!r}")
 
+    _sleeper.begin()
     asyncio.Handle._run = run  # type: ignore[method-assign]
+    threading.Thread.start = start_thread  # type: ignore[method-assign]
     gc.callbacks.append(collect)
     try:
         yield holds
     finally:
         gc.callbacks.remove(collect)
         asyncio.Handle._run = original  # type: ignore[method-assign]
+        threading.Thread.start = start  # type: ignore[method-assign]
 
 
-def _named(handle: asyncio.Handle) -> str:
-    task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
-    return repr(task if isinstance(task, asyncio.Task) else handle)
-
-
-class _OtherThreads:
-    """How long the other threads of this process have waited for a processor."""
+class _Sleeper:
+    """A thread that sleeps, again and again, and notes how much too late it wakes up."""
 
     def __init__(self) -> None:
-        self._since = 0.0
-        self._before: dict[str, float] = {}
+        self._pid = 0
+        self._slept = 0.0
+        self._late = 0.0
 
-    def renew(self) -> None:
-        """Count from now on, unless that was said a moment ago: it takes long."""
-        now = time.perf_counter()
-        if now - self._since > LIMIT / 2:
-            self._since = now
-            self._before = self._read()
+    def begin(self) -> None:
+        """Start the thread, once in each process."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._slept = time.perf_counter()
+            threading.Thread(target=self._sleep, daemon=True, name="sleeper").start()
 
-    def queued(self) -> float:
-        """Seconds, all threads together; from :data:`LIMIT` / 2 before the last callback began."""
-        return sum(delay - self._before.get(name, 0.0) for name, delay in self._read().items())
+    def late(self) -> float:
+        """Seconds in all, the present sleep included."""
+        if self._pid != os.getpid():
+            return 0.0
+        return self._late + max(time.perf_counter() - self._slept - _NAP, 0)
 
-    @staticmethod
-    def _read() -> dict[str, float]:
-        delays = {}
-        own = str(threading.get_native_id())
-        for task in Path("/proc/self/task").iterdir():
-            with suppress(OSError):  # it has ended
-                if task.name != own:
-                    delays[task.name] = _delay((task / "schedstat").read_bytes())
-        return delays
+    def _sleep(self) -> None:
+        while True:
+            self._slept = time.perf_counter()
+            time.sleep(_NAP)
+            self._late += max(time.perf_counter() - self._slept - _NAP, 0)
+
+
+_sleeper = _Sleeper()
+
+
+def _starting() -> float:
+    """Seconds that this thread has waited for threads to start."""
+    return getattr(_local, "starting", 0.0)
 
 
 def _queued() -> float:
@@ -99,8 +118,4 @@ def _queued() -> float:
     if getattr(_local, "pid", None) != os.getpid():
         _local.pid = os.getpid()
         _local.file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    return _delay(os.pread(_local.file, 100, 0))
-
-
-def _delay(schedstat: bytes) -> float:
-    return int(schedstat.split()[1]) / 1e9
+    return int(os.pread(_local.file, 100, 0).split()[1]) / 1e9

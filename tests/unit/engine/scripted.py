@@ -11,6 +11,7 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -161,7 +162,7 @@ async def scripted_guest(
     """
     uuid = uuid4()
     command = ["bash", "-c", "read", "-uuid", str(uuid)]
-    child = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+    child = await asyncio.to_thread(subprocess.Popen, command, stdin=subprocess.PIPE)
     guest = ScriptedGuest(system, name, child.pid)
     guest.uuid = uuid
     directory = machine.guests_dir / name
@@ -195,10 +196,11 @@ async def scripted_guest(
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=5)
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
-        await watching
+        if not watching.done():
+            signal.pidfd_send_signal(guest.pidfd, signal.SIGKILL)
+            await watching
+        os.close(guest.pidfd)
+        await asyncio.to_thread(child.communicate)
 
 
 async def _listen(
@@ -224,6 +226,5 @@ async def _listen(
 async def _close_at_end(guest: ScriptedGuest) -> None:
     """When its process has ended, it has nothing open any more."""
     await readable(guest.pidfd)
-    os.close(guest.pidfd)
     shutil.rmtree(guest.system.root / "proc" / str(guest.pid), ignore_errors=True)
     guest._ended.set()

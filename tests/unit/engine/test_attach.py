@@ -23,7 +23,7 @@ from mdev_orchestrator.engine.attach import attach, detach
 from mdev_orchestrator.engine.devices import remove_devices
 from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
 from mdev_orchestrator.engine.guests import stop_guest
-from mdev_orchestrator.engine.journal import Journal, Progress, open_journal
+from mdev_orchestrator.engine.journal import Progress, open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Change, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.steps import Attach
@@ -66,9 +66,9 @@ async def guest(machine: Machine, card: FakeSystem) -> AsyncIterator[ScriptedGue
         yield guest
 
 
-def progress(machine: Machine) -> list[list[Progress]]:
+async def progress(machine: Machine) -> list[list[Progress]]:
     """How far the steps of the open runs are."""
-    with Journal.open(machine.journal_path) as journal:
+    async with open_journal(machine) as journal:
         return [[entry.progress for entry in journal.steps(run)] for run in journal.open_runs()]
 
 
@@ -110,7 +110,7 @@ async def test_a_device_that_qemu_refuses_is_not_left(
         await attach(machine, "g", T1)
     assert caught.value.__notes__ == ["nothing was changed"]
     assert (card.uuids(), read_managed(machine).devices) == ({T1}, {})
-    assert progress(machine) == []
+    assert await progress(machine) == []
 
 
 async def test_a_device_that_another_guest_has(
@@ -224,12 +224,12 @@ async def stuck(
     monkeypatch.setattr(operations, "Attach", partial(Attach, undo_deadline=0.3))
     guest.stops_at = "device_add"
     with pytest.raises(DeadlineError) as caught:
-        await attach(machine, "g", T1, deadline=0.5)
+        await attach(machine, "g", T1, deadline=1.5)
     assert caught.value.outcome is Outcome.UNKNOWN
     could_not, last = caught.value.__notes__
     assert could_not.startswith(f"could not undo: attach mdev {U1} to guest g: ")
     assert last == "mdo recover tries again to undo it"
-    assert progress(machine) == [[Progress.STUCK]]
+    assert await progress(machine) == [[Progress.STUCK]]
     return guest
 
 
@@ -247,7 +247,7 @@ async def test_what_cannot_be_undone_is_no_success(machine: Machine, stuck: Scri
     assert done.stuck == (f"attach mdev {U1} to guest g",)
     (error,) = done.errors
     assert error.subject == "guest g"
-    assert progress(machine) == [[Progress.STUCK]]
+    assert await progress(machine) == [[Progress.STUCK]]
 
 
 async def test_when_qemu_goes_on_it_is_undone(machine: Machine, stuck: ScriptedGuest) -> None:
@@ -255,7 +255,7 @@ async def test_when_qemu_goes_on_it_is_undone(machine: Machine, stuck: ScriptedG
     (done,) = await recovery.recover(machine)
     assert (done.stuck, done.errors) == ((), ())
     assert not stuck.has(U1)
-    assert progress(machine) == []
+    assert await progress(machine) == []
 
 
 async def test_a_detach_takes_back_what_recover_cannot(
@@ -268,7 +268,7 @@ async def test_a_detach_takes_back_what_recover_cannot(
     await detach(machine, "g", U1)
     assert not stuck.has(U1)
     await recovery.recover(machine)
-    assert progress(machine) == []
+    assert await progress(machine) == []
     assert await remove_devices(machine, [U1]) == (U1,)
 
 
@@ -281,7 +281,7 @@ async def test_a_device_of_it_can_be_removed(
     stuck.goes_on.set()
     (done,) = await recovery.recover(machine)
     assert (done.stuck, done.errors) == ((), ())
-    assert progress(machine) == []
+    assert await progress(machine) == []
 
 
 async def test_its_guest_can_be_ended(machine: Machine, stuck: ScriptedGuest) -> None:
@@ -289,7 +289,7 @@ async def test_its_guest_can_be_ended(machine: Machine, stuck: ScriptedGuest) ->
     assert ended.how in {"terminated", "killed"}
     (done,) = await recovery.recover(machine)
     assert (done.stuck, done.errors) == ((), ())
-    assert progress(machine) == []
+    assert await progress(machine) == []
 
 
 async def test_what_needs_its_objects_says_why_and_what_helps(
@@ -315,7 +315,7 @@ async def test_what_needs_its_objects_undoes_it_first(
     card.mdev("card0", "t-1", T2)
     await attach(machine, "g", T2)
     assert (stuck.has(U1), stuck.has(U2)) == (False, True)
-    assert progress(machine) == []
+    assert await progress(machine) == []
 
 
 async def test_its_spec_can_be_destroyed_by_force(
@@ -340,7 +340,7 @@ async def test_other_objects_are_free(
     text = 'name = "lab"\n[[pool]]\nname = "p"\ntype = "t-1"\ncount = 2\n'
     await apply(machine, parse(text, "lab.toml"))
     assert len(card.uuids()) == 3
-    assert progress(machine) == [[Progress.STUCK]]
+    assert await progress(machine) == [[Progress.STUCK]]
 
 
 async def test_an_apply_names_the_reason(
@@ -356,4 +356,4 @@ async def test_an_apply_names_the_reason(
     stuck.goes_on.set()
     await apply(machine, parse(text, "lab.toml"))
     assert card.uuids() == {T1}
-    assert progress(machine) == []
+    assert await progress(machine) == []

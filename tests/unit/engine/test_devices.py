@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -15,7 +17,7 @@ import pytest
 from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.engine.executor import StepEventKind
-from mdev_orchestrator.engine.journal import Journal, open_journal
+from mdev_orchestrator.engine.journal import open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
 from mdev_orchestrator.engine.records import Change, DeviceRecord
@@ -180,8 +182,9 @@ async def test_no_instance_left_says_what_is_in_use_and_what_fits(
 
 
 async def test_a_count_that_lags_behind_a_removal_is_waited_for(
-    cards: FakeSystem, machine: Machine
+    cards: FakeSystem, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mdev_orchestrator.engine.operation.GRACE_SECONDS", 20)
     count = cards.types("card1") / "grid-12" / "available_instances"
     count.write_text("0\n")
     asyncio.get_running_loop().call_later(0.15, count.write_text, "1\n")
@@ -225,6 +228,12 @@ async def test_a_failed_undo_stands_beside_the_first_error(
     cards: FakeSystem, machine: Machine
 ) -> None:
     cards.refuse |= {T2: errno.EIO, f"{U1}/remove": errno.EPERM}
+
+    def before(_: str, uuid: str) -> None:
+        while uuid == T2 and T1 not in cards.uuids():  # a busy machine has two children write them
+            time.sleep(0.01)
+
+    cards.before = before
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await create(machine, "grid-12", uuids=[U1, U2])
     stuck, recover = caught.value.__notes__
@@ -278,9 +287,9 @@ def managed(machine: Machine) -> set[UUID]:
     return set(read_managed(machine).devices)
 
 
-def closed(machine: Machine) -> bool:
+async def closed(machine: Machine) -> bool:
     """Whether no run stands open."""
-    with Journal.open(machine.journal_path) as journal:
+    async with open_journal(machine) as journal:
         return journal.open_runs() == []
 
 
@@ -343,7 +352,7 @@ async def test_a_guest_of_mdo_is_detached_from_if_that_is_wanted(
         assert await remove_devices(short, UUIDS[:2], detach=True) == tuple(UUIDS[:2])
         assert guest.asked == ["device_del"]
     assert three.uuids() == {T3}
-    assert closed(short)
+    assert await closed(short)
 
 
 async def test_a_failed_detach_leaves_all_devices(three: FakeSystem, short: Machine) -> None:
@@ -353,7 +362,7 @@ async def test_a_failed_detach_leaves_all_devices(three: FakeSystem, short: Mach
             await remove_devices(short, UUIDS[:2], detach=True)
         assert guest.has(U2)
     assert three.uuids() == set(TEXTS)
-    assert closed(short)
+    assert await closed(short)
 
 
 async def test_a_device_that_stays_is_plugged_in_again(three: FakeSystem, short: Machine) -> None:
@@ -420,15 +429,20 @@ async def test_when_one_stays_the_others_are_created_again(
     assert caught.value.subject == f"mdev {U2}"
     assert three.uuids() == set(TEXTS)
     assert managed(machine) == set()
-    assert closed(machine)
+    assert await closed(machine)
 
 
 async def test_what_else_was_refused_stands_beside_the_first_error(
     three: FakeSystem, machine: Machine
 ) -> None:
-    gate = asyncio.Event()
-    asyncio.get_running_loop().call_later(0.3, gate.set)
+    gate = threading.Event()
     three.block |= {f"{T1}/remove": gate, f"{T2}/remove": gate}
+
+    def before(_: str, uuid: str) -> None:
+        if uuid == T2:  # both are under way
+            gate.set()
+
+    three.before = before
     three.refuse |= {f"{T1}/remove": errno.EIO, f"{T2}/remove": errno.EPERM}
     with pytest.raises(MdoError, match=f"mdev {U1}: Input/output error") as caught:
         await remove_devices(machine, UUIDS)
@@ -474,7 +488,7 @@ async def test_a_cancelled_removal_leaves_all_devices(
     assert caught.value.__notes__ == ["all was undone"]
     assert three.uuids() == set(TEXTS)
     assert managed(machine) == {U1}
-    assert closed(machine)
+    assert await closed(machine)
 
 
 async def take_over(machine: Machine, *uuids: UUID) -> None:
@@ -523,7 +537,7 @@ async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine:
     assert (done.way, done.errors) == ("finish", ())
     assert three.uuids() == set()
     assert managed(machine) == set()
-    assert closed(machine)
+    assert await closed(machine)
 
 
 # ---- a journal that cannot be written ----

@@ -13,7 +13,7 @@ import pytest
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
 from mdev_orchestrator.engine.guests import show_guest, start_guest, stop_guest
-from mdev_orchestrator.engine.journal import Entry, Journal, Progress, open_journal
+from mdev_orchestrator.engine.journal import Entry, Progress, open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
 from mdev_orchestrator.engine.records import GuestRecord, Managed
@@ -60,9 +60,9 @@ def config(qemu: str, *extra: str) -> GuestConfig:
     return GuestConfig(name="g", memory=64 << 20, accel="tcg", qemu=qemu, extra=("-S", *extra))
 
 
-def runs(machine: Machine) -> list[tuple[str, str, str | None]]:
+async def runs(machine: Machine) -> list[tuple[str, str, str | None]]:
     """Kind, title and outcome of all runs; no outcome for those that stand open."""
-    with Journal.open(machine.journal_path) as journal:
+    async with open_journal(machine) as journal:
         found = journal._db.execute("SELECT kind, title, outcome FROM run ORDER BY id")
         return [tuple(row) for row in found]
 
@@ -79,7 +79,7 @@ async def test_a_guest_that_is_started_by_hand_is_not_managed(machine: Machine, 
         await start_guest(machine, config(qemu))
     ended = await stop_guest(machine, "g", deadline=0, force=True)
     assert ended.how == "quit"
-    assert runs(machine) == [
+    assert await runs(machine) == [
         ("start", "g", "done"),
         ("start", "g", "undone"),
         ("stop", "g", "done"),
@@ -92,7 +92,7 @@ async def test_a_start_that_fails_leaves_nothing(machine: Machine, qemu: str) ->
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert caught.value.__notes__ == ["nothing was changed"]
     assert process.list_guests(machine) == []
-    assert runs(machine) == [("start", "g", "undone")]
+    assert await runs(machine) == [("start", "g", "undone")]
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(machine: Machine, qemu: str) -> None:
@@ -108,7 +108,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(machine: Machine, qemu: 
     with pytest.raises(asyncio.CancelledError):
         await work
     assert process.list_guests(machine) == []
-    assert runs(machine) == [("start", "g", "undone")]
+    assert await runs(machine) == [("start", "g", "undone")]
 
 
 @pytest.mark.parametrize("kind", [StepEventKind.BEGIN, StepEventKind.ACTED])
@@ -141,7 +141,7 @@ async def test_a_guest_that_does_not_power_down_runs_on(
     assert caught.value.outcome is Outcome.UNKNOWN
     assert guest.asked == ["system_powerdown"]
     assert process.find(machine, "g").alive
-    assert runs(machine) == [("stop", "g", "failed")]
+    assert await runs(machine) == [("stop", "g", "failed")]
     assert await recovery.recover(machine) == []
 
 
@@ -181,14 +181,14 @@ async def test_a_journal_that_cannot_be_written_keeps_no_guest_running(
     *,
     force: bool,
 ) -> None:
-    Journal.open(machine.journal_path).close()
+    assert await runs(machine) == []
     monkeypatch.setattr("mdev_orchestrator.engine.journal_db.LOCK_SECONDS", 0.2)
     guest.on_powerdown = "obeys"
     with broken(machine):
         ended = await stop_guest(machine, "g", deadline=0 if force else 5, force=force)
     assert ended.how == ("quit" if force else "powerdown")
     assert process.list_guests(machine) == []
-    assert runs(machine) == []
+    assert await runs(machine) == []
 
 
 async def test_nor_does_a_damaged_journal(machine: Machine, guest: ScriptedGuest) -> None:

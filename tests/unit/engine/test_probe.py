@@ -243,9 +243,9 @@ def at_creation(system: FakeSystem, turn: int, what: Callable[[], int | None]) -
     system.before = create
 
 
-def left_open(machine: Machine) -> list[str]:
+async def left_open(machine: Machine) -> list[str]:
     assert read_managed(machine).devices == {}
-    with Journal.open(machine.journal_path) as journal:
+    async with open_journal(machine) as journal:
         return [str(run) for run in journal.open_runs()]
 
 
@@ -256,7 +256,7 @@ async def test_a_refusal_leaves_nothing(system: FakeSystem, machine: Machine, tu
     with pytest.raises(MdoError, match="Input/output error") as caught:
         await probe(machine, "igd0", deadline=5)
     assert "every device was removed again" in caught.value.__notes__
-    assert (system.uuids(), left_open(machine)) == (set(), [])
+    assert (system.uuids(), await left_open(machine)) == (set(), [])
     assert model_cache.load(machine) == {}
 
 
@@ -287,7 +287,7 @@ async def test_an_interruption_leaves_nothing(
     task = asyncio.ensure_future(probe(machine, "igd0", deadline=5))
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (system.uuids(), left_open(machine)) == (set(), [])
+    assert (system.uuids(), await left_open(machine)) == (set(), [])
 
 
 @pytest.mark.parametrize("turn", [1, 2, 5])
@@ -303,7 +303,7 @@ async def test_another_program_on_the_parent_ends_it(
     with pytest.raises(BusyError, match=f"another program created device {FOREIGN} on parent igd0"):
         await probe(machine, "igd0", deadline=5)
     assert system.uuids() == {FOREIGN}
-    assert left_open(machine) == []
+    assert await left_open(machine) == []
 
 
 async def test_a_parent_on_which_another_command_creates_is_not_probed(
@@ -331,7 +331,7 @@ async def test_counts_that_do_not_come_back(
     system.capacity = spoil
     with pytest.raises(DeadlineError, match="7 of mvgpu-128M can be created, and it should be 8"):
         await probe(machine, "igd0", deadline=5)
-    assert (system.uuids(), left_open(machine)) == (set(), [])
+    assert (system.uuids(), await left_open(machine)) == (set(), [])
 
 
 async def test_a_device_that_stays_is_named_and_the_run_is_open(
@@ -347,7 +347,7 @@ async def test_a_device_that_stays_is_named_and_the_run_is_open(
     system.before = None
     (found,) = await recover(machine)
     assert (found.run.kind, found.errors) == ("probe", ())
-    assert (system.uuids(), left_open(machine)) == (set(), [])
+    assert (system.uuids(), await left_open(machine)) == (set(), [])
 
 
 # ---- what is remembered ----
