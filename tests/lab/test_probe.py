@@ -126,15 +126,14 @@ import os, sys
 from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.steps import Create
 
-attempt = Create.attempt
+act = Create.act
 
 async def struck(create, context):
-    Create.attempt = attempt
-    result = await attempt(create, context)
+    Create.act = act
+    await act(create, context)
     os.kill(os.getpid(), int(sys.argv[1]))
-    return result
 
-Create.attempt = struck
+Create.act = struck
 raise SystemExit(main(sys.argv[2:]))
 """
 

@@ -97,7 +97,9 @@ def adopt(
     all_: Annotated[
         bool,
         typer.Option(
-            "--all", help="All guests of this state directory, and the devices they have."
+            "--all",
+            help="All guests of this state directory with their devices, and every device that no "
+            "process has open and mdevctl does not define.",
         ),
     ] = False,
     json: Json = False,
