@@ -13,7 +13,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -382,43 +382,17 @@ async def test_opening_it_does_not_hold_the_event_loop(path: Path) -> None:
 
 # ---- a journal of version 1 ----
 
-VERSION_1 = """\
-CREATE TABLE run (
-    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, title TEXT NOT NULL,
-    pid INTEGER NOT NULL, start_time INTEGER NOT NULL, boot_id TEXT NOT NULL,
-    began REAL NOT NULL, ended REAL, outcome TEXT
-) STRICT;
-CREATE TABLE step (
-    run INTEGER NOT NULL REFERENCES run(id) ON DELETE CASCADE, number INTEGER NOT NULL,
-    needs TEXT NOT NULL, data TEXT NOT NULL, progress TEXT NOT NULL, error TEXT NOT NULL,
-    PRIMARY KEY (run, number)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE claim (
-    object TEXT PRIMARY KEY, run INTEGER NOT NULL REFERENCES run(id) ON DELETE CASCADE
-) STRICT, WITHOUT ROWID;
-CREATE TABLE device (uuid TEXT PRIMARY KEY, data TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE guest (name TEXT PRIMARY KEY, data TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE spec (name TEXT PRIMARY KEY, data TEXT NOT NULL) STRICT, WITHOUT ROWID;
-INSERT INTO run VALUES (1, 'apply', 'lab', 4194305, 1, 'an earlier boot', 1.0, NULL, NULL);
-INSERT INTO step VALUES (1, 0, '[]', '{step}', 'failed', '');
-INSERT INTO claim VALUES ('spec:lab', 1);
-INSERT INTO device VALUES ('{uuid}', '{device}');
-PRAGMA application_id = {id};
-PRAGMA user_version = 1;
-"""
-
 
 async def test_a_journal_of_version_1_is_read_and_updated(path: Path) -> None:
-    path.parent.mkdir(mode=0o700)
-    words = VERSION_1.format(
-        step=STEPS[0].data,
-        uuid=U1,
-        device=msgspec.json.encode(DEVICE).decode().replace(',"adopted":false', ""),
-        id=journal_db.APPLICATION_ID,
-    )
-    with contextlib.closing(sqlite3.connect(path)) as old:
-        old.executescript(words)
-    path.chmod(0o600)
+    with Journal.open(path) as journal:
+        await journal.begin("apply", "lab", STEPS[:1], ["spec:lab"])
+    device = msgspec.json.encode(DEVICE).decode().replace(',"adopted":false', "")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
+        old.execute("UPDATE run SET pid = ?, start_time = ?, boot_id = ?", astuple(DEAD))
+        old.execute("UPDATE step SET progress = 'failed'")
+        old.execute("INSERT INTO device VALUES (?, ?)", (str(U1), device))
+        old.execute("ALTER TABLE run DROP COLUMN locked")
+        old.execute("PRAGMA user_version = 1")
     assert read_managed(Machine(state=path.parent)).devices == {U1: DEVICE}
     with Journal.open(path) as journal:
         ((run, (step,)),) = journal.abandoned()
