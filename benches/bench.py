@@ -43,11 +43,16 @@ Result = dict[str, Any]
 """What a result file holds: :class:`Figures` by its fields, and how they were taken."""
 
 
-def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """What every bench takes: ``--rounds``, and ``--inside`` for its half in L1."""
+def arguments(doc: str | None, rounds: int, **counts: list[int]) -> argparse.ArgumentParser:
+    """What every bench takes: ``--rounds``, and ``--inside`` for its half in L1.
+
+    :param counts: How many of what is measured, by the name of the option.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each way")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    for name, usual in counts.items():
+        parser.add_argument(f"--{name}", type=int, nargs="*", default=usual, help="so many")
     return parser
 
 

@@ -142,9 +142,7 @@ def command(file: Path, count: int) -> Pair:
 
 def main() -> int:
     """Read the arguments."""
-    parser = bench.arguments(__doc__, rounds=5)
-    parser.add_argument("--devices", type=int, nargs="*", default=[1, 8, 64], help="so many")
-    given = parser.parse_args()
+    given = bench.arguments(__doc__, rounds=5, devices=[1, 8, 64]).parse_args()
     if given.inside:
         inside(given.rounds, given.devices)
         return 0

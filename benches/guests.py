@@ -505,9 +505,7 @@ def inside(rounds: int, counts: list[int]) -> None:
 
 def main() -> int:
     """Read the arguments."""
-    parser = bench.arguments(__doc__, rounds=5)
-    parser.add_argument("--guests", type=int, nargs="*", default=[1, 4, 16], help="together")
-    given = parser.parse_args()
+    given = bench.arguments(__doc__, rounds=5, guests=[1, 4, 16]).parse_args()
     if given.inside:
         inside(given.rounds, given.guests)
         return 0

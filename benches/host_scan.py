@@ -127,9 +127,7 @@ def check(right: bool, way: str) -> None:
 
 def main() -> int:
     """Read the arguments."""
-    parser = bench.arguments(__doc__, rounds=5)
-    parser.add_argument("--devices", type=int, nargs="*", default=[16, 256, 4096], help="so many")
-    given = parser.parse_args()
+    given = bench.arguments(__doc__, rounds=5, devices=[16, 256, 4096]).parse_args()
     if given.inside:
         inside(given.rounds, given.devices)
         return 0

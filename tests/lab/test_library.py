@@ -47,7 +47,7 @@ async def guest(machine: mdo.OpenMachine) -> AsyncIterator[None]:
             yield
     finally:
         await machine.stop_guest("render-1", deadline=0, force=True)
-        await machine.remove(*(await machine.managed()).devices)
+        await machine.remove([*(await machine.managed()).devices])
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.is_program], ids=str)

@@ -23,17 +23,9 @@ from msgspec.structs import replace
 from lab import vfio
 from lab.kernel_log import KernelLog
 from lab.machine import machine
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import guest_ops, start_groups
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
-from mdev_orchestrator.errors import (
-    BusyError,
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    QemuError,
-    RequestError,
-)
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.model import Mdev
@@ -242,7 +234,7 @@ async def test_a_group_that_does_not_fit_is_refused_with_its_reason(driver: str)
         pytest.skip("it has no groups")
     mdevs = await make(4)
     since = vfio.now()
-    with pytest.raises(CapacityError) as refusal:
+    with pytest.raises(errors.CapacityError) as refusal:
         await guest_ops.launch(machine(), spec(*mdevs))
     text = str(refusal.value)
     for word in ("start group", "on igd0", *(str(mdev.uuid) for mdev in mdevs)):
@@ -256,7 +248,7 @@ async def test_a_refusal_by_the_hardware_is_told(driver: str) -> None:
     if driver == "no online":
         pytest.skip("its refusal is QEMU's to tell")
     mdevs = await make(2)
-    with vfio.fault("start", "errno=5"), pytest.raises(MdoError, match="Input/output error"):
+    with vfio.fault("start", "errno=5"), pytest.raises(errors.MdoError, match="Input/output error"):
         await guest_ops.launch(machine(), spec(*mdevs))
     assert (states(*mdevs), process.list_guests(machine())) == ({False}, [])
 
@@ -265,12 +257,12 @@ async def test_a_failed_open_gives_back_what_was_started(driver: str) -> None:
     mdevs = await make(2, None if driver == "no online" else "peers")
     with (
         vfio.fault("open", f"errno=5 uuid={mdevs[1].uuid}"),
-        pytest.raises(QemuError, match="Input/output error"),
+        pytest.raises(errors.QemuError, match="Input/output error"),
     ):
         await guest_ops.launch(machine(), spec(*mdevs))
     assert states(*mdevs) <= {False, None}
     guest = await guest_ops.launch(machine(), spec())
-    with vfio.fault("open", f"errno=5 uuid={mdevs[0].uuid}"), pytest.raises(QemuError):
+    with vfio.fault("open", f"errno=5 uuid={mdevs[0].uuid}"), pytest.raises(errors.QemuError):
         await guest_ops.attach(machine(), guest, guest_mdev(mdevs[0]))
     assert states(*mdevs) <= {False, None}
     assert not process.has_started(guest)
@@ -280,7 +272,7 @@ async def test_a_start_that_hangs_ends_at_its_deadline(explicit: None) -> None:
     mdevs = await make(2)
     with (
         vfio.fault("start", "delay_ms=60000"),
-        pytest.raises(DeadlineError, match="did not come online within 1 s"),
+        pytest.raises(errors.DeadlineError, match="did not come online within 1 s"),
     ):
         await guest_ops.launch(machine(), spec(*mdevs), deadline=1)
     assert (states(*mdevs), free(), process.list_guests(machine())) == ({False}, LINKS, [])
@@ -288,15 +280,15 @@ async def test_a_start_that_hangs_ends_at_its_deadline(explicit: None) -> None:
 
 async def test_one_user_for_one_group(explicit: None) -> None:
     first, second = mdevs = await make(2)
-    with pytest.raises(RequestError, match=f"is not complete: it lacks mdev {second.uuid}"):
+    with pytest.raises(errors.RequestError, match=f"is not complete: it lacks mdev {second.uuid}"):
         await guest_ops.launch(machine(), spec(first))
     guest = await guest_ops.launch(machine(), spec())
     await guest_ops.attach(machine(), guest, guest_mdev(first))
     held = rf"has a user already: mdev {first.uuid} of it is held by guest 'g' \(pid"
-    with pytest.raises(BusyError, match=held):
+    with pytest.raises(errors.BusyError, match=held):
         await guest_ops.launch(machine(), spec(second, name="other"))
     other = await guest_ops.launch(machine(), spec(name="other"))
-    with pytest.raises(BusyError, match=held):
+    with pytest.raises(errors.BusyError, match=held):
         await guest_ops.attach(machine(), other, guest_mdev(second))
     assert states(*mdevs) == {True}
     await guest_ops.attach(machine(), guest, guest_mdev(second))
@@ -314,7 +306,7 @@ async def test_what_another_program_started_is_left_online(explicit: None) -> No
 async def test_a_driver_without_groups_says_so(driver: str) -> None:
     if driver != "no online":
         pytest.skip("it has groups")
-    with pytest.raises(HostError, match="the driver of igd0 has no start groups"):
+    with pytest.raises(errors.HostError, match="the driver of igd0 has no start groups"):
         await make(1)
     assert sysfs.read_host(machine()).mdevs == ()
 

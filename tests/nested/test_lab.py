@@ -13,11 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MDO = [
-    sys.executable,
-    "-c",
-    "import sys; from mdev_orchestrator.cli.main import main; sys.exit(main())",
-]
+MDO = [sys.executable, "-m", "mdev_orchestrator.cli.main"]
 NAME = f"nested-{os.getpid()}"
 
 

@@ -19,11 +19,7 @@ import pytest
 from mdev_lab import labs
 
 ROOT = Path(__file__).resolve().parents[2]
-MDO = [
-    sys.executable,
-    "-c",
-    "import sys; from mdev_orchestrator.cli.main import main; sys.exit(main())",
-]
+MDO = [sys.executable, "-m", "mdev_orchestrator.cli.main"]
 NAME = f"reboot-{os.getpid()}"
 SERIES = os.environ.get("MDO_TEST_KERNEL", "6.12")
 SECONDS = 300

@@ -169,10 +169,10 @@ class _Service:
         await self.machine.create_many(type_, len(asked), uuids=asked, group=group)
 
     async def remove(self, uuids: list[str]) -> None:
-        await self.machine.remove(*map(UUID, uuids), detach=True)
+        await self.machine.remove([*map(UUID, uuids)], detach=True)
 
     async def remove_idle(self, uuids: list[str]) -> None:
-        await self.machine.remove(*map(UUID, uuids))
+        await self.machine.remove([*map(UUID, uuids)])
 
     async def apply(self, path: str) -> bool:
         return (await self.machine.apply(mdo.load(path))).nothing

@@ -35,14 +35,15 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def loop_holds() -> Iterator[list[str]]:
     """Fail a test in which a callback holds the event loop; not in an emulated machine.
 
-    A test that does so on purpose clears the list.
+    A test that does so on purpose clears the list. On a machine with several times more to do than
+    it has processors, what holds a callback cannot be told apart from the others' work.
     """
     if os.environ.get("MDO_LAB"):
         yield []
         return
     with loopwatch.watch() as holds:
         yield holds
-    if holds:
+    if holds and os.getloadavg()[0] < 2 * (os.cpu_count() or 1):
         pytest.fail("the event loop was held: " + "; ".join(holds), pytrace=False)
 
 

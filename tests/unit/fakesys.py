@@ -134,6 +134,16 @@ class FakeSystem:
         link(self.bus / uuid, path)
         return path
 
+    def group_of_two(self, group: str, *uuids: str) -> None:
+        """Devices on a parent with three links; the first two are one start group."""
+        self.parent("card0")
+        self.type("card0", "t-1")
+        self.groups_of("card0", 3)
+        for uuid in uuids:
+            self.mdev("card0", "t-1", uuid)
+        for uuid in uuids[:2]:
+            put(self.bus / uuid / "group_uuid", group + "\n")
+
     def process(self, pid: int, comm: str, command: list[str], opens: list[str]) -> Path:
         path = self.root / "proc" / str(pid)
         (path / "fd").mkdir(parents=True)

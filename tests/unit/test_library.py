@@ -63,7 +63,7 @@ async def test_it_can_be_used_again_when_it_was_closed(opened: mdo.OpenMachine) 
     for _ in range(2):
         async with opened:
             device = await opened.create("t-1")
-            assert await opened.remove(device.uuid) == (device.uuid,)
+            assert await opened.remove([device.uuid]) == (device.uuid,)
 
 
 async def test_what_recover_would_do_is_told_without_a_journal(opened: mdo.OpenMachine) -> None:

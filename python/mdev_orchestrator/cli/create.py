@@ -11,7 +11,7 @@ import typer
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.host import mdev_shape
-from mdev_orchestrator.cli.params import Json, complete_parent, complete_type, seconds
+from mdev_orchestrator.cli.params import Json, ParentOfType, complete_type, seconds
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE
 from mdev_orchestrator.engine.devices import create_devices
@@ -34,14 +34,7 @@ def create(
     count: Annotated[
         int | None, typer.Option("-n", "--count", metavar="COUNT", help="How many devices.")
     ] = None,
-    parent: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PARENT",
-            help="Parent, when several offer the type.",
-            autocompletion=complete_parent,
-        ),
-    ] = None,
+    parent: ParentOfType = None,
     uuid: Annotated[
         list[str] | None,
         typer.Option(metavar="UUID", help="UUID to use; may be repeated. Others are random."),

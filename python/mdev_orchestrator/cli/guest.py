@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from mdev_orchestrator.spec import GuestConfig
 
 NONE = "-"
-NameArgument = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="Name of the guest.", autocompletion=complete_guest),
-]
+GUEST_NAME = typer.Argument(
+    metavar="NAME", help="Name of the guest.", autocompletion=complete_guest
+)
 
 app = noun("List, start and stop guests, and open their consoles.")
 
@@ -192,10 +191,7 @@ async def _start(
 
 @app.command("stop")
 def stop(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="Name of the guest.", autocompletion=complete_guest),
-    ] = None,
+    name: Annotated[str | None, GUEST_NAME] = None,
     *,
     all_: Annotated[
         bool, typer.Option("--all", help="Every guest that runs, all at the same time.")
@@ -235,10 +231,7 @@ def _stop_all(deadline: float, *, force: bool, json: bool) -> int:
                 output.emit(f"{guest.name} {HOW[guest.how]}")
         if not ended:
             output.emit("no guest runs")
-    for guest in ended:
-        if guest.error is not None:
-            output.report(guest.error)
-    return 1 if any(guest.error for guest in ended) else 0
+    return output.report_failed(guest.error for guest in ended)
 
 
 def ended_shape(guest: PoweredDown) -> dict[str, Any]:
@@ -269,7 +262,7 @@ HOW = {
 
 @app.command("console")
 def console(
-    name: NameArgument,
+    name: Annotated[str, GUEST_NAME],
     *,
     log: Annotated[
         bool, typer.Option("--log", help="Print what the guest has printed so far, and end.")

@@ -13,10 +13,10 @@ from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.guest import reclaim_groups
 from mdev_orchestrator.cli.params import (
     Json,
+    ParentOfType,
     complete_device,
     complete_device_or_type,
     complete_guest,
-    complete_parent,
     seconds,
 )
 from mdev_orchestrator.machine import Machine
@@ -41,14 +41,7 @@ def attach(
         ),
     ],
     *,
-    parent: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PARENT",
-            help="Parent, when several offer the type.",
-            autocompletion=complete_parent,
-        ),
-    ] = None,
+    parent: ParentOfType = None,
     wait_guest: Annotated[
         bool, typer.Option("--wait-guest", help="Return when the guest has taken the device.")
     ] = False,

@@ -290,6 +290,14 @@ def report(error: MdoError) -> None:
     say(f"{message} \u2014 {error.hint}" if error.hint else message)
 
 
+def report_failed(errors: Iterable[MdoError | None]) -> int:
+    """Print the error of each object that has one; the exit code of a command on several."""
+    failed = [error for error in errors if error is not None]
+    for error in failed:
+        report(error)
+    return 1 if failed else 0
+
+
 def shape(error: MdoError) -> dict[str, Any]:
     """The documented JSON shape of an error."""
     return {

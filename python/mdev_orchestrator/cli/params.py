@@ -80,3 +80,13 @@ def _names(*directory: str) -> list[str]:
 
 def _matching(names: Iterator[str] | list[str], incomplete: str) -> list[str]:
     return sorted({name for name in names if name.startswith(incomplete)})
+
+
+ParentOfType = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARENT",
+        help="Parent, when several offer the type.",
+        autocompletion=complete_parent,
+    ),
+]

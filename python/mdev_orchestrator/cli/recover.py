@@ -38,10 +38,7 @@ def recover(
             _show(recovered, dry_run=dry_run)
         if not done:
             output.emit("nothing is open")
-    for recovered in done:
-        for error in recovered.errors:
-            output.report(error)
-    return 1 if any(recovered.errors for recovered in done) else 0
+    return output.report_failed(error for recovered in done for error in recovered.errors)
 
 
 async def _recover(machine: Machine, *, dry_run: bool) -> list[Recovered]:

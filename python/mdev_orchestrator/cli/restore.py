@@ -42,10 +42,7 @@ def restore(
                 output.emit(f"{one.name}: {words}")
         if not done:
             output.emit("no spec was applied")
-    for one in done:
-        if one.error is not None:
-            output.report(one.error)
-    return 1 if any(one.error for one in done) else 0
+    return output.report_failed(one.error for one in done)
 
 
 def shape(one: Restored) -> dict[str, Any]:

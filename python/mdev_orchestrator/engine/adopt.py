@@ -27,7 +27,9 @@ class Adopted(Struct, frozen=True):
     devices: tuple[UUID, ...] = ()
 
 
-async def adopt(machine: Machine, names: Sequence[str], *, everything: bool = False) -> Adopted:
+async def adopt(
+    machine: Machine, names: Sequence[str] = (), *, everything: bool = False
+) -> Adopted:
     """Manage guests and devices that the journal does not know (any more).
 
     A guest is adopted with the devices that it has. What its spec says of it is not known then: the

@@ -43,7 +43,7 @@ class Attached(Struct, frozen=True):
 async def attach(
     machine: Machine,
     guest: str,
-    what: str,
+    what: UUID | str,
     *,
     parent: str | None = None,
     wait_guest: bool = False,
@@ -64,7 +64,8 @@ async def attach(
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline
-    creating = not is_uuid(what)
+    name = str(what)
+    creating = not is_uuid(name)
     if not creating and parent is not None:
         raise RequestError("--parent goes with a type, not with a UUID")
     context = Context(machine, deadline, end)
@@ -74,11 +75,11 @@ async def attach(
         plan = []
         if creating:
             host = await sysfs.scan(machine)
-            type_, (uuid,) = place(machine, host, what, 1, parent=parent)
+            type_, (uuid,) = place(machine, host, name, 1, parent=parent)
             device = DeviceRecord(uuid=uuid, parent=type_.parent, type=type_.id)
             plan.append(PlannedStep(Create(device=device)))
         else:
-            uuid = parse_uuid(what)
+            uuid = parse_uuid(name)
             await usable_mdev(machine, uuid, deadline)
         context.deadline = context.seconds(deadline)
         step = Attach(guest=_record(found), uuid=uuid, deadline=deadline)

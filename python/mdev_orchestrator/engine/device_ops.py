@@ -14,19 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from uuid import UUID
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.records import Change, DeviceRecord
 from mdev_orchestrator.engine.step import Step
-from mdev_orchestrator.errors import (
-    BusyError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    RequestError,
-    UnknownError,
-    before_acting,
-)
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import wait_until
 from mdev_orchestrator.host.groups import join
@@ -57,14 +49,28 @@ def is_same(found: Mdev, device: DeviceRecord) -> bool:
 # ---------------------------------------------------------------- steps
 
 
-class Create(Step, frozen=True, tag="create"):
-    """Make an mdev.
+class _DeviceStep(Step, frozen=True):
+    """Creates or removes an mdev.
 
-    :ivar kept: Its record was there before the device: the record stays if this fails.
+    :ivar kept: The record stays when the device is not there: it was there before the device, and
+        a creation failed; or only the device is removed.
     """
 
     device: DeviceRecord
     kept: bool = False
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return (f"mdev:{self.device.uuid}",)
+
+    def _forget(self) -> Change:
+        """What becomes of the records when the device is not there."""
+        keeps = self.kept or self.unrecorded
+        return Change() if keeps else Change(devices={self.device.uuid: None})
+
+
+class Create(_DeviceStep, frozen=True, tag="create"):
+    """Make an mdev."""
 
     def __str__(self) -> str:
         """What it does."""
@@ -77,18 +83,12 @@ class Create(Step, frozen=True, tag="create"):
         return None if device.params or device.attributes or device.group else device.parent
 
     @property
-    def claims(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"mdev:{self.device.uuid}",)
-
-    @property
     def on_begin(self) -> Change:  # noqa: D102
         return Change() if self.unrecorded else Change(devices={self.device.uuid: self.device})
 
     @property
     def on_no_effect(self) -> Change:  # noqa: D102
-        return (
-            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
-        )
+        return self._forget()
 
     async def act(self, context: Context) -> None:  # noqa: D102
         await create(self.device, context)
@@ -98,28 +98,16 @@ class Create(Step, frozen=True, tag="create"):
         return Remove(device=self.device, kept=self.kept, unrecorded=self.unrecorded)
 
 
-class Remove(Step, frozen=True, tag="remove"):
-    """Remove an mdev.
-
-    :ivar kept: Its record stays, though the device is removed.
-    """
-
-    device: DeviceRecord
-    kept: bool = False
+class Remove(_DeviceStep, frozen=True, tag="remove"):
+    """Remove an mdev."""
 
     def __str__(self) -> str:
         """What it does."""
         return f"remove mdev {self.device.uuid} ({self.device.type} on {self.device.parent})"
 
     @property
-    def claims(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"mdev:{self.device.uuid}",)
-
-    @property
     def on_done(self) -> Change:  # noqa: D102
-        return (
-            Change() if self.kept or self.unrecorded else Change(devices={self.device.uuid: None})
-        )
+        return self._forget()
 
     @property
     def batch(self) -> str | None:  # noqa: D102
@@ -145,7 +133,7 @@ async def create(device: DeviceRecord, context: Context) -> None:
     machine = context.machine
     found = None
     if context.repairing:  # otherwise EEXIST tells of a UUID that is taken
-        with before_acting():
+        with errors.before_acting():
             found = sysfs.read_mdev(machine, device.uuid)
             if found is not None and found.type_id is None:
                 await _wait_gone(device.uuid, context)  # an earlier removal has not ended
@@ -164,14 +152,14 @@ async def create(device: DeviceRecord, context: Context) -> None:
         if found is None:
             await _remove_again(device, context, error)
         if isinstance(error, TimeoutError):
-            raise DeadlineError(
+            raise errors.DeadlineError(
                 f"mdev {device.uuid} on {device.parent} was not set up within "
                 f"{context.deadline:g} s: its driver did not answer",
                 "see the kernel log (dmesg)",
                 outcome=Outcome.UNKNOWN if found is not None else Outcome.NO_EFFECT,
                 subject=f"mdev {device.uuid}",
             ) from None
-        if isinstance(error, MdoError) and found is None:
+        if isinstance(error, errors.MdoError) and found is None:
             error.outcome = Outcome.NO_EFFECT  # the device is gone again
         raise
 
@@ -199,7 +187,7 @@ async def create_all(
 async def _create(device: DeviceRecord, context: Context) -> None:
     """Write to ``create`` and learn the outcome, also when cancelled."""
     machine = context.machine
-    with before_acting():
+    with errors.before_acting():
         path, data = sysfs.creation(machine, device.parent, device.type, device.uuid)
     while True:
         writing = asyncio.ensure_future(machine.writer.write(path, data, lane=device.parent))
@@ -245,7 +233,7 @@ async def _create_batch(
     :return: Those that are there and cannot be opened yet; the others have been reported.
     """
     machine = context.machine
-    with before_acting():
+    with errors.before_acting():
         lines = [sysfs.creation(machine, d.parent, d.type, d.uuid) for d in devices]
     unready: list[int] = []
     failed: dict[int, WriteResult] = {}
@@ -272,9 +260,9 @@ async def _create_batch(
     return unready
 
 
-def _first_of(errors: Iterable[MdoError]) -> MdoError:
+def _first_of(failures: Iterable[errors.MdoError]) -> errors.MdoError:
     """The first of some errors, with the others as its notes."""
-    first, *others = errors
+    first, *others = failures
     for other in others:
         first.add_note(f"also: {other}")
     return first
@@ -312,10 +300,10 @@ async def _answered(batch: WriteBatch, deadline: float) -> None:
             raise TimeoutError
 
 
-def _refusal(device: DeviceRecord, result: WriteResult, context: Context) -> MdoError:
+def _refusal(device: DeviceRecord, result: WriteResult, context: Context) -> errors.MdoError:
     """What it means that a write to ``create`` did not succeed."""
     if result.outcome is Outcome.UNKNOWN:
-        return MdoError(
+        return errors.MdoError(
             f"the process that wrote mdev {device.uuid} to create on {device.parent} was killed: "
             "whether the device was created is not known",
             "mdo recover looks, and removes it then",
@@ -325,8 +313,8 @@ def _refusal(device: DeviceRecord, result: WriteResult, context: Context) -> Mdo
     return sysfs.refusal(context.machine, device.parent, device.type, device.uuid, result.errno)
 
 
-def _unanswered(device: DeviceRecord) -> DeadlineError:
-    return DeadlineError(
+def _unanswered(device: DeviceRecord) -> errors.DeadlineError:
+    return errors.DeadlineError(
         f"the driver of {device.parent} has not answered for mdev {device.uuid}: it may still "
         "appear",
         "mdo recover removes it then",
@@ -335,8 +323,8 @@ def _unanswered(device: DeviceRecord) -> DeadlineError:
     )
 
 
-def _late(device: DeviceRecord, context: Context) -> DeadlineError:
-    return DeadlineError(
+def _late(device: DeviceRecord, context: Context) -> errors.DeadlineError:
+    return errors.DeadlineError(
         f"{device.type} on {device.parent} was not created within {context.deadline:g} s",
         "give it a longer --deadline, and see the kernel log",
         outcome=Outcome.NO_EFFECT,
@@ -361,7 +349,7 @@ async def _set_params(device: DeviceRecord, context: Context) -> None:
     for name in sysfs.PARAMS_FILES:
         if await sysfs.write_file(context.machine, device.uuid, name, device.params):
             return
-    raise HostError(
+    raise errors.HostError(
         f"the driver of mdev {device.uuid} on {device.parent} takes no parameters: it has neither "
         + " nor ".join(sysfs.PARAMS_FILES),
         "leave params away",
@@ -378,13 +366,13 @@ async def set_attribute(uuid: UUID, name: str, value: str, context: Context) -> 
     """
     machine = context.machine
     if sysfs.leads_out(machine, uuid, name):
-        raise RequestError(
+        raise errors.RequestError(
             f"{name!r} of mdev {uuid} leads out of its directory", "name a file of the mdev itself"
         )
     if not await sysfs.write_file(machine, uuid, name, value):
         files = sysfs.writable_files(machine, uuid)
         shown = ", ".join(files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
-        raise HostError(
+        raise errors.HostError(
             f"the driver of mdev {uuid} has no file {name}",
             f"files that can be set: {shown or 'none'}",
             subject=f"mdev {uuid}",
@@ -395,8 +383,8 @@ async def _remove_again(device: DeviceRecord, context: Context, cause: BaseExcep
     """Remove what was created, also when cancelled; what stays is of unknown outcome."""
     try:
         await run_to_completion(_remove(device.uuid, context))
-    except MdoError as failure:
-        error = MdoError(
+    except errors.MdoError as failure:
+        error = errors.MdoError(
             f"mdev {device.uuid} was created and could not be removed again: {failure.message}",
             failure.hint,
             outcome=Outcome.UNKNOWN,
@@ -417,7 +405,7 @@ async def remove(device: DeviceRecord, context: Context) -> None:
     :raise MdoError: It cannot be; the outcome says whether it may go yet.
     """
     machine, uuid = context.machine, device.uuid
-    with before_acting():
+    with errors.before_acting():
         found = sysfs.read_mdev(machine, uuid)
         if context.repairing and (found is None or found.type_id is None):
             # one that is being created has no type either, and nothing to remove it by
@@ -426,7 +414,7 @@ async def remove(device: DeviceRecord, context: Context) -> None:
         if found is None or not is_same(found, device):
             return
         if held_by := await context.held(uuid):
-            raise BusyError(
+            raise errors.BusyError(
                 f"mdev {uuid} is held by {', '.join(map(str, held_by))}",
                 "stop that guest, or detach the device from it",
                 subject=f"mdev {uuid}",
@@ -460,7 +448,7 @@ async def remove_all(
     for place, index in enumerate(special):
         try:
             await remove(devices[index], context)
-        except MdoError as error:
+        except errors.MdoError as error:
             on_result(index, error.outcome or Outcome.UNKNOWN)
             for other in (*special[place + 1 :], *plain):
                 on_result(other, Outcome.NO_EFFECT)
@@ -512,7 +500,7 @@ async def _remove_batch(
         raise _first_of(sysfs.not_removed(devices[i].uuid, refused[i]) for i in sorted(refused))
     for index, result in enumerate(batch.results):
         if result is None and index not in batch.unknown:
-            raise DeadlineError(
+            raise errors.DeadlineError(
                 f"mdev {devices[index].uuid} was not removed: others before it took longer than "
                 f"{context.deadline:g} s",
                 "try again",
@@ -530,7 +518,7 @@ async def _await_creators(device: DeviceRecord, context: Context) -> None:
     end = loop.time() + context.deadline
     while creators := await find_creators(context.machine, device.parent, device.type):
         if loop.time() >= end:
-            raise DeadlineError(
+            raise errors.DeadlineError(
                 f"mdev {device.uuid} may still appear: the driver of {device.parent} has not "
                 f"answered {', '.join(map(str, creators))}",
                 "mdo recover removes it then",
@@ -547,7 +535,7 @@ async def _wait_gone(uuid: UUID, context: Context) -> None:
                 context.machine, lambda: sysfs.directory(context.machine, uuid) is None
             )
     except TimeoutError:
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"mdev {uuid} is still being removed after {context.deadline:g} s",
             "the kernel waits until the process that has it open closes it",
             subject=f"mdev {uuid}",
@@ -558,14 +546,14 @@ async def _remove(uuid: UUID, context: Context) -> None:
     machine = context.machine
     try:
         await sysfs.remove(machine, uuid, context.deadline)
-    except UnknownError:
+    except errors.UnknownError:
         return
-    except DeadlineError as error:
+    except errors.DeadlineError as error:
         found = sysfs.read_mdev(machine, uuid)
         holders = () if found is None else (await find_holders(machine, (found,))).of(uuid)
         if not holders:
             raise
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"mdev {uuid} was not removed within {context.deadline:g} s: held by "
             + ", ".join(map(str, holders)),
             error.hint,

@@ -14,19 +14,13 @@ from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from uuid import UUID
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import start_groups
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.records import Change, GuestRecord
 from mdev_orchestrator.engine.start_groups import START_SECONDS, Starter
 from mdev_orchestrator.engine.step import Step
-from mdev_orchestrator.errors import (
-    BusyError,
-    MdoError,
-    Outcome,
-    RequestError,
-    UnknownError,
-    before_acting,
-)
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.machine import Machine
@@ -43,15 +37,30 @@ READY_SECONDS = 10.0
 # ---------------------------------------------------------------- steps
 
 
-class Launch(Step, frozen=True, tag="launch"):
-    """Start a guest.
+class _GuestStep(Step, frozen=True):
+    """Starts or ends a guest.
 
-    :ivar devices: The mdevs on its command line, in order.
+    :ivar devices: The mdevs that it gets on its command line, in order; or has when it ends.
+    :ivar kept: Its record stays, though the guest does not run.
     """
 
     guest: GuestRecord
     devices: tuple[UUID, ...] = ()
     kept: bool = False
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return (f"guest:{self.guest.name}",)
+
+    def _forget(self) -> Change:
+        """What becomes of the records when the guest does not run."""
+        keeps = self.kept or self.unrecorded
+        return Change() if keeps else Change(guests={self.guest.name: None})
+
+
+class Launch(_GuestStep, frozen=True, tag="launch"):
+    """Start a guest."""
+
     deadline: float = process.START_SECONDS
 
     def __str__(self) -> str:
@@ -62,23 +71,19 @@ class Launch(Step, frozen=True, tag="launch"):
         )
 
     @property
-    def claims(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"guest:{self.guest.name}",)
-
-    @property
     def on_begin(self) -> Change:  # noqa: D102
         return Change() if self.unrecorded else Change(guests={self.guest.name: self.guest})
 
     @property
     def on_no_effect(self) -> Change:  # noqa: D102
-        return Change() if self.kept or self.unrecorded else Change(guests={self.guest.name: None})
+        return self._forget()
 
     async def act(self, context: Context) -> None:  # noqa: D102
-        with before_acting():
+        with errors.before_acting():
             found = _guest(self.guest.name, context)
             if found is not None and found.alive and found.record is not None:
                 if not context.repairing or found.record.uuid != self.guest.uuid:
-                    raise BusyError(
+                    raise errors.BusyError(
                         f"{found.label} runs already, as process {found.record.pid}",
                         f"mdo guest stop {self.guest.name}, or take another name",
                         subject=found.label,
@@ -101,17 +106,12 @@ class Launch(Step, frozen=True, tag="launch"):
         )
 
 
-class Stop(Step, frozen=True, tag="stop"):
+class Stop(_GuestStep, frozen=True, tag="stop"):
     """End a guest.
 
-    :ivar devices: The mdevs that it has now.
     :ivar deadline: Seconds for it to power down; 0 with ``force`` does not ask it.
-    :ivar kept: Its record stays, though the guest does not run.
     """
 
-    guest: GuestRecord
-    devices: tuple[UUID, ...] = ()
-    kept: bool = False
     force: bool = False
     deadline: float = process.STOP_SECONDS
 
@@ -120,12 +120,8 @@ class Stop(Step, frozen=True, tag="stop"):
         return f"stop guest {self.guest.name}"
 
     @property
-    def claims(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"guest:{self.guest.name}",)
-
-    @property
     def on_done(self) -> Change:  # noqa: D102
-        return Change() if self.kept or self.unrecorded else Change(guests={self.guest.name: None})
+        return self._forget()
 
     async def act(self, context: Context) -> None:  # noqa: D102
         found = _guest(self.guest.name, context)
@@ -147,11 +143,20 @@ class Stop(Step, frozen=True, tag="stop"):
         )
 
 
-class Attach(Step, frozen=True, tag="attach"):
-    """Plug an mdev into a running guest."""
+class _PlugStep(Step, frozen=True):
+    """Plugs an mdev into a running guest, or unplugs it."""
 
     guest: GuestRecord
     uuid: UUID
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
+
+
+class Attach(_PlugStep, frozen=True, tag="attach"):
+    """Plug an mdev into a running guest."""
+
     deadline: float = hotplug.ATTACH_SECONDS
     undo_deadline: float = hotplug.DETACH_SECONDS
 
@@ -159,17 +164,13 @@ class Attach(Step, frozen=True, tag="attach"):
         """What it does."""
         return f"attach mdev {self.uuid} to guest {self.guest.name}"
 
-    @property
-    def claims(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
-
     async def act(self, context: Context) -> None:  # noqa: D102
-        with before_acting():
+        with errors.before_acting():
             found = _alive(self.guest, context)
             if found is None:
                 if context.repairing:
                     return  # a guest that has ended has no devices to give back
-                raise RequestError(
+                raise errors.RequestError(
                     f"guest {self.guest.name} does not run",
                     "mdo apply starts it",
                     subject=f"guest {self.guest.name}",
@@ -187,14 +188,12 @@ class Attach(Step, frozen=True, tag="attach"):
         return Detach(guest=self.guest, uuid=self.uuid, deadline=self.undo_deadline)
 
 
-class Detach(Step, frozen=True, tag="detach"):
+class Detach(_PlugStep, frozen=True, tag="detach"):
     """Unplug an mdev from a guest.
 
     :ivar named: A user named the device: that the guest does not have it is an error.
     """
 
-    guest: GuestRecord
-    uuid: UUID
     deadline: float = hotplug.DETACH_SECONDS
     named: bool = False
 
@@ -202,16 +201,12 @@ class Detach(Step, frozen=True, tag="detach"):
         """What it does."""
         return f"detach mdev {self.uuid} from guest {self.guest.name}"
 
-    @property
-    def claims(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"guest:{self.guest.name}", f"mdev:{self.uuid}")
-
     async def act(self, context: Context) -> None:  # noqa: D102
         if _alive(self.guest, context) is None:
             return
         try:
             await detach(context.machine, self.guest.name, self.uuid, self.deadline)
-        except UnknownError:
+        except errors.UnknownError:
             if self.named and not context.repairing:
                 raise
 
@@ -250,7 +245,7 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
 def _usable(uuid: UUID, context: Context) -> GuestMdev:
     found = sysfs.read_mdev(context.machine, uuid)
     if found is None:
-        raise UnknownError(
+        raise errors.UnknownError(
             f"there is no mdev {uuid}", "mdo host lists them", subject=f"mdev {uuid}"
         )
     return GuestMdev(uuid, found.path, found.device_api or "vfio-pci")
@@ -259,7 +254,7 @@ def _usable(uuid: UUID, context: Context) -> GuestMdev:
 def _guest(name: str, context: Context) -> RunningGuest | None:
     try:
         return process.find(context.machine, name)
-    except UnknownError:
+    except errors.UnknownError:
         return None
 
 
@@ -267,7 +262,7 @@ def is_alive(machine: Machine, name: str) -> bool:
     """Whether a guest of this name runs."""
     try:
         return process.find(machine, name).alive
-    except UnknownError:
+    except errors.UnknownError:
         return False
 
 
@@ -291,7 +286,7 @@ async def usable_mdev(machine: Machine, uuid: UUID, deadline: float) -> GuestMde
     """
     mdev = sysfs.read_mdev(machine, uuid)
     if mdev is None:
-        raise UnknownError(
+        raise errors.UnknownError(
             f"there is no mdev {uuid}",
             "mdo host lists them; mdo create makes one",
             subject=f"mdev {uuid}",
@@ -312,7 +307,7 @@ async def launch(
     :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
         or what :func:`mdev_orchestrator.qemu.process.start` raises.
     """
-    with before_acting():
+    with errors.before_acting():
         await start_groups.reclaim_groups(machine)
         found = await sysfs.scan(machine, types=False) if spec.mdevs else Host()
         given = {mdev.uuid: mdev.device_api for mdev in spec.mdevs}
@@ -371,7 +366,7 @@ async def attach(
 
     end = asyncio.get_running_loop().time() + deadline
     async with contextlib.AsyncExitStack() as stack:
-        with before_acting():
+        with errors.before_acting():
             await stack.enter_async_context(process.attaching(guest))
             qmp = await stack.enter_async_context(
                 connect(guest.qmp_socket, guest.label, deadline=deadline)
@@ -407,13 +402,13 @@ async def detach(
     await hotplug.detach(machine, guest, uuid, deadline)
     try:
         found = process.find(machine, guest)
-    except UnknownError:
+    except errors.UnknownError:
         return  # it has ended since, and its groups were stopped with it
     if not process.has_started(found):
         return
     for reclaimed in await start_groups.release_groups(machine, found):
         if reclaimed.error:
-            raise MdoError(
+            raise errors.MdoError(
                 f"mdev {uuid} is out of guest {guest}, but {reclaimed.group}: {reclaimed.error}",
                 "mdo recover tries again",
                 outcome=Outcome.UNKNOWN,
@@ -440,7 +435,7 @@ async def end(
             return
         for reclaimed in await start_groups.release_groups(machine, ended):
             if reclaimed.error:
-                raise MdoError(
+                raise errors.MdoError(
                     f"{ended.label} has ended, but {reclaimed.group} may still be online: "
                     f"{reclaimed.error}",
                     "the next mdo guest command tries again",

@@ -110,6 +110,9 @@ async def show_guest(machine: Machine, name: str) -> Report:
 
 
 async def guest_reports(machine: Machine) -> list[Report]:
-    """Look at all guests of the state directory, by name; stops groups that have no user first."""
+    """Look at all guests of the state directory, by name; stops groups that have no user first.
+
+    A QEMU that does not answer within five seconds is reported as not answering.
+    """
     await reclaim_groups(machine)
     return await status.look_all(process.list_guests(machine))

@@ -37,15 +37,8 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from mdev_orchestrator.errors import (
-    BusyError,
-    HostError,
-    MdoError,
-    Outcome,
-    QemuError,
-    RequestError,
-    before_acting,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import groups, sysfs
 from mdev_orchestrator.host.holders import Holders, find_holders
 from mdev_orchestrator.machine import Machine
@@ -117,7 +110,7 @@ async def reclaim_groups(machine: Machine) -> tuple[ReclaimedGroup, ...]:
     for guest in left:
         if not _uses_all(guest, found, held):
             # one that is being started or changed just now is left to the next call
-            with contextlib.suppress(BusyError):
+            with contextlib.suppress(errors.BusyError):
                 done += await release_groups(machine, guest, wait=0, starting=0)
     return tuple(done)
 
@@ -128,7 +121,7 @@ def _uses_all(guest: RunningGuest, found: Host, held: Holders) -> bool:
         return False
     try:
         all_started = [_read(file) for file in guest.started.glob("*.json")]
-    except MdoError:
+    except errors.MdoError:
         return False
     left = [_members_left(started, found) for started in all_started]
     return all(mdevs and _users(found.group_of(mdevs[0]), held) for mdevs in left)
@@ -157,14 +150,14 @@ async def release_groups(
                     done += await _release(
                         machine, guest.name, file, alive=alive, starting=starting
                     )
-                except MdoError as error:
+                except errors.MdoError as error:
                     label = f"start group {file.stem}"
                     done.append(ReclaimedGroup(guest.name, label, error.message))
             cut_short = not alive and guest.record is None and not process.has_started(guest)
     except FileNotFoundError:
         return done  # another command has removed the directory
     if cut_short:  # the command that started it was killed before QEMU began
-        with contextlib.suppress(BusyError):
+        with contextlib.suppress(errors.BusyError):
             process.remove(guest)
     return done
 
@@ -238,7 +231,7 @@ async def online(
     if group.online is not False:
         yield
         return
-    with before_acting():
+    with errors.before_acting():
         started = StartedRecord(group.parent, group.uuid, list(group.members), by)
         file = _write(place, started)
     denied = ""
@@ -246,10 +239,10 @@ async def online(
         if by == "mdo":
             try:
                 await groups.start(machine, group, max(deadline, 0.1))
-            except HostError as error:
+            except errors.HostError as error:
                 denied = error.message
                 file.unlink(missing_ok=True)
-            except MdoError as error:
+            except errors.MdoError as error:
                 if error.outcome is Outcome.NO_EFFECT:
                     file.unlink(missing_ok=True)  # all members or none: it was none
                 raise
@@ -268,7 +261,7 @@ async def _undo(machine: Machine, file: Path, cause: BaseException) -> None:
     try:
         # a device that was plugged in spite of the failure is in use, and its group stays online
         await _release(machine, "", file, alive=True)
-    except MdoError as error:
+    except errors.MdoError as error:
         cause.add_note(f"{started.label} may still be online: {error.message}")
 
 
@@ -277,7 +270,7 @@ async def explained(machine: Machine, wanted: Sequence[StartGroup]) -> AsyncIter
     """Add what the drivers know to what QEMU says when it cannot open a device."""
     try:
         yield
-    except QemuError as error:
+    except errors.QemuError as error:
         for group in wanted:
             if words := groups.explain(machine, group):
                 error.add_note(words)
@@ -291,7 +284,7 @@ def _write(place: Path, started: StartedRecord) -> Path:
     try:
         write_atomic(file, msgspec.json.encode(started) + b"\n")
     except OSError as error:
-        raise HostError(f"cannot write {file}: {error.strerror}") from error
+        raise errors.HostError(f"cannot write {file}: {error.strerror}") from error
     return file
 
 
@@ -308,7 +301,7 @@ def _read(file: Path) -> StartedRecord:
     try:
         return decode(file.read_bytes(), StartedRecord)
     except (OSError, ValueError) as error:
-        raise HostError(
+        raise errors.HostError(
             f"{file} cannot be used: {error}", "remove it when you have looked"
         ) from error
 
@@ -336,7 +329,7 @@ def check_complete(label: str, wanted: Iterable[StartGroup], given: Collection[U
     for group in wanted:
         missing = [uuid for uuid in group.members if uuid not in given]
         if missing:
-            raise RequestError(
+            raise errors.RequestError(
                 f"{label}: {group.label} is not complete: it lacks mdev "
                 + ", ".join(map(str, missing)),
                 "give the guest all members, by --mdev " + " --mdev ".join(map(str, missing)),
@@ -356,12 +349,12 @@ def check_users(group: StartGroup, held: Holders, guest: RunningGuest | None = N
             continue
         held_by = f"held by {', '.join(map(str, others))}"
         if group.uuid is None:
-            raise BusyError(
+            raise errors.BusyError(
                 f"mdev {uuid} is {held_by}",
                 "detach it there, or take another",
                 subject=f"mdev {uuid}",
             )
-        raise BusyError(
+        raise errors.BusyError(
             f"{group.label} has a user already: mdev {uuid} of it is {held_by}",
             "a start group belongs to one guest; stop that one, or take other devices",
             subject=group.label,

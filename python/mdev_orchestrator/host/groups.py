@@ -14,14 +14,8 @@ import os
 from pathlib import Path
 from uuid import UUID
 
-from mdev_orchestrator.errors import (
-    BusyError,
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import GROUP_FILE, Host, StartGroup
@@ -56,7 +50,7 @@ async def start(machine: Machine, group: StartGroup, deadline: float) -> None:
                 path, b"1", lane=group.parent, kill_if_cancelled=True
             )
     except TimeoutError:
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"{_named(group)} did not come online within {deadline:g} s: its driver is silent",
             "the kernel log (dmesg) may tell what it waits for",
             outcome=Outcome.UNKNOWN,
@@ -68,7 +62,7 @@ async def start(machine: Machine, group: StartGroup, deadline: float) -> None:
         raise _refused(machine, group, result.errno)
     lagging = [uuid for uuid in group.members if _offline(machine, uuid)]
     if lagging:
-        raise MdoError(
+        raise errors.MdoError(
             f"{_named(group)} was started, and mdev {lagging[0]} of it is still offline",
             "a fault of its driver, or another program stopped it; see the kernel log (dmesg)",
             outcome=Outcome.UNKNOWN,
@@ -92,7 +86,7 @@ async def stop(machine: Machine, uuid: UUID, deadline: float) -> bool:
         async with asyncio.timeout(deadline):
             result = await machine.writer.write(path, b"0", lane=lane, kill_if_cancelled=True)
     except TimeoutError:
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"mdev {uuid} did not go offline within {deadline:g} s: its driver is silent",
             "the kernel log (dmesg) may tell what it waits for",
             outcome=Outcome.UNKNOWN,
@@ -121,25 +115,25 @@ async def join(machine: Machine, uuid: UUID, group: UUID, parent: str) -> None:
     what = f"mdev {uuid} cannot join start group {group}"
     if result.outcome is Outcome.UNKNOWN:
         raise sysfs.writer_killed(path, f"mdev {uuid} is in start group {group}", f"mdev {uuid}")
-    kind: type[MdoError] = MdoError
+    kind: type[errors.MdoError] = errors.MdoError
     reason = os.strerror(result.errno)
     match result.errno:
         case 0:
             return
         case errno.ENOENT:
-            kind = HostError
+            kind = errors.HostError
             what = f"the driver of {parent} has no start groups"
             reason = f"its mdevs have no file {GROUP_FILE}"
             hint = "create them without a group"
         case errno.EBUSY:
-            kind = BusyError
+            kind = errors.BusyError
             reason = "it is online already, and its driver lets no device join it then"
             hint = "stop the guest that has it, or take another group"
         case errno.EINVAL:
             reason = "the driver does not accept it"
             hint = "a group is on one parent; its other members may be elsewhere, see mdo host"
         case errno.ENOSPC:
-            kind = CapacityError
+            kind = errors.CapacityError
             hint = "the group, or the links of its parent, are full"
         case _:
             hint = "see the kernel log (dmesg)"
@@ -182,7 +176,7 @@ def _offline(machine: Machine, uuid: UUID) -> bool:
 def _optional(machine: Machine, uuid: UUID, name: str) -> str:
     try:
         return sysfs.read_file(machine, uuid, name) or ""
-    except MdoError:
+    except errors.MdoError:
         return ""
 
 
@@ -190,22 +184,22 @@ def _named(group: StartGroup) -> str:
     return f"{group.label} on {group.parent}"
 
 
-def _refused(machine: Machine, group: StartGroup, number: int) -> MdoError:
+def _refused(machine: Machine, group: StartGroup, number: int) -> errors.MdoError:
     words = [f"{_named(group)} does not come online: {os.strerror(number)}"]
     if group.uuid is not None:
         words.append(f"its {len(group.members)} members are " + ", ".join(map(str, group.members)))
     reason = _optional(machine, group.members[0], ERROR)
     if reason:
         words.append(f"the driver says: {reason}")
-    kind: type[MdoError]
+    kind: type[errors.MdoError]
     match number:
         case errno.ENOSPC:
-            kind = CapacityError
+            kind = errors.CapacityError
             if not reason:
                 words.extend(_links(machine, group))
             hint = f"stop a guest that has a group on {group.parent}, or make this one smaller"
         case errno.EBUSY:
-            kind = BusyError
+            kind = errors.BusyError
             hint = "another process has or starts it; see mdo guest list"
         case _:
             return _with_owner(machine, "; ".join(words), number, group.members[0], group.label)
@@ -226,11 +220,11 @@ def _links(machine: Machine, group: StartGroup) -> list[str]:
 
 def _with_owner(
     machine: Machine, message: str, number: int, uuid: UUID, subject: str = ""
-) -> MdoError:
-    kind: type[MdoError] = MdoError
+) -> errors.MdoError:
+    kind: type[errors.MdoError] = errors.MdoError
     hint = "the driver's own words are in the kernel log (dmesg)"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        kind = HostError
+        kind = errors.HostError
         message, hint = f"{message}: {file_and_owner(machine, uuid)}", "run as root"
     return kind(
         message,

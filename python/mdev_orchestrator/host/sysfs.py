@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from mdev_orchestrator.errors import (
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    UnknownError,
-    UuidError,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host.tree import (
     BUS,
     CLASS,
@@ -132,7 +125,7 @@ def read_file(machine: Machine, uuid: UUID, name: str) -> str | None:
     damage: list[str] = []
     text = read_text(file(machine, uuid, name), damage, optional=True, empty=True)
     if damage:
-        raise MdoError(f"mdev {uuid}: {damage[0]}", subject=_subject(uuid))
+        raise errors.MdoError(f"mdev {uuid}: {damage[0]}", subject=_subject(uuid))
     return text
 
 
@@ -207,7 +200,9 @@ def creation(machine: Machine, parent: str, type_id: str, uuid: UUID) -> tuple[s
     return f"{_type_directory(machine, parent, type_id)}/create", str(uuid).encode()
 
 
-def refusal(machine: Machine, parent: str, type_id: str, uuid: UUID, number: int) -> MdoError:
+def refusal(
+    machine: Machine, parent: str, type_id: str, uuid: UUID, number: int
+) -> errors.MdoError:
     """The error for an errno of a write to ``create``; see :func:`create`."""
     what = f"cannot create {type_id} on {parent}"
     match number:
@@ -217,7 +212,7 @@ def refusal(machine: Machine, parent: str, type_id: str, uuid: UUID, number: int
             damage: list[str] = []
             path = _type_directory(machine, parent, type_id)
             left = read_text(f"{path}/available_instances", damage)
-            return CapacityError(
+            return errors.CapacityError(
                 f"{what}: the driver has no instance left",
                 f"available_instances reads {left if left is not None else damage[0]}",
                 outcome=Outcome.NO_EFFECT,
@@ -230,15 +225,17 @@ def refusal(machine: Machine, parent: str, type_id: str, uuid: UUID, number: int
             message = f"{what}: the parent is going away", "mdo host lists what remains"
         case _:
             return _refused(what, number, uuid)
-    return UnknownError(*message, outcome=Outcome.NO_EFFECT, subject=_subject(uuid), errno=number)
+    return errors.UnknownError(
+        *message, outcome=Outcome.NO_EFFECT, subject=_subject(uuid), errno=number
+    )
 
 
-def taken(machine: Machine, uuid: UUID) -> UuidError:
+def taken(machine: Machine, uuid: UUID) -> errors.UuidError:
     """The error that says under which parent a UUID exists already."""
     mdev = read_mdev(machine, uuid)
     where = f" under parent {mdev.parent}" if mdev is not None and mdev.parent else ""
     kind = f" as {mdev.type_id}" if mdev is not None and mdev.type_id else ""
-    return UuidError(
+    return errors.UuidError(
         f"mdev {uuid} exists already{where}{kind}",
         "choose another UUID",
         outcome=Outcome.NO_EFFECT,
@@ -260,7 +257,9 @@ def available_instances(machine: Machine, parent: str, type_id: str) -> int | No
 def _type_directory(machine: Machine, parent: str, type_id: str) -> str:
     for name in (parent, type_id):
         if "/" in name or "\0" in name or name in ("", ".", ".."):
-            raise UnknownError(f"{shown(name)} is not a name in sysfs", outcome=Outcome.NO_EFFECT)
+            raise errors.UnknownError(
+                f"{shown(name)} is not a name in sysfs", outcome=Outcome.NO_EFFECT
+            )
     return machine.path(CLASS, parent, TYPES, type_id)
 
 
@@ -311,13 +310,13 @@ async def remove(machine: Machine, uuid: UUID, deadline: float) -> None:
                 return
     except TimeoutError:
         if not complete:
-            raise DeadlineError(
+            raise errors.DeadlineError(
                 f"mdev {uuid} was not removed within {deadline:g} s: it is still being created",
                 "its driver has not answered yet; try again when it has",
                 outcome=Outcome.NO_EFFECT,
                 subject=_subject(uuid),
             ) from None
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"mdev {uuid} was not removed within {deadline:g} s: a process has it open",
             "the kernel ends the removal by itself when the device is released",
             outcome=Outcome.UNKNOWN,
@@ -334,7 +333,7 @@ def removal(parent: Path, uuid: UUID) -> str:
     return f"{parent}/{uuid}/remove"
 
 
-def not_removed(uuid: UUID, number: int) -> MdoError:
+def not_removed(uuid: UUID, number: int) -> errors.MdoError:
     """The error for an errno of a write to ``remove``; see :func:`remove`."""
     return _refused(f"cannot remove mdev {uuid}", number, uuid)
 
@@ -343,7 +342,7 @@ def _own_directory(machine: Machine, uuid: UUID) -> str:
     """The device's directory itself: the link on the bus goes long before it may."""
     path = directory(machine, uuid)
     if path is None:
-        raise UnknownError(
+        raise errors.UnknownError(
             f"there is no mdev {uuid}",
             "mdo host lists them",
             outcome=Outcome.NO_EFFECT,
@@ -355,14 +354,14 @@ def _own_directory(machine: Machine, uuid: UUID) -> str:
 # ---- what a write has done ----------------------------------------------------------------------
 
 
-def writer_killed(path: str, whether: str, subject: str) -> MdoError:
+def writer_killed(path: str, whether: str, subject: str) -> errors.MdoError:
     """The error for a write whose child ended without an answer.
 
     :param path: The file.
     :param whether: What is not known, as a statement.
     :param subject: The object.
     """
-    return MdoError(
+    return errors.MdoError(
         f"the process that wrote {path} was killed; whether {whether} is not known",
         "mdo recover finds out, and finishes or undoes it",
         outcome=Outcome.UNKNOWN,
@@ -379,15 +378,15 @@ def _subject(uuid: UUID) -> str:
     return f"mdev {uuid}"
 
 
-def _refused(what: str, number: int, uuid: UUID) -> MdoError:
-    kind: type[MdoError] = MdoError
+def _refused(what: str, number: int, uuid: UUID) -> errors.MdoError:
+    kind: type[errors.MdoError] = errors.MdoError
     reason = os.strerror(number)
     message = f"{what}: {reason}"
     match number:
         case errno.EACCES | errno.EPERM:
-            kind, hint = HostError, "run as root"
+            kind, hint = errors.HostError, "run as root"
         case errno.EROFS:
-            kind, hint = HostError, "/sys is mounted read-only: mount -o remount,rw /sys"
+            kind, hint = errors.HostError, "/sys is mounted read-only: mount -o remount,rw /sys"
         case errno.EBUSY:
             hint = "a process has it open or another type is in use"
         case errno.EINVAL:

@@ -42,17 +42,8 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct, field
 
-from mdev_orchestrator.errors import (
-    BusyError,
-    CommandError,
-    DeadlineError,
-    MdoError,
-    Outcome,
-    QemuError,
-    RequestError,
-    UnknownError,
-    before_acting,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
@@ -169,7 +160,7 @@ async def _property(qmp: QmpMonitor, path: str, name: str) -> str | None:
     """A string property; ``None`` if object or property is not there (any more)."""
     try:
         return await qmp.execute("qom-get", str, {"path": path, "property": name})
-    except CommandError:
+    except errors.CommandError:
         return None
 
 
@@ -203,7 +194,7 @@ async def mdevs(qmp: QmpMonitor) -> tuple[Plugged, ...]:
             path = await _property(qmp, f"{directory}/{name}", "sysfsdev")
             try:
                 uuid = parse_uuid(PurePosixPath(path or "").name)
-            except RequestError:
+            except errors.RequestError:
                 continue  # a whole device of the host, no mdev
             bus = await _property(qmp, f"{directory}/{name}", "parent_bus")
             found.append(
@@ -244,7 +235,7 @@ def _known(outcome: Outcome) -> Iterator[None]:
     """Say of the act before the block what is known, in errors that leave the block."""
     try:
         yield
-    except MdoError as error:
+    except errors.MdoError as error:
         error.outcome = outcome
         raise
 
@@ -262,12 +253,12 @@ async def _id_of(qmp: QmpMonitor, uuid: UUID) -> str:
     held = {plugged.uuid: plugged for plugged in await mdevs(qmp)}
     if uuid not in held:
         has = ", ".join(sorted(map(str, held))) or "none"
-        raise UnknownError(
+        raise errors.UnknownError(
             f"{qmp.label} has no mdev {uuid}", f"it has: {has}", subject=f"mdev {uuid}"
         )
     found = held[uuid].device_id
     if found is None:
-        raise RequestError(
+        raise errors.RequestError(
             f"{qmp.label}: mdev {uuid} has no id in QEMU, so it cannot be unplugged",
             "stop the guest",
         )
@@ -303,10 +294,10 @@ async def plug_by(
         taken the device in time: it is plugged (the outcome is "done"), and the message says so.
     """
     with qmp.until(end):
-        with before_acting():
+        with errors.before_acting():
             there = await _children(qmp, PERIPHERAL)
             if device.id in there:
-                raise RequestError(f"{qmp.label} has {device.id} already", subject=qmp.label)
+                raise errors.RequestError(f"{qmp.label} has {device.id} already", subject=qmp.label)
             arguments: dict[str, object] = {
                 "driver": device.driver,
                 "id": device.id,
@@ -320,7 +311,7 @@ async def plug_by(
         await _add(qmp, device, arguments)
         with _known(Outcome.UNKNOWN):
             if device.id not in await _children(qmp, PERIPHERAL):
-                raise QemuError(f"{qmp.label}: QEMU took {device.id}, but does not list it")
+                raise errors.QemuError(f"{qmp.label}: QEMU took {device.id}, but does not list it")
     if wait_guest:
         with _known(Outcome.DONE):
             await _until_taken(qmp, device.id, end)
@@ -332,7 +323,7 @@ async def _free_port(qmp: QmpMonitor, names: Sequence[str]) -> str:
         if await _occupant(qmp, name) is None:
             return name
     state = f"all {len(names)} root ports are taken" if names else "it has no root port"
-    raise RequestError(
+    raise errors.RequestError(
         f"{qmp.label} has no room for another device: {state}",
         "detach one, or start it with more --hotplug-ports",
     )
@@ -349,7 +340,7 @@ async def _add(qmp: QmpMonitor, device: Device, arguments: Mapping[str, object])
         nonlocal there
         try:
             await qmp.execute("device_add", object, arguments, deadline=None)
-        except CommandError:
+        except errors.CommandError:
             there = ""
             raise
         there = "has"
@@ -360,9 +351,9 @@ async def _add(qmp: QmpMonitor, device: Device, arguments: Mapping[str, object])
         if there:
             error.add_note(f"{qmp.label} {there} {device.id} by now; mdo detach takes it back")
         raise
-    except CommandError as error:
+    except errors.CommandError as error:
         if error.description.startswith("Duplicate device ID"):
-            raise RequestError(
+            raise errors.RequestError(
                 f"{qmp.label} has {device.id} already",
                 outcome=Outcome.NO_EFFECT,
                 subject=qmp.label,
@@ -399,9 +390,11 @@ async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
             if found and taken(found.regions):
                 return
             if await events.next(min(pause, left)):
-                raise QemuError(f"{qmp.label}: {device} was unplugged while waiting for the guest")
+                raise errors.QemuError(
+                    f"{qmp.label}: {device} was unplugged while waiting for the guest"
+                )
             pause = min(1.5 * pause, LOOK_SECONDS)
-    raise DeadlineError(
+    raise errors.DeadlineError(
         f"{qmp.label} has not taken {device} in time; it stays plugged",
         "the guest may still boot or lack a driver; see mdo guest console, or detach",
         subject=qmp.label,
@@ -444,10 +437,10 @@ async def detach(
     from mdev_orchestrator.qemu.monitor import connect
 
     end = _end_of(deadline)
-    with before_acting():
+    with errors.before_acting():
         guest = find_running(machine, guest_name)
     async with connect(guest.qmp_socket, guest.label, deadline=None, end=end) as qmp:
-        with before_acting():
+        with errors.before_acting():
             device = await _id_of(qmp, uuid)
         with _asking(guest, uuid) as mark:
             await _unplug(qmp, device, end, deadline, mark)
@@ -472,7 +465,7 @@ def _asking(guest: RunningGuest, uuid: UUID) -> Iterator[Path]:
     mark = _mark(guest, uuid)
     try:
         yield mark
-    except MdoError as error:
+    except errors.MdoError as error:
         if error.outcome is Outcome.NO_EFFECT:
             mark.unlink(missing_ok=True)
         raise
@@ -523,10 +516,10 @@ async def _keeps(qmp: QmpMonitor, device_id: str, seconds: float, end: float) ->
         try:
             if await _gone(qmp, device_id, events, patience):
                 return False
-        except BusyError:
+        except errors.BusyError:
             return True
     if patience < seconds:
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"{qmp.label} was asked to let go of {device_id} and may do so yet",
             f"try again in {seconds - patience:.0f} s",
             outcome=Outcome.UNKNOWN,
@@ -560,9 +553,9 @@ async def _unplug(
         with qmp.until(loop.time() + LAST_LOOK_SECONDS):
             if device_id not in await _children(qmp, PERIPHERAL):
                 return
-    except MdoError:
+    except errors.MdoError:
         has = "QEMU does not say whether it still has the device"
-    raise DeadlineError(
+    raise errors.DeadlineError(
         f"{qmp.label} did not let go of {device_id} within {deadline:g} s; {has}",
         "a guest answers only when it has booted; try again, or stop the guest",
         outcome=Outcome.UNKNOWN,
@@ -576,7 +569,7 @@ async def _ask_to_let_go(qmp: QmpMonitor, device_id: str, mark: Path | None) -> 
         _leave(mark)
     try:
         await qmp.execute("device_del", object, {"id": device_id}, deadline=None)
-    except CommandError as error:
+    except errors.CommandError as error:
         if error.qmp_class == "DeviceNotFound":
             return False  # it went between two questions
         if "in the process of unplug" not in error.description:
@@ -594,7 +587,7 @@ async def _gone(qmp: QmpMonitor, device_id: str, events: Events, seconds: float)
     if event is None:
         return False
     if event.event == "DEVICE_UNPLUG_GUEST_ERROR":
-        raise BusyError(
+        raise errors.BusyError(
             f"{qmp.label} refuses to let go of {device_id}",
             "stop using it in the guest and try again",
             outcome=Outcome.NO_EFFECT,

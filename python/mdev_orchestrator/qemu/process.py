@@ -49,17 +49,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from mdev_orchestrator.errors import (
-    BusyError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    QemuError,
-    RequestError,
-    UnknownError,
-    before_acting,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host.service import scope
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu.command import (
@@ -243,7 +234,9 @@ def list_guests(machine: Machine) -> list[RunningGuest]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise HostError(f"cannot read {root}: {error.strerror}", errno=error.errno) from error
+        raise errors.HostError(
+            f"cannot read {root}: {error.strerror}", errno=error.errno
+        ) from error
     found = (_look(root / name) for name in names)
     return [guest for guest in found if guest]
 
@@ -257,7 +250,7 @@ def find(machine: Machine, name: str) -> RunningGuest:
     if guest := _look(machine.guests_dir / name):
         return guest
     known = ", ".join(guest.name for guest in list_guests(machine))
-    raise UnknownError(
+    raise errors.UnknownError(
         f"no guest is called {name}",
         f"there are: {known}" if known else "",
         subject=f"guest {name}",
@@ -274,7 +267,7 @@ def find_running(machine: Machine, name: str) -> RunningGuest:
     if not guest.alive:
         what = guest.damage if guest.state is State.DAMAGED else "its process has ended"
         force = "--force " if guest.state is State.DAMAGED else ""
-        raise RequestError(
+        raise errors.RequestError(
             f"{guest.label} does not run: {what}",
             f"mdo guest stop {force}{name} removes what it left",
             subject=guest.label,
@@ -498,7 +491,7 @@ async def _claim(machine: Machine, name: str) -> AsyncIterator[Path]:
     It stays if something of the guest is still there: its process, because the kernel holds it
     even after SIGKILL, or a group that has to be stopped.
     """
-    with before_acting(), contextlib.ExitStack() as claiming:
+    with errors.before_acting(), contextlib.ExitStack() as claiming:
         directory = await _claimed(machine, name, claiming)
         stack = claiming.pop_all()
     with stack:
@@ -521,7 +514,7 @@ async def _claimed(machine: Machine, name: str, stack: contextlib.ExitStack) -> 
             await _clear_way(machine, name, directory)
             continue
         except OSError as error:
-            raise HostError(
+            raise errors.HostError(
                 f"cannot create {directory}: {error.strerror}", errno=error.errno
             ) from error
         with contextlib.ExitStack() as attempt:
@@ -553,29 +546,29 @@ async def _clear_way(machine: Machine, name: str, directory: Path) -> None:
             raise _runs_on(guest, strays)
         remove(guest)
     elif guest.alive and guest.record:
-        raise BusyError(
+        raise errors.BusyError(
             f"{guest.label} runs already, as process {guest.record.pid}",
             f"mdo guest stop {name}, or take another name",
             subject=guest.label,
         )
     elif guest.state is State.STARTING:
-        raise BusyError(
+        raise errors.BusyError(
             f"{guest.label} is being started by another process",
             "take another name",
             subject=guest.label,
         )
     else:
-        raise RequestError(
+        raise errors.RequestError(
             f"{guest.label}: {guest.damage}",
             f"mdo guest stop --force {name}",
             subject=guest.label,
         )
 
 
-def _runs_on(guest: RunningGuest, strays: list[int]) -> BusyError:
+def _runs_on(guest: RunningGuest, strays: list[int]) -> errors.BusyError:
     pids = ", ".join(map(str, strays))
     was = f"process {guest.record.pid}" if guest.record else "its process"
-    return BusyError(
+    return errors.BusyError(
         f"{guest.label}: {was} has ended, but a QEMU of it runs on as process {pids}",
         f"mdo guest stop --force {guest.name} ends it",
         outcome=Outcome.NO_EFFECT,
@@ -595,13 +588,13 @@ def remove(guest: RunningGuest) -> None:
             if not _is_same(descriptor, guest.directory):
                 return
             if has_started(guest):
-                raise RequestError(
+                raise errors.RequestError(
                     f"{guest.label} has ended, and a start group of it may still be online",
                     f"mdo guest stop {guest.name} stops it",
                 )
             _remove_tree(guest.directory)
     except BlockingIOError:
-        raise BusyError(
+        raise errors.BusyError(
             f"{guest.label} is being started or removed by another process",
             "try again",
             subject=guest.label,
@@ -609,7 +602,7 @@ def remove(guest: RunningGuest) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise HostError(
+        raise errors.HostError(
             f"cannot remove {guest.directory}: {error.strerror}", errno=error.errno
         ) from error
 
@@ -638,10 +631,10 @@ async def attaching(guest: RunningGuest) -> AsyncIterator[None]:
         try:
             descriptor = stack.enter_context(_descriptor(guest.directory))
         except FileNotFoundError:
-            raise RequestError(f"{guest.label} has gone") from None
+            raise errors.RequestError(f"{guest.label} has gone") from None
         await _lock(descriptor, fcntl.LOCK_SH, guest.label, LOCK_SECONDS)
         if not _is_same(descriptor, guest.directory):
-            raise RequestError(f"{guest.label} has gone")
+            raise errors.RequestError(f"{guest.label} has gone")
         yield
 
 
@@ -654,7 +647,7 @@ async def _lock(descriptor: int, kind: int, label: str, seconds: float) -> None:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if loop.time() >= end:
-                raise BusyError(
+                raise errors.BusyError(
                     f"{label} is being started, changed or removed by another process",
                     "try again",
                     subject=label,
@@ -690,7 +683,7 @@ async def tidying(guest: RunningGuest, seconds: float = LOCK_SECONDS) -> AsyncIt
 def _listen(path: Path) -> socket.socket:
     """Bind and listen, so that the socket is there before QEMU is, and only for its owner."""
     if len(os.fsencode(path)) > MAX_SUN_PATH:
-        raise HostError(
+        raise errors.HostError(
             f"the socket path {path} has more than {MAX_SUN_PATH} bytes",
             "set MDO_STATE_DIR to a shorter directory",
         )
@@ -701,7 +694,7 @@ def _listen(path: Path) -> socket.socket:
         sock.listen(8)
     except OSError as error:
         sock.close()
-        raise HostError(f"cannot listen on {path}: {error.strerror}") from error
+        raise errors.HostError(f"cannot listen on {path}: {error.strerror}") from error
     return sock
 
 
@@ -772,7 +765,9 @@ def _last_words(log: Path, program: str) -> str:
 def _program(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        raise HostError(f"there is no program {name}", "apt install qemu-system-x86, or --qemu")
+        raise errors.HostError(
+            f"there is no program {name}", "apt install qemu-system-x86, or --qemu"
+        )
     return str(Path(path).absolute())
 
 
@@ -785,7 +780,7 @@ def _absolute(spec: GuestSpec) -> GuestSpec:
             continue
         if not os.access(path, os.R_OK):
             why = "cannot be read" if path.exists() else "does not exist"
-            raise RequestError(f"guest {spec.name}: its {field} {path} {why}")
+            raise errors.RequestError(f"guest {spec.name}: its {field} {path} {why}")
         changes[field] = path.absolute()
     return replace(spec, **changes)
 
@@ -814,7 +809,7 @@ async def start(
     :raise HostError: No QEMU, or no place for its files.
     """
     began = asyncio.get_running_loop().time()
-    with before_acting():
+    with errors.before_acting():
         check(spec)
         spec = _absolute(spec)
     async with (
@@ -872,7 +867,7 @@ async def _start(
         except BaseException as error:
             failure = _not_started(label, directory, error) if isinstance(error, OSError) else error
             gone, forked = await run_to_completion(_end_all(machine, process, directory, spec.uuid))
-            if isinstance(failure, MdoError):
+            if isinstance(failure, errors.MdoError):
                 failure.subject = label
                 failure.outcome = Outcome.NO_EFFECT if gone else Outcome.UNKNOWN
                 if forked:
@@ -900,8 +895,8 @@ async def _end_all(
     return ended and not left, bool(found)
 
 
-def _not_started(label: str, directory: Path, error: OSError) -> HostError:
-    return HostError(
+def _not_started(label: str, directory: Path, error: OSError) -> errors.HostError:
+    return errors.HostError(
         f"{label} was not started: {error.strerror or error}",
         f"its files go to {directory}",
         outcome=Outcome.NO_EFFECT,
@@ -921,7 +916,7 @@ async def _until_ready(
     dying = asyncio.ensure_future(_ended(process, None))
     try:
         await asyncio.wait((asking, dying), return_when=asyncio.FIRST_COMPLETED)
-        if asking.done() and isinstance(asking.exception(), QemuError):
+        if asking.done() and isinstance(asking.exception(), errors.QemuError):
             # A QEMU that dies hangs up first. Its status and words are worth a moment.
             await asyncio.wait((dying,), timeout=1)
     finally:
@@ -932,15 +927,15 @@ async def _until_ready(
     if not dying.cancelled():
         status = _reap(process)
         raise _failed(label, "ended" if status is None else _status(status), directory, argv)
-    if isinstance(failure, DeadlineError):
+    if isinstance(failure, errors.DeadlineError):
         words = _last_words(directory / QEMU_LOG, argv[0])
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"{label}: QEMU's monitor did not answer within {deadline:g} s"
             + (words and f": {words}"),
             "give it a longer --deadline, or see with --debug how it was run",
             details=_run_as(argv),
         ) from failure
-    if isinstance(failure, MdoError):
+    if isinstance(failure, errors.MdoError):
         raise _failed(label, failure.message, directory, argv) from failure
     if failure is not None:
         raise failure
@@ -963,9 +958,9 @@ def _run_as(argv: list[str]) -> str:
     return f"QEMU was run as: {shlex.join(argv)}"
 
 
-def _failed(label: str, what: str, directory: Path, argv: list[str]) -> QemuError:
+def _failed(label: str, what: str, directory: Path, argv: list[str]) -> errors.QemuError:
     words = _last_words(directory / QEMU_LOG, argv[0])
-    return QemuError(
+    return errors.QemuError(
         f"{label}: QEMU {what}: {words or 'it said nothing'}",
         remedy(words) or "--debug shows how QEMU was run",
         details=_run_as(argv),
@@ -1013,7 +1008,8 @@ async def stop(
             how = "killed"
     if release:
         await release(guest)
-    with contextlib.suppress(BusyError):  # another process that starts or stops it removes it
+    # another process that starts or stops it removes it
+    with contextlib.suppress(errors.BusyError):
         remove(guest)
     return Ended(guest.name, how)
 
@@ -1044,7 +1040,7 @@ async def await_pending_shutdown(guest: RunningGuest, *, deadline: float = OBEY_
     if await wait_ended(guest, max(min(left, deadline), 0)):
         return True
     if deadline < left:
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"{guest.label} was asked to power down and may do so yet",
             f"try again in {left - deadline:.0f} s",
             outcome=Outcome.UNKNOWN,
@@ -1059,14 +1055,14 @@ async def _end(guest: RunningGuest, process: int, deadline: float, *, force: boo
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline
     asked = guest.directory / ASKED
-    trouble: MdoError | None = None
+    trouble: errors.MdoError | None = None
     pressed = asked.exists()  # by an earlier command
     while trouble is None and end > loop.time() and not (force and is_stopped(guest)):
         with contextlib.suppress(OSError):  # on a full disk it is stopped all the same
             asked.touch()
         try:
             await _press(guest, end)
-        except MdoError as error:
+        except errors.MdoError as error:
             trouble = error
         pressed = pressed or trouble is None or trouble.outcome is not Outcome.NO_EFFECT
         # a guest that boots does not feel its button yet
@@ -1077,7 +1073,7 @@ async def _end(guest: RunningGuest, process: int, deadline: float, *, force: boo
         return await _force(guest, process)
     if not pressed:
         asked.unlink(missing_ok=True)
-    raise DeadlineError(
+    raise errors.DeadlineError(
         f"{guest.label} did not power down within {deadline:g} s{_why(guest, trouble)}",
         f"it still runs; mdo guest stop --force {guest.name} ends it without asking",
         outcome=Outcome.UNKNOWN if pressed else Outcome.NO_EFFECT,
@@ -1085,7 +1081,7 @@ async def _end(guest: RunningGuest, process: int, deadline: float, *, force: boo
     )
 
 
-def _why(guest: RunningGuest, trouble: MdoError | None) -> str:
+def _why(guest: RunningGuest, trouble: errors.MdoError | None) -> str:
     """Why a guest did not power down, as the end of a message; empty if there is nothing to say."""
     if guest.record and is_stopped(guest):
         pid = guest.record.pid
@@ -1111,7 +1107,7 @@ async def _force(guest: RunningGuest, process: int) -> str:
             return "terminated"
     if await _kill(process):
         return "killed"
-    raise DeadlineError(
+    raise errors.DeadlineError(
         f"{guest.label}: process {guest.record.pid if guest.record else '?'} does not end "
         f"{KILL_SECONDS:g} s after SIGKILL",
         "the kernel holds it, perhaps in a driver; see dmesg",
@@ -1126,7 +1122,7 @@ async def _quit(guest: RunningGuest, process: int) -> bool:
 
     loop = asyncio.get_running_loop()
     end = loop.time() + QUIT_SECONDS
-    with contextlib.suppress(MdoError):  # a QEMU that does not answer is killed
+    with contextlib.suppress(errors.MdoError):  # a QEMU that does not answer is killed
         async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
             await qmp.quit()
     return await _ended(process, max(end - loop.time(), 0))
@@ -1142,7 +1138,7 @@ async def _end_strays(machine: Machine, guest: RunningGuest, patience: float = 0
     uuid = guest.record.uuid if guest.record else None
     _, left = await _kill_strays(machine, guest.directory, uuid, patience=patience)
     if left:
-        raise DeadlineError(
+        raise errors.DeadlineError(
             f"{guest.label}: process {left[0]} does not end {KILL_SECONDS:g} s after SIGKILL",
             "the kernel holds it, perhaps in a driver; see dmesg",
             outcome=Outcome.UNKNOWN,
@@ -1155,7 +1151,7 @@ async def _end_damaged(machine: Machine, guest: RunningGuest, *, force: bool) ->
     from mdev_orchestrator.qemu import monitor
 
     if not force:
-        raise RequestError(
+        raise errors.RequestError(
             f"{guest.label}: {guest.damage}",
             f"mdo guest stop --force {guest.name} ends the QEMU that uses its directory",
             outcome=Outcome.NO_EFFECT,
@@ -1164,7 +1160,7 @@ async def _end_damaged(machine: Machine, guest: RunningGuest, *, force: bool) ->
     how = "gone"
     if _is_listening(guest.qmp_socket):
         how = "quit"
-        with contextlib.suppress(MdoError):  # a QEMU that does not answer is killed
+        with contextlib.suppress(errors.MdoError):  # a QEMU that does not answer is killed
             end = asyncio.get_running_loop().time() + QUIT_SECONDS
             async with monitor.connect(guest.qmp_socket, guest.label, end=end) as qmp:
                 await qmp.quit()

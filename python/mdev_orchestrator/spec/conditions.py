@@ -39,6 +39,7 @@ class Condition(str):
     __slots__ = ("terms",)
     terms: tuple[tuple[str, Any], ...]
     _pattern: ClassVar[str]
+    _example: ClassVar[str]
 
     def __new__(cls, text: str) -> Self:
         """Read a condition.
@@ -53,16 +54,11 @@ class Condition(str):
             match = _TERM.fullmatch(part)
             if match is None:
                 raise RequestError(
-                    f"{quoted(text)} is no condition", f"write it like {cls.example()}"
+                    f"{quoted(text)} is no condition", f"write it like {cls._example}"
                 )
             terms.append((match[1] or "==", cls.parse_value(match[2])))
         self.terms = tuple(terms)
         return self
-
-    @classmethod
-    def example(cls) -> str:
-        """A condition of this kind, for messages."""
-        return ">=1"
 
     @classmethod
     def parse_value(cls, text: str) -> Any:  # noqa: ANN401 - an int or a resolution, by class
@@ -82,7 +78,7 @@ class Condition(str):
         """
         if isinstance(value, (int, str)) and not isinstance(value, bool):
             return cls(str(value))
-        raise RequestError(f"must be a condition, like {cls.example()}")
+        raise RequestError(f"must be a condition, like {cls._example}")
 
     @classmethod
     def json_schema(cls) -> Mapping[str, Any]:
@@ -100,11 +96,7 @@ class SizeCondition(Condition):
 
     __slots__ = ()
     _pattern = SIZE_PATTERN
-
-    @classmethod
-    def example(cls) -> str:
-        """A condition of this kind, for messages."""
-        return ">=512M"
+    _example = ">=512M"
 
     @classmethod
     def parse_value(cls, text: str) -> int:
@@ -117,6 +109,7 @@ class CountCondition(Condition):
 
     __slots__ = ()
     _pattern = r"[0-9]{1,9}"
+    _example = ">=1"
 
 
 class ResolutionCondition(Condition):
@@ -124,11 +117,7 @@ class ResolutionCondition(Condition):
 
     __slots__ = ()
     _pattern = RESOLUTION_PATTERN
-
-    @classmethod
-    def example(cls) -> str:
-        """A condition of this kind, for messages."""
-        return ">=1920x1200"
+    _example = ">=1920x1200"
 
     @classmethod
     def parse_value(cls, text: str) -> tuple[int, int]:

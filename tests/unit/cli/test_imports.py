@@ -116,10 +116,21 @@ def test_a_spec_without_guests(card: FakeSystem, tmp_path: Path, name: str) -> N
     assert not needless({*GUESTS, *OTHERS}, card, name, str(spec))
 
 
-def test_the_library_imports_nothing_to_talk_to_guests_before_it_is_asked() -> None:
-    program = (
-        "import sys, mdev_orchestrator as mdo; mdo.open, mdo.load, mdo.MdoError;"
-        "print(sorted({'qemu.qmp', 'json', 'typer', 'rich', 'tomllib'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("program", "spared"),
+    [
+        (
+            "import mdev_orchestrator as mdo; mdo.open, mdo.load, mdo.MdoError",
+            {"qemu.qmp", "json", "typer", "rich", "tomllib"},
+        ),
+        (
+            "import mdev_orchestrator.cli.guest, mdev_orchestrator.cli.hotplug",
+            {"asyncio", "qemu.qmp", "msgspec"},
+        ),
+    ],
+    ids=["library", "commands"],
+)
+def test_what_is_imported_before_anything_is_asked(program: str, spared: set[str]) -> None:
+    program += "; import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert done.stdout == b"[]\n"
+    assert not spared & set(done.stdout.decode().split())

@@ -41,6 +41,22 @@ def mdo(system: FakeSystem, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def shape_of_first(system: FakeSystem) -> dict[str, object]:
+    """What is shown as JSON of a device with UUID U1 of type grid-12, the first of its host."""
+    return {
+        "uuid": U1,
+        "path": str(system.bus / U1),
+        "parent": "card1",
+        "type": "grid-12",
+        "device_api": "vfio-pci",
+        "iommu_group": 1,
+        "group_uuid": None,
+        "online": None,
+        "params": None,
+        "damage": [],
+    }
+
+
 def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     """Standard error of a command that failed as it should: one line, nothing else."""
     assert done.returncode == code, done.stderr
@@ -213,17 +229,8 @@ def test_host_as_json(cards: FakeSystem) -> None:
         "damage": [],
     }
     assert shape["mdevs"] == [
-        {
-            "uuid": U1,
-            "path": str(cards.bus / U1),
-            "parent": "card1",
-            "type": "grid-12",
-            "device_api": "vfio-pci",
-            "iommu_group": 1,
-            "group_uuid": None,
-            "online": None,
-            "params": None,
-            "damage": [],
+        shape_of_first(cards)
+        | {
             "holders": [{"pid": 41, "comm": "qemu-system-x86", "guest": "g1"}],
             "owner": "foreign",
             "spec": None,
@@ -281,22 +288,7 @@ def test_create_prints_the_uuids(kernel: FakeSystem) -> None:
 
 def test_create_as_json(kernel: FakeSystem) -> None:
     shape = json.loads(mdo(kernel, "create", "grid-12", "--uuid", U1, "--json").stdout)
-    assert shape == {
-        "created": [
-            {
-                "uuid": U1,
-                "path": str(kernel.bus / U1),
-                "parent": "card1",
-                "type": "grid-12",
-                "device_api": "vfio-pci",
-                "iommu_group": 1,
-                "group_uuid": None,
-                "online": None,
-                "params": None,
-                "damage": [],
-            }
-        ]
-    }
+    assert shape == {"created": [shape_of_first(kernel)]}
 
 
 @pytest.mark.parametrize(

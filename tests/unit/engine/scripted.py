@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Literal
 from uuid import UUID, uuid4
@@ -27,7 +28,7 @@ from mdev_orchestrator.qemu.process import ProcessRecord
 from mdev_orchestrator.system.processes import boot_id, start_time
 from mdev_orchestrator.system.waiting import readable
 from unit.fakesys import FakeSystem
-from unit.qemu.conftest import Peer
+from unit.qemu.conftest import Peer, listen
 
 
 class ScriptedGuest:
@@ -184,7 +185,9 @@ async def scripted_guest(
     (directory / process.RECORD).write_bytes(msgspec.json.encode(record))
     for mdev in mdevs:
         guest.plug(mdev)
-    servers = [await _listen(guest, directory / socket) for socket in guest._serving]
+    servers = [
+        await listen(partial(guest.serve, socket), directory / socket) for socket in guest._serving
+    ]
     watching = asyncio.ensure_future(_close_at_end(guest))
     try:
         yield guest
@@ -201,26 +204,6 @@ async def scripted_guest(
             await watching
         os.close(guest.pidfd)
         await asyncio.to_thread(child.communicate)
-
-
-async def _listen(
-    guest: ScriptedGuest, path: os.PathLike[str]
-) -> tuple[asyncio.AbstractServer, set[asyncio.Task[None]]]:
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        tasks.add(task)
-        try:
-            await guest.serve(PurePosixPath(path).name, Peer(reader, writer))
-        except (ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            tasks.discard(task)
-            writer.close()
-
-    return await asyncio.start_unix_server(client, path, limit=1 << 24), tasks
 
 
 async def _close_at_end(guest: ScriptedGuest) -> None:

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import pytest
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import apply as module
 from mdev_orchestrator.engine.adopt import Adopted, adopt
 from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
@@ -26,16 +27,7 @@ from mdev_orchestrator.engine.records import Managed
 from mdev_orchestrator.engine.restore import restore
 from mdev_orchestrator.engine.snapshot import ObservedState
 from mdev_orchestrator.engine.steps import Create
-from mdev_orchestrator.errors import (
-    BusyError,
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    RequestError,
-    UnknownError,
-)
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import QmpMonitor
@@ -140,7 +132,7 @@ async def test_a_refusal_in_the_middle_leaves_what_was_before(
         f'[[pool]]\nname = "q"\ntype = "t-1"\nuuid = "{U2}"\n'
     )
     system.refuse[U2] = errno.EIO
-    with pytest.raises(MdoError, match="Input/output error"):
+    with pytest.raises(errors.MdoError, match="Input/output error"):
         await apply(machine, more)
     assert system.uuids() == before
     assert read_managed(machine) == managed
@@ -154,7 +146,7 @@ async def test_a_program_that_was_quicker_is_named(machine: Machine, system: Fak
         return errno.EUSERS
 
     system.before = quicker
-    with pytest.raises(CapacityError) as caught:
+    with pytest.raises(errors.CapacityError) as caught:
         await apply(machine)
     assert f"meanwhile another program created mdev {U2} (t-1 on card0)" in caught.value.__notes__
     assert system.uuids() == {U2}
@@ -169,13 +161,15 @@ async def test_the_same_spec_at_the_same_time(machine: Machine, system: FakeSyst
     assert steps[-1] == 4
     assert set(steps[:-1]) <= {0}
     for one in done:
-        assert isinstance(one, list | BusyError)
+        assert isinstance(one, list | errors.BusyError)
 
 
 async def test_two_specs_and_one_name_of_a_device(machine: Machine, system: FakeSystem) -> None:
     await apply(machine)
     other = f'name = "other"\n[[pool]]\nname = "o"\ntype = "t-1"\nuuid = "{U1}"\n'
-    with pytest.raises(RequestError, match=f"lab.toml:5: .*{U1} belongs to pool named of spec lab"):
+    with pytest.raises(
+        errors.RequestError, match=f"lab.toml:5: .*{U1} belongs to pool named of spec lab"
+    ):
         await apply(machine, other)
     assert len(system.uuids()) == 4
 
@@ -183,10 +177,10 @@ async def test_two_specs_and_one_name_of_a_device(machine: Machine, system: Fake
 async def test_what_was_never_applied_cannot_be_destroyed(
     machine: Machine, system: FakeSystem
 ) -> None:
-    with pytest.raises(UnknownError, match="no spec lab was applied"):
+    with pytest.raises(errors.UnknownError, match="no spec lab was applied"):
         await destroy(machine)
     await apply(machine)
-    with pytest.raises(UnknownError, match=r"no spec web was applied \(there are: lab\)"):
+    with pytest.raises(errors.UnknownError, match=r"no spec web was applied \(there are: lab\)"):
         await destroy(machine, "web")
     assert len(system.uuids()) == 4
 
@@ -197,7 +191,7 @@ async def test_a_destroy_that_is_refused_gives_all_back(
     await apply(machine)
     before, managed = system.uuids(), read_managed(machine)
     system.refuse[f"{U1}/remove"] = errno.EIO
-    with pytest.raises(MdoError, match="Input/output error"):
+    with pytest.raises(errors.MdoError, match="Input/output error"):
         await destroy(machine)
     assert (system.uuids(), read_managed(machine)) == (before, managed)
 
@@ -209,7 +203,7 @@ async def test_a_device_that_is_held_keeps_the_spec_whole(
     group = (system.bus / U1 / "iommu_group").resolve().name
     system.process(41, "qemu-system-x86", ["qemu", "-name", "guest=x"], [f"/dev/vfio/{group}"])
     before = system.uuids()
-    with pytest.raises(BusyError, match=rf"mdev {U1} is held by guest 'x' \(pid 41\)"):
+    with pytest.raises(errors.BusyError, match=rf"mdev {U1} is held by guest 'x' \(pid 41\)"):
         await destroy(machine)
     assert system.uuids() == before
 
@@ -234,7 +228,7 @@ async def test_a_qemu_that_will_not_start_leaves_no_device(
         'name = "lab"\n[[guest]]\nname = "g"\nqemu = "no-such-qemu"\n'
         'mdev = [{type = "t-1", count = 2, group = "peers"}]\n'
     )
-    with pytest.raises(MdoError, match="no-such-qemu"):
+    with pytest.raises(errors.MdoError, match="no-such-qemu"):
         await apply(machine, text)
     assert system.uuids() == set()
     assert read_managed(machine) == Managed()
@@ -245,7 +239,7 @@ async def test_a_journal_that_cannot_be_used_is_known_before_anything(
 ) -> None:
     machine.state_dir.mkdir(mode=0o700)
     machine.journal_path.write_bytes(b"\xff" * 5000)
-    with pytest.raises(HostError, match="is damaged"):
+    with pytest.raises(errors.HostError, match="is damaged"):
         await apply(machine)
     assert system.writes == []
 
@@ -261,14 +255,19 @@ async def test_what_another_command_left_open_is_recovered_first(
         assert journal.open_runs() == []
 
 
+async def devices_without_a_journal(machine: Machine, system: FakeSystem) -> set[str]:
+    """Apply the spec and lose the journal; the devices that run on."""
+    await apply(machine)
+    shutil.rmtree(machine.state_dir)
+    return system.uuids()
+
+
 async def test_a_device_that_runs_on_after_the_journal_is_gone(
     machine: Machine, system: FakeSystem
 ) -> None:
     """It is not managed then, until it is adopted."""
-    await apply(machine)
-    before = system.uuids()
-    shutil.rmtree(machine.state_dir)
-    with pytest.raises(RequestError, match=f"{U1} exists and is not ours.*mdo adopt {U1}"):
+    before = await devices_without_a_journal(machine, system)
+    with pytest.raises(errors.RequestError, match=f"{U1} exists and is not ours.*mdo adopt {U1}"):
         await apply(machine)
     assert system.uuids() == before
     done = await adopt(machine, [U1])
@@ -276,7 +275,7 @@ async def test_a_device_that_runs_on_after_the_journal_is_gone(
     assert await adopt(machine, [U1]) == Adopted()
     await apply(machine)
     assert read_managed(machine).devices[UUID(U1)].spec == "lab"
-    with pytest.raises(UnknownError, match=f"there is no mdev {U2}"):
+    with pytest.raises(errors.UnknownError, match=f"there is no mdev {U2}"):
         await adopt(machine, [U2])
 
 
@@ -284,9 +283,7 @@ async def test_after_a_loss_of_the_journal_no_device_is_made_twice(
     machine: Machine, system: FakeSystem
 ) -> None:
     """Fault 27: the devices of pools stayed foreign, and an apply made them again."""
-    await apply(machine)
-    before = system.uuids()
-    shutil.rmtree(machine.state_dir)
+    before = await devices_without_a_journal(machine, system)
     assert len((await adopt(machine, [], everything=True)).devices) == 4
     assert await apply(machine) == []
     assert await apply(machine) == []
@@ -307,7 +304,7 @@ async def test_a_device_that_another_program_removes_meanwhile_is_not_applied(
             if len(acted) == event.total:
                 system.perform(str(system.bus / str(acted[0]) / "remove"), b"1")
 
-    with pytest.raises(MdoError, match="was removed by another program") as caught:
+    with pytest.raises(errors.MdoError, match="was removed by another program") as caught:
         await module.apply(machine, document(), observe=remove_the_first)
     assert caught.value.subject == f"mdev {acted[0]}"
     assert caught.value.__notes__ == ["all was undone"]
@@ -344,7 +341,7 @@ async def test_of_two_applies_that_fit_one_by_one_exactly_one_succeeds(
         return_exceptions=True,
     )
     (failed,) = [one for one in done if isinstance(one, BaseException)]
-    assert isinstance(failed, CapacityError)
+    assert isinstance(failed, errors.CapacityError)
     assert "6 asked for, 2 fit" in failed.message
     assert failed.outcome is Outcome.NO_EFFECT
     assert len(system.uuids()) == len(read_managed(machine).devices) == 6
@@ -386,7 +383,9 @@ async def test_a_guest_is_started_kept_changed_adopted_and_stopped(guests: Machi
     assert await apply(machine, GUEST) == []
 
     more = GUEST.replace("64M", "96M")
-    with pytest.raises(RequestError, match="guest g: memory changes from 64M to 96M") as caught:
+    with pytest.raises(
+        errors.RequestError, match="guest g: memory changes from 64M to 96M"
+    ) as caught:
         await apply(machine, more)
     assert "--restart" in caught.value.hint
     assert record_of(machine) == first
@@ -397,7 +396,9 @@ async def test_a_guest_is_started_kept_changed_adopted_and_stopped(guests: Machi
 
     for file in machine.state_dir.glob("journal*"):
         file.unlink()
-    with pytest.raises(RequestError, match="guest g runs already, and was not started by a spec"):
+    with pytest.raises(
+        errors.RequestError, match="guest g runs already, and was not started by a spec"
+    ):
         await apply(machine, more)
     assert (await adopt(machine, [], everything=True)).guests == ("g",)
     assert await apply(machine, more) == []
@@ -410,7 +411,7 @@ async def test_a_guest_is_started_kept_changed_adopted_and_stopped(guests: Machi
 
 async def test_of_two_guests_one_that_fails_stops_the_other(guests: Machine) -> None:
     bad = GUEST + '[[guest]]\nname = "h"\nextra = ["-no-such-option"]\nmemory = "64M"\n'
-    with pytest.raises(MdoError, match="no-such-option"):
+    with pytest.raises(errors.MdoError, match="no-such-option"):
         await apply(guests, bad)
     assert process.list_guests(guests) == []
     assert read_managed(guests).guests == {}
@@ -485,7 +486,7 @@ async def test_a_qemu_that_does_not_answer_concerns_its_own_spec_alone(
             module.apply(guests, document(hung)),
             module.destroy(guests, "hung"),
         ):
-            with pytest.raises(DeadlineError, match="guest g cannot be asked") as caught:
+            with pytest.raises(errors.DeadlineError, match="guest g cannot be asked") as caught:
                 await refused
             assert "mdo guest stop --force g ends it" in caught.value.hint
             assert ("kill -CONT" in caught.value.hint) == (how == "stopped")

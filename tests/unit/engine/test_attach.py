@@ -16,6 +16,7 @@ from uuid import UUID
 
 import pytest
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import attach as operations
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.apply import apply, destroy
@@ -27,14 +28,7 @@ from mdev_orchestrator.engine.journal import Progress, open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.records import Change, GuestRecord, Managed, SpecRecord
 from mdev_orchestrator.engine.steps import Attach
-from mdev_orchestrator.errors import (
-    BusyError,
-    CommandError,
-    DeadlineError,
-    Outcome,
-    RequestError,
-    UnknownError,
-)
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.spec import parse
@@ -103,10 +97,10 @@ async def test_a_device_that_qemu_refuses_is_not_left(
     machine: Machine, card: FakeSystem, guest: ScriptedGuest
 ) -> None:
     guest.refuses = "no such device"
-    with pytest.raises(CommandError, match="no such device") as caught:
+    with pytest.raises(errors.CommandError, match="no such device") as caught:
         await attach(machine, "g", "t-1")
     assert caught.value.__notes__ == ["all was undone"]
-    with pytest.raises(CommandError) as caught:
+    with pytest.raises(errors.CommandError) as caught:
         await attach(machine, "g", T1)
     assert caught.value.__notes__ == ["nothing was changed"]
     assert (card.uuids(), read_managed(machine).devices) == ({T1}, {})
@@ -117,22 +111,22 @@ async def test_a_device_that_another_guest_has(
     machine: Machine, card: FakeSystem, guest: ScriptedGuest
 ) -> None:
     card.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], ["/dev/vfio/1"])
-    with pytest.raises(BusyError, match=r"held by guest 'g1' \(pid 41\)"):
+    with pytest.raises(errors.BusyError, match=r"held by guest 'g1' \(pid 41\)"):
         await attach(machine, "g", T1)
     assert guest.asked == []
 
 
 async def test_what_cannot_be_attached(machine: Machine, guest: ScriptedGuest) -> None:
-    with pytest.raises(UnknownError, match=f"there is no mdev {U2}"):
+    with pytest.raises(errors.UnknownError, match=f"there is no mdev {U2}"):
         await attach(machine, "g", T2)
-    with pytest.raises(UnknownError, match="no parent offers a type 't-2'"):
+    with pytest.raises(errors.UnknownError, match="no parent offers a type 't-2'"):
         await attach(machine, "g", "t-2")
-    with pytest.raises(UnknownError, match="no guest is called h"):
+    with pytest.raises(errors.UnknownError, match="no guest is called h"):
         await attach(machine, "h", T1)
-    with pytest.raises(RequestError, match="--parent goes with a type"):
+    with pytest.raises(errors.RequestError, match="--parent goes with a type"):
         await attach(machine, "g", T1, parent="card0")
     await guest.end()
-    with pytest.raises(RequestError, match="guest g does not run"):
+    with pytest.raises(errors.RequestError, match="guest g does not run"):
         await attach(machine, "g", T1)
 
 
@@ -153,7 +147,7 @@ async def test_the_deadline_is_for_the_whole(
             loop.call_later(0.7, guest.goes_on.set)
 
     card.before = before
-    with pytest.raises(DeadlineError) as caught:
+    with pytest.raises(errors.DeadlineError) as caught:
         await attach(machine, "g", "t-1", deadline=1.2, observe=observe)
     assert caught.value.__notes__ == ["all was undone"]
     assert card.uuids() == {T1}
@@ -171,7 +165,7 @@ async def test_a_device_is_unplugged_and_removed(
     await attach(machine, "g", T1)
     await detach(machine, "g", U1, remove=True)
     assert card.uuids() == set()
-    with pytest.raises(UnknownError, match=f"guest g has no mdev {U1}"):
+    with pytest.raises(errors.UnknownError, match=f"guest g has no mdev {U1}"):
         await detach(machine, "g", U1)
 
 
@@ -180,7 +174,7 @@ async def test_a_guest_that_refuses_keeps_its_device(
 ) -> None:
     await attach(machine, "g", T1)
     guest.on_detach = "refuses"
-    with pytest.raises(BusyError, match="refuses to let go") as caught:
+    with pytest.raises(errors.BusyError, match="refuses to let go") as caught:
         await detach(machine, "g", U1, remove=True)
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert caught.value.__notes__ == ["nothing was changed"]
@@ -223,7 +217,7 @@ async def stuck(
     """A guest whose QEMU was sent ``device_add`` and does not answer."""
     monkeypatch.setattr(operations, "Attach", partial(Attach, undo_deadline=0.3))
     guest.stops_at = "device_add"
-    with pytest.raises(DeadlineError) as caught:
+    with pytest.raises(errors.DeadlineError) as caught:
         await attach(machine, "g", T1, deadline=1.5)
     assert caught.value.outcome is Outcome.UNKNOWN
     could_not, last = caught.value.__notes__
@@ -262,7 +256,7 @@ async def test_a_detach_takes_back_what_recover_cannot(
     machine: Machine, card: FakeSystem, stuck: ScriptedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing tells that the guest is being changed, and to run recover first."""
-    with pytest.raises(DeadlineError, match="guest g: its monitor did not answer"):
+    with pytest.raises(errors.DeadlineError, match="guest g: its monitor did not answer"):
         await detach(machine, "g", U1, deadline=0.3)
     await goes_on(stuck)
     await detach(machine, "g", U1)
@@ -296,7 +290,7 @@ async def test_what_needs_its_objects_says_why_and_what_helps(
     machine: Machine, card: FakeSystem, stuck: ScriptedGuest
 ) -> None:
     card.mdev("card0", "t-1", T2)
-    with pytest.raises(BusyError) as caught:
+    with pytest.raises(errors.BusyError) as caught:
         await attach(machine, "g", T2)
     assert caught.value.message.startswith(
         f"guest g: an earlier mdo attach g {U1} (process {os.getpid()}) could not be undone: "
@@ -349,7 +343,7 @@ async def test_an_apply_names_the_reason(
     """A device of the spec is the one that the attach could not give back."""
     text = f'name = "lab"\n[[pool]]\nname = "p"\ntype = "t-1"\nuuid = "{U1}"\n'
     card._remove(T1)
-    with pytest.raises(BusyError) as caught:
+    with pytest.raises(errors.BusyError) as caught:
         await apply(machine, parse(text, "lab.toml"))
     assert caught.value.message.startswith(f"mdev {U1}: an earlier mdo attach g {U1} ")
     assert caught.value.hint == "mdo guest stop --force g ends the guest, then mdo recover"

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import journal_db, recovery
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.engine.executor import StepEventKind
@@ -21,16 +22,6 @@ from mdev_orchestrator.engine.journal import open_journal
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
 from mdev_orchestrator.engine.records import Change, DeviceRecord
-from mdev_orchestrator.errors import (
-    BusyError,
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    RequestError,
-    UnknownError,
-    UuidError,
-)
 from mdev_orchestrator.machine import Machine
 from unit.engine.broken_journals import Breaker, full_disk, locked, read_only
 from unit.engine.killed import dies_at, killed
@@ -119,22 +110,34 @@ async def test_what_is_returned_is_complete(cards: FakeSystem, machine: Machine)
 @pytest.mark.parametrize(
     ("request_", "error", "words"),
     [
-        (("grid-12", 0), RequestError, "cannot create 0 devices"),
-        (("grid-12", -3), RequestError, "cannot create -3 devices"),
-        (("grid-12", 9), CapacityError, "9 of grid-12 do not fit on card1: 8 would"),
-        (("grid-12", 4096), CapacityError, "8 would; nothing was created (-n 8)"),
-        (("grid-12", 10**9), RequestError, "cannot create 1000000000 devices (ask for 1 to 4096)"),
-        (("grid-13",), UnknownError, "no parent offers a type 'grid-13' (did you mean grid-1"),
-        (("zzz",), UnknownError, "there are grid-11, grid-12"),
-        (("Name of grid-12",), UnknownError, "that is the name of grid-12"),
-        (("grid-11",), UnknownError, "several parents offer grid-11: card0 (16 free), card1 (9 fr"),
+        (("grid-12", 0), errors.RequestError, "cannot create 0 devices"),
+        (("grid-12", -3), errors.RequestError, "cannot create -3 devices"),
+        (("grid-12", 9), errors.CapacityError, "9 of grid-12 do not fit on card1: 8 would"),
+        (("grid-12", 4096), errors.CapacityError, "8 would; nothing was created (-n 8)"),
+        (
+            ("grid-12", 10**9),
+            errors.RequestError,
+            "cannot create 1000000000 devices (ask for 1 to 4096)",
+        ),
+        (
+            ("grid-13",),
+            errors.UnknownError,
+            "no parent offers a type 'grid-13' (did you mean grid-1",
+        ),
+        (("zzz",), errors.UnknownError, "there are grid-11, grid-12"),
+        (("Name of grid-12",), errors.UnknownError, "that is the name of grid-12"),
+        (
+            ("grid-11",),
+            errors.UnknownError,
+            "several parents offer grid-11: card0 (16 free), card1 (9 fr",
+        ),
     ],
 )
 async def test_bad_requests(
     cards: FakeSystem,
     machine: Machine,
     request_: tuple[object, ...],
-    error: type[MdoError],
+    error: type[errors.MdoError],
     words: str,
 ) -> None:
     with pytest.raises(error) as caught:
@@ -147,18 +150,26 @@ async def test_bad_requests(
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"parent": "card7"}, UnknownError, "there is no parent 'card7' (did you mean card1"),
-        ({"parent": "card0"}, UnknownError, "card0 does not offer grid-12 (on card1 (8 free))"),
-        ({"uuids": [U1, U1]}, UuidError, f"{U1} is given 2 times"),
-        ({"count": 1, "uuids": [U1, U2]}, RequestError, "2 UUIDs were given for 1 devices"),
-        ({"uuids": [U3]}, UuidError, "exists already under parent card0 as grid-11"),
+        (
+            {"parent": "card7"},
+            errors.UnknownError,
+            "there is no parent 'card7' (did you mean card1",
+        ),
+        (
+            {"parent": "card0"},
+            errors.UnknownError,
+            "card0 does not offer grid-12 (on card1 (8 free))",
+        ),
+        ({"uuids": [U1, U1]}, errors.UuidError, f"{U1} is given 2 times"),
+        ({"count": 1, "uuids": [U1, U2]}, errors.RequestError, "2 UUIDs were given for 1 devices"),
+        ({"uuids": [U3]}, errors.UuidError, "exists already under parent card0 as grid-11"),
     ],
 )
 async def test_bad_options(
     cards: FakeSystem,
     machine: Machine,
     options: dict[str, object],
-    error: type[MdoError],
+    error: type[errors.MdoError],
     words: str,
 ) -> None:
     cards.mdev("card0", "grid-11", T3)
@@ -174,7 +185,7 @@ async def test_no_instance_left_says_what_is_in_use_and_what_fits(
 ) -> None:
     await create(machine, "igd-512M")
     await create(machine, "igd-128M")
-    with pytest.raises(CapacityError) as caught:
+    with pytest.raises(errors.CapacityError) as caught:
         await create(machine, "igd-512M")
     text = str(caught.value)
     assert text.startswith("no instance of igd-512M is left on igd0: in use there 1 of igd-")
@@ -196,20 +207,20 @@ async def test_a_spoilt_count_leaves_the_answer_to_the_kernel(
 ) -> None:
     (cards.types("card1") / "grid-12" / "available_instances").write_text("lots\n")
     cards.refuse[T1] = errno.EUSERS
-    with pytest.raises(CapacityError):
+    with pytest.raises(errors.CapacityError):
         await create(machine, "grid-12", uuids=[U1])
     assert cards.writes == [("create", T1)]
 
 
 async def test_a_host_without_mdev(system: FakeSystem, machine: Machine) -> None:
-    with pytest.raises(HostError, match=r"no mdev bus .*modprobe mdev") as caught:
+    with pytest.raises(errors.HostError, match=r"no mdev bus .*modprobe mdev") as caught:
         await create(machine, "grid-11")
     assert caught.value.exit_code == 5
 
 
 async def test_a_host_without_parents(system: FakeSystem, machine: Machine) -> None:
     system.load_mdev()
-    with pytest.raises(UnknownError, match="no device of this host offers mdevs"):
+    with pytest.raises(errors.UnknownError, match="no device of this host offers mdevs"):
         await create(machine, "grid-11")
 
 
@@ -218,7 +229,7 @@ async def test_a_host_without_parents(system: FakeSystem, machine: Machine) -> N
 
 async def test_one_refusal_undoes_the_others(cards: FakeSystem, machine: Machine) -> None:
     cards.refuse[T2] = errno.EIO
-    with pytest.raises(MdoError, match="Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match="Input/output error") as caught:
         await create(machine, "grid-12", uuids=[U1, U2, U3])
     assert cards.uuids() == set()
     assert caught.value.__notes__ == ["all was undone"]
@@ -234,7 +245,7 @@ async def test_a_failed_undo_stands_beside_the_first_error(
             time.sleep(0.01)
 
     cards.before = before
-    with pytest.raises(MdoError, match="Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match="Input/output error") as caught:
         await create(machine, "grid-12", uuids=[U1, U2])
     stuck, recover = caught.value.__notes__
     assert stuck.startswith(f"could not undo: create grid-12 on card1: mdev {U1}: ")
@@ -250,7 +261,7 @@ async def test_a_race_lost_for_a_uuid_leaves_the_winners_device(
             cards.mdev("card0", "grid-11", T1)
 
     cards.before = winner_first
-    with pytest.raises(UuidError, match="exists already under parent card0"):
+    with pytest.raises(errors.UuidError, match="exists already under parent card0"):
         await create_devices(machine, "grid-12", uuids=[U1, U2])
     assert cards.uuids() == {T1}
 
@@ -275,7 +286,7 @@ async def test_a_device_that_never_becomes_usable_is_undone(
     cards: FakeSystem, machine: Machine
 ) -> None:
     cards.after = lambda *_: (cards.root / "dev/vfio/1").unlink(missing_ok=True)
-    with pytest.raises(DeadlineError, match=r"vfio/1 is not there"):
+    with pytest.raises(errors.DeadlineError, match=r"vfio/1 is not there"):
         await create_devices(machine, "grid-12", deadline=0.7)
     assert cards.uuids() == set()
 
@@ -335,7 +346,7 @@ async def test_what_is_managed_is_not_any_more_when_it_is_removed(
 async def test_what_a_guest_holds_is_refused_and_nothing_is_removed(
     held: FakeSystem, machine: Machine
 ) -> None:
-    with pytest.raises(BusyError, match=rf"^mdev {U2} is held by guest 'g1' \(pid 41\)"):
+    with pytest.raises(errors.BusyError, match=rf"^mdev {U2} is held by guest 'g1' \(pid 41\)"):
         await remove_devices(machine, UUIDS[:2])
     assert held.uuids() == {T1, T2}
     assert held.writes == []
@@ -345,7 +356,7 @@ async def test_a_guest_of_mdo_is_detached_from_if_that_is_wanted(
     three: FakeSystem, short: Machine
 ) -> None:
     async with scripted_guest(short, three, "g", U2) as guest:
-        with pytest.raises(BusyError) as caught:
+        with pytest.raises(errors.BusyError) as caught:
             await remove_devices(short, UUIDS[:2])
         assert caught.value.hint == f"mdo remove --detach {U2} takes it out of the guest first"
         assert three.writes == []
@@ -358,7 +369,7 @@ async def test_a_guest_of_mdo_is_detached_from_if_that_is_wanted(
 async def test_a_failed_detach_leaves_all_devices(three: FakeSystem, short: Machine) -> None:
     async with scripted_guest(short, three, "g", U2) as guest:
         guest.on_detach = "refuses"
-        with pytest.raises(BusyError, match="guest g refuses to let go"):
+        with pytest.raises(errors.BusyError, match="guest g refuses to let go"):
             await remove_devices(short, UUIDS[:2], detach=True)
         assert guest.has(U2)
     assert three.uuids() == set(TEXTS)
@@ -368,7 +379,7 @@ async def test_a_failed_detach_leaves_all_devices(three: FakeSystem, short: Mach
 async def test_a_device_that_stays_is_plugged_in_again(three: FakeSystem, short: Machine) -> None:
     three.refuse[f"{T2}/remove"] = errno.EIO
     async with scripted_guest(short, three, "g", U2) as guest:
-        with pytest.raises(MdoError, match="Input/output error") as caught:
+        with pytest.raises(errors.MdoError, match="Input/output error") as caught:
             await remove_devices(short, [U2], detach=True)
         assert caught.value.__notes__ == ["all was undone"]
         assert guest.has(U2)
@@ -379,9 +390,11 @@ async def test_a_holder_that_is_no_guest_cannot_be_detached(
     held: FakeSystem, machine: Machine
 ) -> None:
     held.process(9, "spdk", ["spdk"], ["/dev/vfio/1"])
-    with pytest.raises(BusyError, match=r"held by spdk \(pid 9\) .*end that process first"):
+    with pytest.raises(errors.BusyError, match=r"held by spdk \(pid 9\) .*end that process first"):
         await remove_devices(machine, [U1], detach=True)
-    with pytest.raises(BusyError, match=r"held by guest 'g1' .*mdo did not start that guest"):
+    with pytest.raises(
+        errors.BusyError, match=r"held by guest 'g1' .*mdo did not start that guest"
+    ):
         await remove_devices(machine, [U2], detach=True)
     assert held.writes == []
 
@@ -396,7 +409,7 @@ async def test_a_removal_that_blocks_names_the_process_that_came_in_between(
             held.process(9, "spdk", ["spdk"], ["/dev/vfio/1"])
 
     held.before = before
-    with pytest.raises(DeadlineError, match=r"within 0.3 s: held by spdk \(pid 9\)"):
+    with pytest.raises(errors.DeadlineError, match=r"within 0.3 s: held by spdk \(pid 9\)"):
         await remove_devices(machine, [U1], deadline=0.3)
 
 
@@ -412,7 +425,7 @@ async def test_a_removal_that_makes_no_sense(
     cards: FakeSystem, machine: Machine, uuids: Sequence[UUID], words: str
 ) -> None:
     cards.mdev("card0", "grid-11", T1)
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(errors.RequestError) as caught:
         await remove_devices(machine, uuids)
     assert words in str(caught.value)
     assert cards.uuids() == {T1}
@@ -423,7 +436,9 @@ async def test_when_one_stays_the_others_are_created_again(
 ) -> None:
     """And what is not managed here stays so."""
     three.refuse[f"{T2}/remove"] = errno.EIO
-    with pytest.raises(MdoError, match=f"cannot remove mdev {U2}: Input/output error") as caught:
+    with pytest.raises(
+        errors.MdoError, match=f"cannot remove mdev {U2}: Input/output error"
+    ) as caught:
         await remove_devices(machine, UUIDS)
     assert caught.value.__notes__ == ["all was undone"]
     assert caught.value.subject == f"mdev {U2}"
@@ -444,7 +459,7 @@ async def test_what_else_was_refused_stands_beside_the_first_error(
 
     three.before = before
     three.refuse |= {f"{T1}/remove": errno.EIO, f"{T2}/remove": errno.EPERM}
-    with pytest.raises(MdoError, match=f"mdev {U1}: Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match=f"mdev {U1}: Input/output error") as caught:
         await remove_devices(machine, UUIDS)
     assert caught.value.__notes__[0].startswith(f"also: cannot remove mdev {U2}: Operation not")
     assert three.uuids() == set(TEXTS)
@@ -458,7 +473,7 @@ async def test_what_is_created_again_is_as_it_was(grouped: FakeSystem, machine: 
         (path / "group_uuid").write_text(f"{GROUP}\n")
         (path / "vgpu_params").write_text(f"{text}\n")
     grouped.refuse[f"{T2}/remove"] = errno.EIO
-    with pytest.raises(MdoError, match="Input/output error"):
+    with pytest.raises(errors.MdoError, match="Input/output error"):
         await remove_devices(machine, [*own, U1, U2])
     texts = {
         uuid: [(grouped.bus / uuid / file).read_text().strip() for file in ("group_uuid", PARAMS)]
@@ -504,7 +519,9 @@ async def test_a_device_that_another_command_is_at_work_at_is_not_removed(
     monkeypatch.setitem(Operation.__init__.__kwdefaults__, "wait", 0.3)
     async with open_journal(machine) as journal:
         run = await journal.begin("attach", f"g {U2}", (), [f"mdev:{U2}"])
-        with pytest.raises(BusyError, match=f"mdev {U2} is being changed by mdo attach g {U2}"):
+        with pytest.raises(
+            errors.BusyError, match=f"mdev {U2} is being changed by mdo attach g {U2}"
+        ):
             await remove_devices(machine, UUIDS)
         assert three.writes == []
         await journal.end(run, "done")
@@ -560,7 +577,7 @@ async def test_nothing_is_removed_when_the_journal_cannot_be_written(
 ) -> None:
     await take_over(machine, U1)
     monkeypatch.setattr(journal_db, "LOCK_SECONDS", 0.2)
-    with broken(machine), pytest.raises(HostError) as caught:
+    with broken(machine), pytest.raises(errors.HostError) as caught:
         await remove_devices(machine, UUIDS)
     assert words in str(caught.value)
     assert three.writes == []
@@ -605,7 +622,7 @@ async def test_the_group_may_stand_among_the_attributes(
     )
     assert (mdev.group_uuid, mdev.params) == (UUID(GROUP), "a=1")
     assert [name for name, _ in grouped.writes] == ["create", "group_uuid", "vgpu_params"]
-    with pytest.raises(RequestError, match="the start group is given twice"):
+    with pytest.raises(errors.RequestError, match="the start group is given twice"):
         await create_devices(machine, "t-0", group="peers", attributes=[("group_uuid", GROUP)])
     assert grouped.uuids() == {str(mdev.uuid)}
 
@@ -634,20 +651,20 @@ async def test_a_group_by_name_is_the_same_every_time(
 async def test_names_that_cannot_be_set_create_nothing(
     grouped: FakeSystem, machine: Machine, name: str, words: str
 ) -> None:
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(errors.RequestError, match=words):
         await create_devices(machine, "t-0", attributes=[(name, "1")])
     assert grouped.writes == []
 
 
 async def test_a_file_behind_a_link_is_not_the_mdevs(grouped: FakeSystem, machine: Machine) -> None:
-    with pytest.raises(RequestError, match="leads out of its directory"):
+    with pytest.raises(errors.RequestError, match="leads out of its directory"):
         await create_devices(machine, "t-0", attributes=[("mdev_type/name", "x")])
     assert grouped.uuids() == set()
     assert (grouped.types("card0") / "t-0" / "name").read_text() == "Name of t-0\n"
 
 
 async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem, machine: Machine) -> None:
-    with pytest.raises(HostError, match=r"has no file params .*can be set: vgpu_params"):
+    with pytest.raises(errors.HostError, match=r"has no file params .*can be set: vgpu_params"):
         await create_devices(machine, "t-0", 3, attributes=[("params", "1")])
     assert grouped.uuids() == set()
 
@@ -656,7 +673,7 @@ async def test_a_file_that_is_not_there_undoes_all(grouped: FakeSystem, machine:
 async def test_a_value_fits_a_file_of_sysfs(
     grouped: FakeSystem, machine: Machine, value: str
 ) -> None:
-    with pytest.raises(RequestError, match="is not text of at most 4095 bytes"):
+    with pytest.raises(errors.RequestError, match="is not text of at most 4095 bytes"):
         await create_devices(machine, "t-0", attributes=[("vgpu_params", value)])
 
 
@@ -664,7 +681,9 @@ async def test_a_group_of_another_parent_is_refused_in_words(
     grouped: FakeSystem, machine: Machine
 ) -> None:
     await create_devices(machine, "t-0", group=GROUP)
-    with pytest.raises(RequestError, match=f"start group {GROUP} is on parent card0.* on card1"):
+    with pytest.raises(
+        errors.RequestError, match=f"start group {GROUP} is on parent card0.* on card1"
+    ):
         await create_devices(machine, "t-1", group=GROUP)
     assert len(grouped.uuids()) == 1
 
@@ -683,7 +702,7 @@ async def test_a_driver_that_refuses_a_group_undoes_all(
 ) -> None:
     uuids = [uuid4() for _ in range(2)]
     grouped.refuse[f"{uuids[1]}/group_uuid"] = number
-    with pytest.raises(MdoError, match=words) as refusal:
+    with pytest.raises(errors.MdoError, match=words) as refusal:
         await create_devices(machine, "t-0", uuids=uuids, group=GROUP)
     assert refusal.value.__notes__ == ["all was undone"]
     assert grouped.uuids() == set()
@@ -692,7 +711,7 @@ async def test_a_driver_that_refuses_a_group_undoes_all(
 async def test_a_driver_without_groups_says_so(system: FakeSystem, machine: Machine) -> None:
     system.parent("card0")
     system.type("card0", "t-0", 4)
-    with pytest.raises(HostError, match="card0 has no start groups"):
+    with pytest.raises(errors.HostError, match="card0 has no start groups"):
         await create_devices(machine, "t-0", 2, group="peers")
     assert system.uuids() == set()
 

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.executor import (
@@ -38,15 +39,7 @@ from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation, Plan, perform
 from mdev_orchestrator.engine.records import Change, DeviceRecord, Managed
 from mdev_orchestrator.engine.steps import Create, Remove, encode
-from mdev_orchestrator.errors import (
-    BusyError,
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    UuidError,
-)
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.machine import Machine as Handle
 from unit.fakesys import FakeSystem
@@ -161,7 +154,7 @@ class Bad(Create, frozen=True, tag="bad"):
 
 ENDS: dict[str, Exception] = {
     "bug": TypeError("it was to be so"),
-    "unknown": DeadlineError("it was to be so", outcome=Outcome.UNKNOWN),
+    "unknown": errors.DeadlineError("it was to be so", outcome=Outcome.UNKNOWN),
 }
 
 
@@ -229,7 +222,7 @@ def test_each_step_comes_after_those_it_needs_and_is_undone_before_them(
             await machine.run(planned)
             assert system.uuids() == set(TEXTS[: len(graph)])
         else:
-            with pytest.raises(MdoError, match="Input/output error"):
+            with pytest.raises(errors.MdoError, match="Input/output error"):
                 await machine.run(planned)
             machine.untouched()
         in_order(machine.events, graph)
@@ -288,7 +281,9 @@ async def test_devices_that_come_together_are_written_down_together(
 
 async def test_one_of_many_that_is_refused_leaves_none(machine: Machine) -> None:
     machine.system.refuse[TEXTS[40]] = errno.EIO
-    with pytest.raises(MdoError, match="cannot create t-1 on card0: Input/output error") as caught:
+    with pytest.raises(
+        errors.MdoError, match="cannot create t-1 on card0: Input/output error"
+    ) as caught:
         await machine.run([create(number) for number in range(64)])
     assert caught.value.__notes__ == ["all was undone"]
     assert len(machine.system.writes) < 2 * 64  # those behind it were not begun
@@ -335,7 +330,7 @@ async def test_one_of_many_that_is_late_is_late_whatever_the_others_do(machine: 
     for number in range(1, 32):
         gate = machine.system.block[TEXTS[number]] = asyncio.Event()
         asyncio.get_running_loop().call_later(0.02 * number, gate.set)
-    with pytest.raises(DeadlineError, match="was not created within 2 s") as caught:
+    with pytest.raises(errors.DeadlineError, match="was not created within 2 s") as caught:
         await machine.run([create(number) for number in range(32)])
     assert caught.value.__notes__ == ["all was undone"]
     machine.untouched()
@@ -346,7 +341,7 @@ async def test_devices_that_go_together_stay_when_one_is_held(machine: Machine) 
     await machine.run(plan)
     machine.system.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], [node(machine, 5)])
     machine.system.writes.clear()
-    with pytest.raises(BusyError, match=f"mdev {UUIDS[5]} is held by"):
+    with pytest.raises(errors.BusyError, match=f"mdev {UUIDS[5]} is held by"):
         await machine.run([remove(number) for number in range(8)], "destroy")
     assert machine.system.writes == []
     assert machine.system.uuids() == machine.managed == set(TEXTS[:8])
@@ -361,7 +356,7 @@ async def test_devices_that_go_together_are_all_gone(machine: Machine) -> None:
 async def test_one_of_many_that_stays_brings_the_others_back(machine: Machine) -> None:
     await machine.run([create(number) for number in range(8)])
     machine.system.refuse[f"{TEXTS[5]}/remove"] = errno.EIO
-    with pytest.raises(MdoError, match=f"cannot remove mdev {UUIDS[5]}"):
+    with pytest.raises(errors.MdoError, match=f"cannot remove mdev {UUIDS[5]}"):
         await machine.run([remove(number) for number in range(8)], "destroy")
     assert machine.system.uuids() == machine.managed == set(TEXTS[:8])
 
@@ -382,7 +377,9 @@ async def test_the_intent_is_on_the_disk_before_the_act(machine: Machine) -> Non
 
 async def test_objects_that_another_changes_are_refused_before_anything(machine: Machine) -> None:
     await machine.journal.begin("attach", "g t-1", [], [f"mdev:{UUIDS[1]}"])
-    with pytest.raises(BusyError, match=f"mdev {UUIDS[1]} is being changed by mdo attach g t-1"):
+    with pytest.raises(
+        errors.BusyError, match=f"mdev {UUIDS[1]} is being changed by mdo attach g t-1"
+    ):
         await machine.run([create(0), create(1)])
     assert machine.system.writes == []
     assert machine.managed == set()
@@ -393,7 +390,9 @@ async def test_objects_that_another_changes_are_refused_before_anything(machine:
 
 async def test_the_first_error_is_raised_and_all_is_undone(machine: Machine) -> None:
     machine.system.refuse[TEXTS[2]] = errno.EIO
-    with pytest.raises(MdoError, match=r"cannot create t-1 on card0: Input/output error") as caught:
+    with pytest.raises(
+        errors.MdoError, match=r"cannot create t-1 on card0: Input/output error"
+    ) as caught:
         await machine.run([create(0), create(1, 0), create(2, 1), create(3, 2)])
     assert caught.value.__notes__ == ["all was undone"]
     assert machine.moments(StepEventKind.UNDONE) == [1, 0]
@@ -403,7 +402,7 @@ async def test_the_first_error_is_raised_and_all_is_undone(machine: Machine) -> 
 
 async def test_a_first_step_that_fails_changed_nothing(machine: Machine) -> None:
     machine.system.refuse[TEXTS[0]] = errno.EIO
-    with pytest.raises(MdoError) as caught:
+    with pytest.raises(errors.MdoError) as caught:
         await machine.run([create(0), create(1, 0)])
     assert caught.value.__notes__ == ["nothing was changed"]
     machine.untouched()
@@ -416,7 +415,7 @@ async def test_what_failed_at_the_same_time_stands_beside_it(machine: Machine) -
     asyncio.get_running_loop().call_later(0.05, gate.set)
     one, other = (replace(device(number), params="x") for number in range(2))  # made by themselves
     plan = [PlannedStep(Create(device=one)), PlannedStep(Create(device=other))]
-    with pytest.raises(MdoError, match="Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match="Input/output error") as caught:
         await machine.run(plan)
     assert caught.value.__notes__[0].startswith("also: cannot create t-1 on card0: the parent")
     machine.untouched()
@@ -430,7 +429,7 @@ async def test_a_race_lost_leaves_the_winners_device(machine: Machine) -> None:
             machine.system.mdev("card0", "t-1", TEXTS[1])
 
     machine.system.before = winner_first
-    with pytest.raises(UuidError, match="exists already under parent card0"):
+    with pytest.raises(errors.UuidError, match="exists already under parent card0"):
         await machine.run([create(0), create(1, 0)])
     assert machine.system.uuids() == {TEXTS[1]}
     assert machine.managed == set()
@@ -453,7 +452,7 @@ async def test_a_race_lost_while_interrupted_leaves_it_too(machine: Machine) -> 
 
 async def test_a_failed_undo_stands_beside_it_and_the_run_stays_open(machine: Machine) -> None:
     machine.system.refuse |= {TEXTS[2]: errno.EIO, f"{TEXTS[0]}/remove": errno.EPERM}
-    with pytest.raises(MdoError, match="Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match="Input/output error") as caught:
         await machine.run([create(0), create(1, 0), create(2, 1)])
     first, last = caught.value.__notes__
     assert first.startswith(f"could not undo: create t-1 on card0: mdev {UUIDS[0]}: ")
@@ -475,7 +474,7 @@ async def test_a_bug_in_a_step_undoes_too(machine: Machine) -> None:
 async def test_a_bug_in_an_undo_keeps_no_other_from_it(machine: Machine) -> None:
     machine.system.refuse[TEXTS[2]] = errno.EIO
     wrong = PlannedStep(Broken(device=device(0)))
-    with pytest.raises(MdoError, match="Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match="Input/output error") as caught:
         await machine.run([wrong, create(1), create(2, 0, 1)])
     assert caught.value.__notes__[0].endswith("internal error: ZeroDivisionError: no such number")
     assert machine.system.uuids() == {TEXTS[0]}
@@ -483,7 +482,7 @@ async def test_a_bug_in_an_undo_keeps_no_other_from_it(machine: Machine) -> None
 
 
 async def test_what_may_come_true_yet_is_undone_as_if_it_had(machine: Machine) -> None:
-    with pytest.raises(DeadlineError):
+    with pytest.raises(errors.DeadlineError):
         await machine.run([create(0), bad(1, "unknown", 0)])
     assert machine.moments(StepEventKind.UNDONE) == [1, 0]
     machine.untouched()
@@ -493,7 +492,9 @@ async def test_a_driver_that_does_not_answer_leaves_the_run_to_recover(machine: 
     """Its device appears when everything is over, and is found nevertheless."""
     machine.context.deadline = 0.3
     gate = machine.system.block[TEXTS[0]] = asyncio.Event()
-    with pytest.raises(DeadlineError, match=r"has not answered for mdev .* still appear") as error:
+    with pytest.raises(
+        errors.DeadlineError, match=r"has not answered for mdev .* still appear"
+    ) as error:
         await machine.run([create(1), create(0, 0)])
     stuck, last = error.value.__notes__
     assert re.fullmatch(
@@ -513,7 +514,7 @@ async def test_a_driver_that_does_not_answer_leaves_the_run_to_recover(machine: 
 async def test_a_removal_that_fails_gives_back_what_was_removed(machine: Machine) -> None:
     await machine.run([create(0), create(1), create(2)])
     machine.system.refuse[f"{TEXTS[2]}/remove"] = errno.EIO
-    with pytest.raises(MdoError, match="Input/output error"):
+    with pytest.raises(errors.MdoError, match="Input/output error"):
         await machine.run([remove(0), remove(1, 0), remove(2, 1)], "destroy")
     assert machine.system.uuids() == machine.managed == set(TEXTS[:3])
     assert machine.journal.open_runs() == []
@@ -526,7 +527,7 @@ async def test_a_removal_that_the_kernel_does_not_end_is_not_taken_for_undone(
     machine.context.deadline = 0.05
     (machine.system.bus / TEXTS[0]).unlink()  # off the bus, and its directory is still there
     gate = machine.system.block[f"{TEXTS[0]}/remove"] = asyncio.Event()
-    with pytest.raises(DeadlineError, match=r"was not removed within 0.05 s") as caught:
+    with pytest.raises(errors.DeadlineError, match=r"was not removed within 0.05 s") as caught:
         await machine.run([remove(0)], "destroy")
     assert "is still being removed after 0.05 s" in caught.value.__notes__[0]
     assert caught.value.__notes__[-1] == "mdo recover tries again to undo it"
@@ -539,7 +540,7 @@ async def test_a_device_of_another_program_is_not_removed(machine: Machine) -> N
     machine.system.mdev("card0", "t-2", TEXTS[0])
     await machine.run([remove(0)], "destroy")
     assert machine.system.uuids() == {TEXTS[0]}
-    with pytest.raises(UuidError):
+    with pytest.raises(errors.UuidError):
         await machine.run([create(0)])
     assert machine.system.uuids() == {TEXTS[0]}
 
@@ -547,7 +548,7 @@ async def test_a_device_of_another_program_is_not_removed(machine: Machine) -> N
 async def test_a_device_that_is_held_stays(machine: Machine) -> None:
     await machine.run([create(0), create(1)])
     machine.system.process(41, "qemu-system-x86", ["qemu", "-name", "guest=g1"], ["/dev/vfio/2"])
-    with pytest.raises(BusyError, match=r"held by guest 'g1' \(pid 41\)"):
+    with pytest.raises(errors.BusyError, match=r"held by guest 'g1' \(pid 41\)"):
         await machine.run([remove(0), remove(1, 0)], "destroy")
     assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
 
@@ -563,7 +564,7 @@ async def test_a_writer_that_is_killed_leaves_no_device(
     """Its write may have created the device, and it cannot say so any more."""
     machine.system.kill[TEXTS[count // 2]] = when
     with pytest.raises(
-        MdoError, match="was killed: whether the device was created is not"
+        errors.MdoError, match="was killed: whether the device was created is not"
     ) as caught:
         await machine.run([create(number) for number in range(count)])
     assert caught.value.outcome is Outcome.UNKNOWN
@@ -589,7 +590,7 @@ async def test_a_step_that_has_not_begun_is_not_one_without_effect(machine: Mach
         if event.kind is StepEventKind.FAILED:
             outcomes[event.number] = event.outcome
 
-    with pytest.raises(MdoError):
+    with pytest.raises(errors.MdoError):
         await execute(machine.context, [create(0), create(1, 0)], observe=observe)
     assert outcomes == {0: Outcome.NO_EFFECT}
     assert machine.journal._db.execute("SELECT progress FROM step ORDER BY number").fetchall() == [
@@ -628,7 +629,7 @@ async def test_an_undo_on_a_full_parent_waits_for_its_count_too(machine: Machine
     await machine.run([create(0), create(1)])
     lagging(machine.system, 3)
     machine.system.refuse[f"{TEXTS[1]}/remove"] = errno.EIO
-    with pytest.raises(MdoError, match="Input/output error") as caught:
+    with pytest.raises(errors.MdoError, match="Input/output error") as caught:
         await machine.run([remove(0), remove(1, 0)], "destroy")
     assert caught.value.__notes__ == ["all was undone"]
     assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
@@ -636,7 +637,7 @@ async def test_an_undo_on_a_full_parent_waits_for_its_count_too(machine: Machine
 
 async def test_a_parent_that_was_full_before_is_not_waited_for(machine: Machine) -> None:
     machine.system.refuse[TEXTS[0]] = errno.EUSERS
-    with pytest.raises(CapacityError, match="no instance left"):
+    with pytest.raises(errors.CapacityError, match="no instance left"):
         await machine.run([create(0)])
     assert machine.system.writes == [("create", TEXTS[0])]
 
@@ -659,7 +660,7 @@ async def test_an_observer_that_raises_changes_nothing(
     await execute(machine.context, [create(0), create(1, 0)], observe=observe)
     assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
     machine.system.refuse |= {TEXTS[3]: errno.EIO, f"{TEXTS[2]}/remove": errno.EPERM}
-    with pytest.raises(MdoError, match="Input/output error"):
+    with pytest.raises(errors.MdoError, match="Input/output error"):
         await execute(machine.context, [create(2), create(4), create(3, 0, 1)], observe=observe)
     assert kind in seen_kinds
     assert "an observer failed" in caplog.text
@@ -679,7 +680,9 @@ async def test_a_device_that_another_program_removes_meanwhile_is_no_success(
         if (event.kind, event.number) == (StepEventKind.DONE, 0):
             machine.system._remove(TEXTS[0])
 
-    with pytest.raises(MdoError, match=f"mdev {UUIDS[0]} was removed by another program") as caught:
+    with pytest.raises(
+        errors.MdoError, match=f"mdev {UUIDS[0]} was removed by another program"
+    ) as caught:
         await execute(machine.context, [create(0), create(1, 0)], observe=observe)
     assert caught.value.__notes__ == ["all was undone"]
     machine.untouched()
@@ -690,7 +693,7 @@ async def test_a_journal_that_is_deleted_meanwhile_is_no_success(machine: Machin
         if (event.kind, event.number) == (StepEventKind.DONE, 0):
             machine.journal.path.unlink()
 
-    with pytest.raises(HostError, match="was deleted or replaced while it was in use"):
+    with pytest.raises(errors.HostError, match="was deleted or replaced while it was in use"):
         await execute(machine.context, [create(0), create(1, 0)], observe=observe)
     assert machine.system.uuids() == set()
 
@@ -704,7 +707,7 @@ async def test_two_that_create_on_one_parent_take_turns(machine: Machine) -> Non
         async def look(_: Managed) -> Plan[None]:
             left = sysfs.available_instances(machine.context.machine, "card0", "t-1")
             if left is not None and left < 6:
-                raise CapacityError(f"6 do not fit: {left} would")
+                raise errors.CapacityError(f"6 do not fit: {left} would")
             return Plan(None, [create(first + number) for number in range(6)])
 
         operation = Operation(kind="apply", title=f"from {first}", look=look, wait=20)
@@ -717,7 +720,7 @@ async def test_two_that_create_on_one_parent_take_turns(machine: Machine) -> Non
     assert not any(uuid == TEXTS[6] for _, uuid in machine.system.writes)
     gate.set()
     await first
-    with pytest.raises(CapacityError, match="6 do not fit: 2 would"):
+    with pytest.raises(errors.CapacityError, match="6 do not fit: 2 would"):
         await second
     assert machine.system.uuids() == machine.managed == set(TEXTS[:6])
 
@@ -743,7 +746,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch, kind: StepEventKind, number: int) ->
     """An observer that lets the journal's disk get full at a step's moment."""
 
     def fail(_: Journal, __: object) -> list[object]:
-        raise HostError("the journal cannot be written: the disk is full", "make room")
+        raise errors.HostError("the journal cannot be written: the disk is full", "make room")
 
     def observe(event: StepEvent) -> None:
         if (event.kind, event.number) == (kind, number):
@@ -752,31 +755,26 @@ def breaks(monkeypatch: pytest.MonkeyPatch, kind: StepEventKind, number: int) ->
     return observe
 
 
+@pytest.mark.parametrize(
+    ("plan", "kind", "number"),
+    [
+        ([create(0), create(1, 0), create(2, 1)], StepEventKind.DONE, 1),
+        ([create(0)], StepEventKind.ACTED, 0),
+    ],
+    ids=["in the middle", "in the end"],
+)
 async def test_a_journal_that_can_no_more_be_written_undoes_all(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[PlannedStep],
+    kind: StepEventKind,
+    number: int,
 ) -> None:
-    """The disk gets full in the middle: its own error first, and nothing is left."""
-    plan = [create(0), create(1, 0), create(2, 1)]
+    """The disk gets full: its own error first, and nothing is left."""
     with monkeypatch.context() as patch:
-        full = breaks(patch, StepEventKind.DONE, 1)
-        with pytest.raises(HostError, match="the disk is full") as caught:
+        full = breaks(patch, kind, number)
+        with pytest.raises(errors.HostError, match="the disk is full") as caught:
             await execute(machine.context, plan, observe=full)
-    assert caught.value.__notes__ == [
-        "all was undone",
-        "the journal does not say so yet: mdo recover closes it",
-    ]
-    assert machine.system.uuids() == set()
-    await machine.recover()
-    machine.untouched()
-
-
-async def test_a_journal_that_fails_in_the_end_undoes_all(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        full = breaks(patch, StepEventKind.ACTED, 0)
-        with pytest.raises(HostError) as caught:
-            await execute(machine.context, [create(0)], observe=full)
     assert caught.value.__notes__ == [
         "all was undone",
         "the journal does not say so yet: mdo recover closes it",
@@ -792,7 +790,7 @@ async def test_a_process_that_lives_on_recovers_what_it_could_not_write(
     """A service whose disk was full: its next command closes what the last one left open."""
     with monkeypatch.context() as patch:
         full = breaks(patch, StepEventKind.ACTED, 0)
-        with pytest.raises(HostError):
+        with pytest.raises(errors.HostError):
             await execute(machine.context, [create(0)], observe=full)
     (done,) = await recovery.recover_abandoned(machine.journal, machine.context)
     assert (done.way, done.errors) == ("undo", ())

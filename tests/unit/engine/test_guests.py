@@ -10,6 +10,7 @@ from uuid import UUID
 
 import pytest
 
+from mdev_orchestrator import errors
 from mdev_orchestrator.engine import recovery
 from mdev_orchestrator.engine.executor import StepEvent, StepEventKind
 from mdev_orchestrator.engine.guests import show_guest, start_guest, stop_guest
@@ -18,15 +19,7 @@ from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
 from mdev_orchestrator.engine.records import GuestRecord, Managed
 from mdev_orchestrator.engine.steps import Launch, encode
-from mdev_orchestrator.errors import (
-    BusyError,
-    DeadlineError,
-    HostError,
-    Outcome,
-    QemuError,
-    RequestError,
-    UnknownError,
-)
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.process import State
@@ -75,7 +68,7 @@ async def test_a_guest_that_is_started_by_hand_is_not_managed(machine: Machine, 
     assert (started.state, started.record and started.record.uuid) == (State.RUNNING, U1)
     assert (await show_guest(machine, "g")).guest.state is State.RUNNING
     assert read_managed(machine) == Managed()
-    with pytest.raises(BusyError, match="guest g runs already, as process"):
+    with pytest.raises(errors.BusyError, match="guest g runs already, as process"):
         await start_guest(machine, config(qemu))
     ended = await stop_guest(machine, "g", deadline=0, force=True)
     assert ended.how == "quit"
@@ -87,7 +80,7 @@ async def test_a_guest_that_is_started_by_hand_is_not_managed(machine: Machine, 
 
 
 async def test_a_start_that_fails_leaves_nothing(machine: Machine, qemu: str) -> None:
-    with pytest.raises(QemuError, match="guest g") as caught:
+    with pytest.raises(errors.QemuError, match="guest g") as caught:
         await start_guest(machine, config(qemu, "-device", "nonsense"))
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert caught.value.__notes__ == ["nothing was changed"]
@@ -122,9 +115,9 @@ async def test_a_start_that_is_killed_is_undone(
 
 
 async def test_a_device_is_given_once(machine: Machine, qemu: str) -> None:
-    with pytest.raises(RequestError, match="the same mdev is given twice"):
+    with pytest.raises(errors.RequestError, match="the same mdev is given twice"):
         await start_guest(machine, config(qemu), [U1, U1])
-    with pytest.raises(UnknownError, match=f"there is no mdev {U1}"):
+    with pytest.raises(errors.UnknownError, match=f"there is no mdev {U1}"):
         await start_guest(machine, config(qemu), [U1])
     assert process.list_guests(machine) == []
 
@@ -136,7 +129,7 @@ async def test_a_guest_that_does_not_power_down_runs_on(
     machine: Machine, guest: ScriptedGuest
 ) -> None:
     """It may do so yet, and is not started again for it: the run is over."""
-    with pytest.raises(DeadlineError, match="guest g did not power down") as caught:
+    with pytest.raises(errors.DeadlineError, match="guest g did not power down") as caught:
         await stop_guest(machine, "g", deadline=0.2)
     assert caught.value.outcome is Outcome.UNKNOWN
     assert guest.asked == ["system_powerdown"]
@@ -146,7 +139,7 @@ async def test_a_guest_that_does_not_power_down_runs_on(
 
 
 async def test_a_guest_that_is_not_there(machine: Machine) -> None:
-    with pytest.raises(UnknownError, match="no guest is called g"):
+    with pytest.raises(errors.UnknownError, match="no guest is called g"):
         await stop_guest(machine, "g")
 
 
@@ -164,7 +157,7 @@ async def test_a_damaged_guest_is_removed_by_force_only(machine: Machine) -> Non
     directory.mkdir(parents=True, mode=0o700)
     machine.guests_dir.chmod(0o700)
     (directory / process.RECORD).write_text("{")
-    with pytest.raises(RequestError, match=r"record.json is damaged"):
+    with pytest.raises(errors.RequestError, match=r"record.json is damaged"):
         await stop_guest(machine, "g")
     assert directory.exists()
     await stop_guest(machine, "g", force=True)
@@ -195,7 +188,7 @@ async def test_nor_does_a_damaged_journal(machine: Machine, guest: ScriptedGuest
     machine.state_dir.mkdir(exist_ok=True)
     machine.journal_path.write_bytes(b"no database" * 1000)
     machine.journal_path.chmod(0o600)
-    with pytest.raises(HostError, match=r"is damaged|is no journal"):
+    with pytest.raises(errors.HostError, match=r"is damaged|is no journal"):
         read_managed(machine)
     await stop_guest(machine, "g", deadline=0, force=True)
     assert process.list_guests(machine) == []
@@ -217,7 +210,7 @@ async def test_a_guest_that_another_command_changes_is_ended_by_force_only(
     monkeypatch.setitem(Operation.__init__.__kwdefaults__, "wait", 0.3)
     async with open_journal(machine) as journal:
         run = await journal.begin("attach", "g t-1", (), ["guest:g"])
-        with pytest.raises(BusyError, match="guest g is being changed by mdo attach g t-1"):
+        with pytest.raises(errors.BusyError, match="guest g is being changed by mdo attach g t-1"):
             await stop_guest(machine, "g", deadline=0)
         assert guest.asked == []
         ended = await stop_guest(machine, "g", deadline=0, force=True)

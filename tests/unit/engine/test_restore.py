@@ -123,27 +123,17 @@ async def test_each_spec_waits_for_its_own_parent(
     assert set(read_managed(machine).devices) == {UUID(int=n + 1) for n in range(3)}
 
 
+@pytest.mark.parametrize(
+    "event", [registered("card0"), OSError(errno.ENOBUFS, "full")], ids=["event", "events lost"]
+)
 async def test_as_soon_as_the_last_one_is_there(
-    machine: Machine, system: FakeSystem, monitor: FakeMonitor
+    machine: Machine, system: FakeSystem, monitor: FakeMonitor, event: dict[str, str] | OSError
 ) -> None:
     await applied(machine, pool(U1, "card0", "one"))
     work = asyncio.create_task(back(machine, monitor, wait=60.0))
     await asyncio.sleep(0.2)
     appear(system, "card0", U1)
-    monitor.send(registered("card0"))
-    async with asyncio.timeout(5):
-        (done,) = await work
-    assert done.error is None
-
-
-async def test_events_that_were_lost(
-    machine: Machine, system: FakeSystem, monitor: FakeMonitor
-) -> None:
-    await applied(machine, pool(U1, "card0", "one"))
-    work = asyncio.create_task(back(machine, monitor, wait=60.0))
-    await asyncio.sleep(0.2)
-    appear(system, "card0", U1)
-    monitor.send(OSError(errno.ENOBUFS, "full"))
+    monitor.send(event)
     async with asyncio.timeout(5):
         (done,) = await work
     assert done.error is None

@@ -112,13 +112,7 @@ async def lab(
 ) -> AsyncIterator[Lab]:
     """Two devices of one group and one of none, on a parent with three links."""
     monkeypatch.setenv("MDO_CACHE_DIR", str(tmp_path / "cache"))
-    system.parent("card0")
-    system.type("card0", "t-1")
-    system.groups_of("card0", 3)
-    for uuid in (A, B, C):
-        system.mdev("card0", "t-1", uuid)
-    for uuid in (A, B):
-        put(system.bus / uuid / "group_uuid", GROUP + "\n")
+    system.group_of_two(GROUP, A, B, C)
     machine = Machine(system.root, state=place)
     yield Lab(machine, system, qemu)
     for guest in process.list_guests(machine):

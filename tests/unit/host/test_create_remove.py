@@ -12,15 +12,8 @@ from uuid import UUID
 
 import pytest
 
-from mdev_orchestrator.errors import (
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    UnknownError,
-    UuidError,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.machine import Machine
 from unit.fakesys import FakeSystem
@@ -47,17 +40,21 @@ async def test_create_then_remove(card: FakeSystem, machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("number", "error", "words"),
     [
-        (errno.EINVAL, MdoError, "does not accept it"),
-        (errno.EUSERS, CapacityError, "no instance left (available_instances reads 2)"),
-        (errno.ENOSPC, CapacityError, "no instance left"),
-        (errno.ENODEV, UnknownError, "going away"),
-        (errno.EACCES, HostError, "run as root"),
-        (errno.EROFS, HostError, "remount,rw"),
-        (errno.EIO, MdoError, "Input/output error (the driver's own words are in the kernel log"),
+        (errno.EINVAL, errors.MdoError, "does not accept it"),
+        (errno.EUSERS, errors.CapacityError, "no instance left (available_instances reads 2)"),
+        (errno.ENOSPC, errors.CapacityError, "no instance left"),
+        (errno.ENODEV, errors.UnknownError, "going away"),
+        (errno.EACCES, errors.HostError, "run as root"),
+        (errno.EROFS, errors.HostError, "remount,rw"),
+        (
+            errno.EIO,
+            errors.MdoError,
+            "Input/output error (the driver's own words are in the kernel log",
+        ),
     ],
 )
 async def test_refusals_of_the_kernel(
-    card: FakeSystem, number: int, error: type[MdoError], words: str, machine: Machine
+    card: FakeSystem, number: int, error: type[errors.MdoError], words: str, machine: Machine
 ) -> None:
     card.refuse[str(U1)] = number
     with pytest.raises(error) as caught:
@@ -73,7 +70,9 @@ async def test_a_creation_whose_writer_is_killed_is_unknown_and_no_refusal(
     card: FakeSystem, machine: Machine, when: Literal["before", "after"]
 ) -> None:
     card.kill[str(U1)] = when
-    with pytest.raises(MdoError, match=r"was killed; whether mdev .* was created is not") as caught:
+    with pytest.raises(
+        errors.MdoError, match=r"was killed; whether mdev .* was created is not"
+    ) as caught:
         await sysfs.create(machine, "card0", "t-1", U1)
     assert (caught.value.outcome, caught.value.errno) == (Outcome.UNKNOWN, None)
     assert "mdo recover" in caught.value.hint
@@ -86,7 +85,9 @@ async def test_a_removal_whose_writer_is_killed_is_unknown_and_no_refusal(
 ) -> None:
     card.mdev("card0", "t-1", str(U1))
     card.kill[f"{U1}/remove"] = when
-    with pytest.raises(MdoError, match=r"was killed; whether mdev .* was removed is not") as caught:
+    with pytest.raises(
+        errors.MdoError, match=r"was killed; whether mdev .* was removed is not"
+    ) as caught:
         await sysfs.remove(machine, U1, 5)
     assert caught.value.outcome is Outcome.UNKNOWN
 
@@ -95,7 +96,7 @@ async def test_a_taken_uuid_names_the_parent_that_has_it(
     card: FakeSystem, machine: Machine
 ) -> None:
     card.mdev("card1", "t-1", str(U1))
-    with pytest.raises(UuidError, match="exists already under parent card1 as t-1"):
+    with pytest.raises(errors.UuidError, match="exists already under parent card1 as t-1"):
         await sysfs.create(machine, "card0", "t-1", U1)
 
 
@@ -103,15 +104,15 @@ async def test_a_taken_uuid_names_the_parent_that_has_it(
 async def test_a_name_cannot_lead_out_of_sysfs(
     card: FakeSystem, name: str, machine: Machine
 ) -> None:
-    with pytest.raises(UnknownError):
+    with pytest.raises(errors.UnknownError):
         await sysfs.create(machine, name, "t-1", U1)
-    with pytest.raises(UnknownError):
+    with pytest.raises(errors.UnknownError):
         await sysfs.create(machine, "card0", name, U1)
     assert card.writes == []
 
 
 async def test_what_is_not_there_cannot_be_removed(card: FakeSystem, machine: Machine) -> None:
-    with pytest.raises(UnknownError, match="there is no mdev"):
+    with pytest.raises(errors.UnknownError, match="there is no mdev"):
         await sysfs.remove(machine, U1, 1)
 
 
@@ -120,7 +121,7 @@ async def test_a_removal_that_blocks_ends_at_its_deadline(
 ) -> None:
     card.mdev("card0", "t-1", str(U1))
     card.block[f"{U1}/remove"] = asyncio.Event()
-    with pytest.raises(DeadlineError, match="ends the removal by itself") as caught:
+    with pytest.raises(errors.DeadlineError, match="ends the removal by itself") as caught:
         await sysfs.remove(machine, U1, 0.2)
     assert caught.value.outcome is Outcome.UNKNOWN
 
@@ -159,7 +160,7 @@ async def test_what_is_being_created_and_never_there_is_said(
     card: FakeSystem, machine: Machine
 ) -> None:
     (card.mdev("card0", "t-1", str(U1)) / "mdev_type").unlink()
-    with pytest.raises(DeadlineError, match="it is still being created") as caught:
+    with pytest.raises(errors.DeadlineError, match="it is still being created") as caught:
         await sysfs.remove(machine, U1, 0.1)
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert card.writes == []
@@ -173,5 +174,5 @@ async def test_optional_files_of_a_device(card: FakeSystem, machine: Machine) ->
     assert await sysfs.write_file(machine, U1, "online", "1")
     assert sysfs.read_file(machine, U1, "online") == "1"
     card.refuse[f"{U1}/online"] = errno.ENOSPC
-    with pytest.raises(MdoError, match="refused '1' for online"):
+    with pytest.raises(errors.MdoError, match="refused '1' for online"):
         await sysfs.write_file(machine, U1, "online", "1")

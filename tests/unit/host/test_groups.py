@@ -12,15 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdev_orchestrator.errors import (
-    BusyError,
-    CapacityError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    RequestError,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import groups, sysfs
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import GROUP_NAMESPACE, Mdev, group_uuid, is_uuid
@@ -33,13 +26,7 @@ GROUP = "aaaaaaaa-1111-4222-8333-444444444444"
 @pytest.fixture
 def pair(system: FakeSystem) -> FakeSystem:
     """Two devices of one group and one of none, on a parent with three links."""
-    system.parent("card0")
-    system.type("card0", "t-1")
-    system.groups_of("card0", 3)
-    for uuid in (A, B, C):
-        system.mdev("card0", "t-1", uuid)
-    for uuid in (A, B):
-        put(system.bus / uuid / "group_uuid", GROUP.upper() + "\n")
+    system.group_of_two(GROUP.upper(), A, B, C)
     return system
 
 
@@ -130,7 +117,7 @@ async def test_start_and_stop(pair: FakeSystem, machine: Machine) -> None:
 async def test_links_that_lack_are_told(pair: FakeSystem, machine: Machine) -> None:
     put(pair.parents / "card0" / "p2p_links_free", "0\n")
     group = sysfs.read_host(machine).groups[0]
-    with pytest.raises(CapacityError) as refusal:
+    with pytest.raises(errors.CapacityError) as refusal:
         await groups.start(machine, group, 5)
     assert str(refusal.value) == (
         f"start group {GROUP} on card0 does not come online: No space left on device; its 2 "
@@ -138,20 +125,20 @@ async def test_links_that_lack_are_told(pair: FakeSystem, machine: Machine) -> N
         "card0, or make this one smaller)"
     )
     put(pair.bus / A / "group_error", "the hardware is tired\n")
-    with pytest.raises(CapacityError, match="the driver says: the hardware is tired"):
+    with pytest.raises(errors.CapacityError, match="the driver says: the hardware is tired"):
         await groups.start(machine, group, 5)
 
 
 @pytest.mark.parametrize(
     ("number", "kind", "words"),
     [
-        (errno.EBUSY, BusyError, "another process has or starts it"),
-        (errno.EACCES, HostError, r"online \(mode 0\d{3}, of user \d+\)"),
-        (errno.EIO, MdoError, "Input/output error"),
+        (errno.EBUSY, errors.BusyError, "another process has or starts it"),
+        (errno.EACCES, errors.HostError, r"online \(mode 0\d{3}, of user \d+\)"),
+        (errno.EIO, errors.MdoError, "Input/output error"),
     ],
 )
 async def test_refusals_in_words(
-    pair: FakeSystem, number: int, kind: type[MdoError], words: str, machine: Machine
+    pair: FakeSystem, number: int, kind: type[errors.MdoError], words: str, machine: Machine
 ) -> None:
     pair.refuse[f"{A}/online"] = number
     group = sysfs.read_host(machine).groups[0]
@@ -164,11 +151,11 @@ async def test_a_silent_driver_costs_the_deadline(pair: FakeSystem, machine: Mac
     pair.block[f"{A}/online"] = asyncio.Event()
     group = sysfs.read_host(machine).groups[0]
     with pytest.raises(
-        DeadlineError, match=rf"{GROUP} on card0 did not come online within 0.05 s"
+        errors.DeadlineError, match=rf"{GROUP} on card0 did not come online within 0.05 s"
     ) as caught:
         await groups.start(machine, group, 0.05)
     assert caught.value.outcome is Outcome.UNKNOWN
-    with pytest.raises(DeadlineError, match="did not go offline"):
+    with pytest.raises(errors.DeadlineError, match="did not go offline"):
         await groups.stop(machine, UUID(A), 0.05)
 
 
@@ -178,15 +165,21 @@ async def test_a_start_whose_writer_is_killed_is_unknown_and_no_refusal(
 ) -> None:
     pair.kill[f"{A}/online"] = when
     group = sysfs.read_host(machine).groups[0]
-    with pytest.raises(MdoError, match=rf"was killed; whether start group {GROUP}") as caught:
+    with pytest.raises(
+        errors.MdoError, match=rf"was killed; whether start group {GROUP}"
+    ) as caught:
         await groups.start(machine, group, 5)
     assert (caught.value.outcome, caught.value.errno) == (Outcome.UNKNOWN, None)
     pair.kill[f"{A}/online"] = when
-    with pytest.raises(MdoError, match=rf"was killed; whether mdev {A} is offline") as caught:
+    with pytest.raises(
+        errors.MdoError, match=rf"was killed; whether mdev {A} is offline"
+    ) as caught:
         await groups.stop(machine, UUID(A), 5)
     assert caught.value.outcome is Outcome.UNKNOWN
     pair.kill[f"{C}/group_uuid"] = when
-    with pytest.raises(MdoError, match=rf"was killed; whether mdev {C} is in start") as caught:
+    with pytest.raises(
+        errors.MdoError, match=rf"was killed; whether mdev {C} is in start"
+    ) as caught:
         await groups.join(machine, UUID(C), UUID(GROUP), "card0")
     assert caught.value.outcome is Outcome.UNKNOWN
 
@@ -211,7 +204,7 @@ def test_a_group_is_a_uuid_a_name_or_refused_in_one_line(text: str) -> None:
     error = None
     try:
         found = group_uuid(text)
-    except RequestError as refusal:
+    except errors.RequestError as refusal:
         error = refusal
     if error is None:
         assert found.int

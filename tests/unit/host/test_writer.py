@@ -25,6 +25,7 @@ import pytest
 from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.system import writer
+from mdev_orchestrator.system.waiting import readable
 from mdev_orchestrator.system.writer import (
     DEPTH,
     SysfsWriter,
@@ -67,6 +68,13 @@ def lines(tmp_path: Path) -> list[tuple[str, bytes]]:
 def fifo(place: Path, name: str = "fifo") -> Path:
     os.mkfifo(place / name)
     return place / name
+
+
+def stuck(sysfs: SysfsWriter, pipe: Path) -> WriteBatch:
+    """A batch that has begun with its only write, to a FIFO that is not read."""
+    batch = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
+    batch.begin()
+    return batch
 
 
 def release(*fifos: Path) -> None:
@@ -170,8 +178,7 @@ async def test_a_cancelled_write_that_has_not_begun_never_begins(
     sysfs: SysfsWriter, tmp_path: Path, one_child: None, lines: list[tuple[str, bytes]]
 ) -> None:
     pipe = fifo(tmp_path)
-    first = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
-    first.begin()
+    first = stuck(sysfs, pipe)
     await seen(lambda: at(pipe))
     path, data = lines[0]
     second = asyncio.ensure_future(sysfs.write(path, data, lane=LANE, kill_if_cancelled=True))
@@ -347,8 +354,7 @@ async def test_two_batches_go_on_beside_each_other(
     sysfs: SysfsWriter, tmp_path: Path, other: str, lines: list[tuple[str, bytes]]
 ) -> None:
     pipe = fifo(tmp_path)
-    waiting = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
-    waiting.begin()
+    waiting = stuck(sysfs, pipe)
     batch = sysfs.batch(lines[:40], ignore, lane=other)
     batch.begin()
     assert await ended(batch) == [DONE] * 40
@@ -470,8 +476,7 @@ async def test_a_child_that_other_code_reaps_is_noticed_and_its_id_never_used(
     sysfs: SysfsWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = fifo(tmp_path)
-    batch = sysfs.batch([(str(pipe), b"x")], ignore, lane=LANE)
-    batch.begin()
+    batch = stuck(sysfs, pipe)
     await seen(lambda: at(pipe))
     (child,) = at(pipe)
     os.kill(child, signal.SIGKILL)
@@ -517,20 +522,10 @@ async def test_after_its_parent_has_died_a_child_begins_nothing(
         await parent.wait()
         assert names(pid, pipe)
         assert await asyncio.to_thread(pipe.read_bytes) == b"begun"
-        await asyncio.wait_for(_readable(orphan), 20)
+        await asyncio.wait_for(readable(orphan), 20)
     finally:
         os.close(orphan)
     assert [Path(path).read_bytes() for path, _ in lines[:4]] == [b""] * 4
-
-
-async def _readable(descriptor: int) -> None:
-    event = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(descriptor, event.set)
-    try:
-        await event.wait()
-    finally:
-        loop.remove_reader(descriptor)
 
 
 # ---- children that end ----

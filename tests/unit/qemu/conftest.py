@@ -78,6 +78,27 @@ class Peer:
             pass
 
 
+async def listen(
+    script: Script, path: Path
+) -> tuple[asyncio.AbstractServer, set[asyncio.Task[None]]]:
+    """Run a script for each client of a socket; the server, and the tasks of its clients."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        tasks.add(task)
+        try:
+            await script(Peer(reader, writer))
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    return await asyncio.start_unix_server(client, path, limit=1 << 24), tasks
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """An empty directory with a short name: socket paths have little room."""
@@ -117,20 +138,7 @@ def serve(place: Path) -> Serve:
     @asynccontextmanager
     async def serve(script: Script) -> AsyncIterator[Path]:
         path = place / "qmp.sock"
-        tasks: set[asyncio.Task[None]] = set()
-
-        async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task
-            tasks.add(task)
-            try:
-                await script(Peer(reader, writer))
-            except ConnectionError:
-                pass
-            finally:
-                writer.close()
-
-        server = await asyncio.start_unix_server(client, path, limit=1 << 24)
+        server, tasks = await listen(script, path)
         try:
             yield path
         finally:

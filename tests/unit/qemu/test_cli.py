@@ -259,12 +259,3 @@ def test_copying_ends_with_the_guest() -> None:
     ours.close()
     for descriptor in (keys, typed, shown, screen):
         os.close(descriptor)
-
-
-def test_naming_the_commands_does_not_load_qmp() -> None:
-    program = (
-        "import sys, mdev_orchestrator.cli.guest, mdev_orchestrator.cli.hotplug;"
-        "print({'asyncio', 'qemu.qmp', 'msgspec'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert done.stdout == b"set()\n"

@@ -24,16 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mdev_orchestrator.errors import (
-    BusyError,
-    DeadlineError,
-    HostError,
-    MdoError,
-    Outcome,
-    QemuError,
-    RequestError,
-    UnknownError,
-)
+from mdev_orchestrator import errors
+from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
@@ -162,7 +154,7 @@ async def test_the_monitor_can_be_connected_to_again(qemu: str, machine: Machine
 
 async def test_a_busy_monitor(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
-        with pytest.raises(DeadlineError, match="another program may hold"):
+        with pytest.raises(errors.DeadlineError, match="another program may hold"):
             async with connect(guest.qmp_socket, guest.label, deadline=0.3):
                 pass
         assert (await look(guest)).status == "prelaunch"  # by the other monitor
@@ -172,7 +164,7 @@ async def test_a_console_takes_one(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
         await check_console_free(guest)
         _, writer = await asyncio.open_unix_connection(guest.console_socket)
-        with pytest.raises(BusyError, match="console"):
+        with pytest.raises(errors.BusyError, match="console"):
             await check_console_free(guest)
         writer.close()
         await writer.wait_closed()
@@ -180,7 +172,7 @@ async def test_a_console_takes_one(qemu: str, machine: Machine) -> None:
 
 async def test_a_second_start_of_a_running_guest(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
-        with pytest.raises(BusyError, match="guest g runs already, as process"):
+        with pytest.raises(errors.BusyError, match="guest g runs already, as process"):
             await start(machine, spec(qemu))
         assert find(machine, "g") == guest
 
@@ -191,7 +183,7 @@ async def test_many_starts_at_once(qemu: str, machine: Machine) -> None:
     )
     won = [result for result in results if isinstance(result, RunningGuest)]
     assert len(won) == 1
-    assert all(isinstance(result, RunningGuest | BusyError) for result in results)
+    assert all(isinstance(result, RunningGuest | errors.BusyError) for result in results)
     assert find(machine, "g") == won[0]
     assert len(processes_of(machine.state_dir)) == 1
     await stop(machine, won[0], deadline=0, force=True)
@@ -207,7 +199,7 @@ async def test_two_guests(qemu: str, machine: Machine) -> None:
 
 
 async def test_qemu_says_no(qemu: str, machine: Machine) -> None:
-    with pytest.raises(QemuError, match="'nonsense' is not a valid device") as caught:
+    with pytest.raises(errors.QemuError, match="'nonsense' is not a valid device") as caught:
         await start(machine, spec(qemu, "g", "-device", "nonsense"))
     assert caught.value.exit_code == 3
     assert "ended with status 1" in caught.value.message
@@ -217,7 +209,7 @@ async def test_qemu_says_no(qemu: str, machine: Machine) -> None:
 
 async def test_an_mdev_that_is_not_there(qemu: str, machine: Machine) -> None:
     mdev = GuestMdev(UUID1, Path("/sys/bus/mdev/devices") / str(UUID1))
-    with pytest.raises(QemuError, match="no such host device") as caught:
+    with pytest.raises(errors.QemuError, match="no such host device") as caught:
         await start(machine, replace(spec(qemu), mdevs=(mdev,)))
     assert "mdo host" in caught.value.hint
     assert list(machine.guests_dir.iterdir()) == []
@@ -233,7 +225,7 @@ async def test_an_mdev_that_is_not_there(qemu: str, machine: Machine) -> None:
     ],
 )
 async def test_something_that_is_no_qemu(machine: Machine, body: str, said: str) -> None:
-    with pytest.raises(QemuError, match=said) as caught:
+    with pytest.raises(errors.QemuError, match=said) as caught:
         await start(machine, spec(fake_qemu(machine, body)))
     assert caught.value.message.isprintable()
     assert list(machine.guests_dir.iterdir()) == []
@@ -241,25 +233,25 @@ async def test_something_that_is_no_qemu(machine: Machine, body: str, said: str)
 
 async def test_a_qemu_that_never_answers(machine: Machine) -> None:
     qemu = fake_qemu(machine, "echo thinking; exec sleep 1000")
-    with pytest.raises(DeadlineError, match=r"did not answer within 0\.5 s: thinking"):
+    with pytest.raises(errors.DeadlineError, match=r"did not answer within 0\.5 s: thinking"):
         await start(machine, spec(qemu), deadline=0.5)
     assert list(machine.guests_dir.iterdir()) == []
 
 
 async def test_no_qemu(machine: Machine) -> None:
-    with pytest.raises(HostError, match="no program no-such-qemu"):
+    with pytest.raises(errors.HostError, match="no program no-such-qemu"):
         await start(machine, spec("no-such-qemu"))
     assert list(machine.guests_dir.iterdir()) == []
 
 
 async def test_no_kernel(qemu: str, machine: Machine) -> None:
-    with pytest.raises(RequestError, match=r"its kernel .*nowhere does not exist"):
+    with pytest.raises(errors.RequestError, match=r"its kernel .*nowhere does not exist"):
         await start(machine, replace(spec(qemu), kernel=Path("nowhere")))
 
 
 async def test_a_path_too_long_for_a_socket(qemu: str, machine: Machine) -> None:
     deep = Machine(state=machine.state_dir / ("x" * 100))
-    with pytest.raises(HostError, match="more than 107 bytes") as caught:
+    with pytest.raises(errors.HostError, match="more than 107 bytes") as caught:
         await start(deep, spec(qemu))
     assert "MDO_STATE_DIR" in caught.value.hint
     assert list(deep.guests_dir.iterdir()) == []
@@ -270,7 +262,7 @@ async def test_arguments_that_break_the_contract_are_refused(
     qemu: str, machine: Machine, word: str
 ) -> None:
     """Fault 22: with -daemonize "nothing was changed", and an unknown QEMU lived on."""
-    with pytest.raises(RequestError, match=f"argument {word} cannot be used") as caught:
+    with pytest.raises(errors.RequestError, match=f"argument {word} cannot be used") as caught:
         await start(machine, spec(qemu, "g", word))
     assert caught.value.outcome is Outcome.NO_EFFECT
 
@@ -278,7 +270,7 @@ async def test_arguments_that_break_the_contract_are_refused(
 async def test_a_qemu_that_its_program_leaves_behind_is_ended(qemu: str, machine: Machine) -> None:
     """Fault 22: the process that was started ends, and a QEMU would live on."""
     program = fake_qemu(machine, f'{qemu} "$@" &\nexit 0')
-    with pytest.raises(QemuError, match="ended with status 0") as caught:
+    with pytest.raises(errors.QemuError, match="ended with status 0") as caught:
         await start(machine, spec(program))
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert "not start QEMU beside itself" in caught.value.hint
@@ -295,9 +287,9 @@ async def test_a_qemu_that_outlives_its_program_is_reported(qemu: str, machine: 
     [gone] = list_guests(machine)
     assert gone.state is State.GONE
     [pid] = await process.find_strays(machine, gone)
-    with pytest.raises(BusyError, match=f"a QEMU of it runs on as process {pid}"):
+    with pytest.raises(errors.BusyError, match=f"a QEMU of it runs on as process {pid}"):
         await start(machine, spec(qemu))
-    with pytest.raises(BusyError, match=f"a QEMU of it runs on as process {pid}") as caught:
+    with pytest.raises(errors.BusyError, match=f"a QEMU of it runs on as process {pid}") as caught:
         await stop(machine, gone)
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert "--force" in caught.value.hint
@@ -331,7 +323,7 @@ async def test_the_event_loop_runs_while_a_process_is_killed(
         asyncio.get_running_loop().call_later(0.1, send, descriptor, number)
 
     monkeypatch.setattr(signal, "pidfd_send_signal", later)
-    with pytest.raises(DeadlineError):
+    with pytest.raises(errors.DeadlineError):
         await start(machine, spec(fake_qemu(machine, "exec sleep 1000")), deadline=0.5)
     assert list(machine.guests_dir.iterdir()) == []
 
@@ -380,8 +372,8 @@ async def mdo_start(machine: Machine) -> tuple[asyncio.subprocess.Process, int]:
 async def test_interrupted_while_qemu_starts(machine: Machine, number: signal.Signals) -> None:
     command, pid = await mdo_start(machine)
     command.send_signal(number)
-    _, errors = await command.communicate()
-    assert b"Traceback" not in errors
+    _, complaints = await command.communicate()
+    assert b"Traceback" not in complaints
     assert command.returncode == 128 + number
     assert not Path(f"/proc/{pid}").exists()
     assert list(machine.guests_dir.iterdir()) == []
@@ -395,7 +387,7 @@ async def test_killed_while_qemu_starts(machine: Machine) -> None:
     assert guest.state is State.STARTING
     assert guest.record
     assert guest.record.pid == pid
-    with pytest.raises(BusyError, match="runs already"):
+    with pytest.raises(errors.BusyError, match="runs already"):
         await start(machine, spec("/bin/true"))
     assert (await stop(machine, guest, deadline=0, force=True)).how == "terminated"
     assert list(machine.guests_dir.iterdir()) == []
@@ -427,9 +419,9 @@ async def test_a_start_that_was_cut_short_before_the_record(qemu: str, machine: 
     (machine.guests_dir / "g").mkdir()
     [guest] = list_guests(machine)
     assert guest.state is State.DAMAGED
-    with pytest.raises(RequestError, match="cut short"):
+    with pytest.raises(errors.RequestError, match="cut short"):
         await start(machine, spec(qemu))
-    with pytest.raises(RequestError, match="cut short"):
+    with pytest.raises(errors.RequestError, match="cut short"):
         await stop(machine, guest)
     assert (await stop(machine, guest, force=True)).how == "gone"
     assert list(machine.guests_dir.iterdir()) == []
@@ -446,10 +438,10 @@ async def test_qemu_killed_in_the_middle(qemu: str, machine: Machine) -> None:
     gone = find(machine, "g")
     assert gone.state is State.GONE
     assert (await look(gone)).status is None
-    with pytest.raises(RequestError, match="its process has ended"):
+    with pytest.raises(errors.RequestError, match="its process has ended"):
         find_running(machine, "g")
     assert (await stop(machine, gone)).how == "gone"
-    with pytest.raises(UnknownError, match="no guest is called g"):
+    with pytest.raises(errors.UnknownError, match="no guest is called g"):
         find(machine, "g")
 
 
@@ -472,7 +464,7 @@ async def test_a_stop_beside_a_stop(qemu: str, machine: Machine) -> None:
 
 async def test_without_force_it_goes_on(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
-        with pytest.raises(DeadlineError, match="did not power down") as caught:
+        with pytest.raises(errors.DeadlineError, match="did not power down") as caught:
             await stop(machine, guest, deadline=0.3)
         assert "--force" in caught.value.hint
         assert find(machine, "g") == guest
@@ -490,7 +482,7 @@ async def test_the_power_button_is_pressed_again(
                 for _ in range(3):
                     assert await events.next(10)
                 await stop(machine, guest, deadline=0, force=True)
-        with contextlib.suppress(MdoError):
+        with contextlib.suppress(errors.MdoError):
             await stopping
 
 
@@ -517,7 +509,7 @@ async def test_whether_a_guest_obeys_is_waited_for(
 
 async def test_a_guest_may_power_down_after_the_deadline(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
-        with pytest.raises(DeadlineError, match="did not power down") as caught:
+        with pytest.raises(errors.DeadlineError, match="did not power down") as caught:
             await stop(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.UNKNOWN
         assert (guest.directory / process.ASKED).exists()
@@ -525,7 +517,7 @@ async def test_a_guest_may_power_down_after_the_deadline(qemu: str, machine: Mac
 
 async def test_a_guest_that_was_not_asked_runs_on(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
-        with pytest.raises(DeadlineError, match="another program may hold") as caught:
+        with pytest.raises(errors.DeadlineError, match="another program may hold") as caught:
             await stop(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.NO_EFFECT
         assert not (guest.directory / process.ASKED).exists()
@@ -568,7 +560,7 @@ async def test_how_long_a_guest_is_waited_for_is_the_callers(qemu: str, machine:
     """Fault 23: 30 seconds were waited for, whatever the deadline was."""
     async with started(machine, spec(qemu)) as guest:
         (guest.directory / process.ASKED).touch()
-        with pytest.raises(DeadlineError, match="may do so yet") as caught:
+        with pytest.raises(errors.DeadlineError, match="may do so yet") as caught:
             await process.await_pending_shutdown(guest, deadline=0.1)
         assert caught.value.outcome is Outcome.UNKNOWN
         assert (guest.directory / process.ASKED).exists()
@@ -583,7 +575,7 @@ async def test_a_qemu_that_is_stopped(qemu: str, machine: Machine) -> None:
         report = await look(guest)
         assert (report.status, report.mdevs, report.state) == (None, None, "stopped")
         assert f"kill -CONT {guest.record.pid}" in report.damage
-        with pytest.raises(DeadlineError, match=r"did not power down.*is stopped") as caught:
+        with pytest.raises(errors.DeadlineError, match=r"did not power down.*is stopped") as caught:
             await stop(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.NO_EFFECT
         assert f"kill -CONT {guest.record.pid}" in caught.value.message
@@ -683,9 +675,9 @@ async def test_a_damaged_record_of_a_living_guest(qemu: str, machine: Machine) -
     damaged = find(machine, "g")
     assert damaged.state is State.DAMAGED
     assert "record.json is damaged" in damaged.damage
-    with pytest.raises(RequestError, match="damaged"):
+    with pytest.raises(errors.RequestError, match="damaged"):
         await start(machine, spec(qemu))
-    with pytest.raises(RequestError, match="damaged") as caught:
+    with pytest.raises(errors.RequestError, match="damaged") as caught:
         await stop(machine, damaged)
     assert "--force" in caught.value.hint
     assert (await stop(machine, damaged, force=True)).how == "quit"
@@ -754,12 +746,12 @@ def test_what_else_may_lie_there(machine: Machine) -> None:
         ("deep", State.DAMAGED),
         ("nested", State.DAMAGED),
     ]
-    with pytest.raises(UnknownError, match=r"no guest is called x.*there are: deep, nested"):
+    with pytest.raises(errors.UnknownError, match=r"no guest is called x.*there are: deep, nested"):
         find(machine, "x")
 
 
 def test_no_guests_at_all(machine: Machine) -> None:
     nowhere = Machine(state=machine.state_dir / "nowhere")
     assert list_guests(nowhere) == []
-    with pytest.raises(UnknownError):
+    with pytest.raises(errors.UnknownError):
         find(nowhere, "g")
