@@ -441,7 +441,11 @@ async def detach(
         guest = find_running(machine, guest_name)
     async with connect(guest.qmp_socket, guest.label, deadline=None, end=end) as qmp:
         with errors.before_acting():
-            device = await _id_of(qmp, uuid)
+            try:
+                device = await _id_of(qmp, uuid)
+            except errors.UnknownError:
+                _mark(guest, uuid).unlink(missing_ok=True)  # if it was asked, it has let go
+                raise
         with _asking(guest, uuid) as mark:
             await _unplug(qmp, device, end, deadline, mark)
 

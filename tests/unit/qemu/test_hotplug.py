@@ -606,6 +606,16 @@ async def asked(
         yield found
 
 
+async def test_a_guest_that_has_let_go_meanwhile_has_no_open_question(
+    serve: Serve, plugged: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asked(serve, plugged, monkeypatch) as found:
+        del plugged.devices[DEVICE], plugged.sysfsdev[DEVICE]
+        with pytest.raises(UnknownError, match="has no mdev"):
+            await hotplug.detach(Machine(), "g", M1)
+        assert marks(found) == []
+
+
 def marks(found: RunningGuest) -> list[str]:
     return [path.name for path in found.directory.glob("asked-*")]
 
