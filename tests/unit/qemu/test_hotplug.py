@@ -611,7 +611,7 @@ async def test_a_guest_that_has_let_go_meanwhile_has_no_open_question(
 ) -> None:
     async with asked(serve, plugged, monkeypatch) as found:
         del plugged.devices[DEVICE], plugged.sysfsdev[DEVICE]
-        with pytest.raises(UnknownError, match="has no mdev"):
+        with pytest.raises(errors.UnknownError, match="has no mdev"):
             await hotplug.detach(Machine(), "g", M1)
         assert marks(found) == []
 
