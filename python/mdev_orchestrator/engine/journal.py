@@ -70,8 +70,8 @@ from mdev_orchestrator.system.waiting import run_to_completion
 
 T = TypeVar("T")
 
-CLAIM_SECONDS = 10.0
-"""To wait for another command that changes the same objects."""
+CLAIM_SECONDS = 30.0
+"""To wait for another command that changes the same objects: it may be starting a guest."""
 KILLED_SECONDS = 1.0
 """For the kernel to give back the locks of a process that was killed."""
 KEPT = 200

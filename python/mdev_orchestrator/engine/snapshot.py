@@ -20,6 +20,10 @@ from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.process import ProcessRecord, RunningGuest
 
+_ASK_SECONDS = 10.0
+"""For one guest to say what it has; a QEMU that is stopped is known without asking."""
+_AT_ONCE = 4
+"""Guests that are asked at the same time: more only make every one of them late."""
 _ENDING_SECONDS = 1.0
 """For a guest to end whose monitor has hung up: a process that ends closes its sockets first."""
 
@@ -73,8 +77,14 @@ async def take_snapshot(
         guest.name: _as_started(record) for guest, record in alive if guest.name not in names
     }
     asked = [(guest, record) for guest, record in alive if guest.name in names]
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(guest: RunningGuest, record: ProcessRecord) -> ObservedGuest | MdoError | None:
+        async with places:
+            return await _ask(guest, record)
+
     # errors are values here: no task fails, so none is left running
-    answers = await asyncio.gather(*(_ask(guest, record) for guest, record in asked))
+    answers = await asyncio.gather(*(ask(guest, record) for guest, record in asked))
     for (guest, record), answer in zip(asked, answers, strict=True):
         if isinstance(answer, ObservedGuest):
             running[guest.name] = answer
@@ -94,7 +104,7 @@ async def _ask(guest: RunningGuest, record: ProcessRecord) -> ObservedGuest | Md
 
     if process.is_stopped(guest):
         return _silent(guest, "its QEMU is stopped (SIGSTOP)", f"kill -CONT {record.pid}", None)
-    end = asyncio.get_running_loop().time() + hotplug.QUERY_SECONDS
+    end = asyncio.get_running_loop().time() + _ASK_SECONDS
     try:
         async with connect(guest.query_socket, guest.label, deadline=None, end=end) as qmp:
             mdevs = await hotplug.mdevs(qmp)
