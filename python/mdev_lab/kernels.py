@@ -129,6 +129,8 @@ def _unpack_kernel(series: str, release: str, place: Path, progress: Progress) -
         for package in sorted(work.glob("*.deb")):
             progress(f"unpacking {package.name.partition('_')[0]}")
             run(["dpkg-deb", "-x", package, root])
+        if not (root / "lib").exists():  # packages of a release whose /lib is a link
+            (root / "lib").symlink_to("usr/lib")
         # Debian's headers include each other by absolute path; here they are side by side.
         for makefile in root.glob("usr/src/linux-headers-*/Makefile"):
             text = makefile.read_text()
