@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from guests import (
     GuestTest,
@@ -26,10 +27,11 @@ from mdev_lab.mvgpu import counts
 from mdev_orchestrator.engine import attach as engine_attach
 from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.engine.devices import remove_devices
-from mdev_orchestrator.errors import DeadlineError, RequestError
+from mdev_orchestrator.errors import CommandError, DeadlineError, RequestError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu.command import device_id
 from mdev_orchestrator.qemu.monitor import connect
 
 SMALL = "mvgpu-128M"
@@ -87,6 +89,9 @@ class HotPlug(GuestTest):
                     while not any(running.directory.glob("asked-*")):
                         assert not detaching.done()
                         await asyncio.sleep(0.01)
+                    # The mark comes before the question; after this the guest was asked for sure.
+                    with contextlib.suppress(CommandError):  # it is "in the process of unplug"
+                        await qmp.execute("device_del", object, {"id": device_id(fifth.uuid)})
                     detaching.cancel()
                     with refused(asyncio.CancelledError) as undone:
                         await detaching

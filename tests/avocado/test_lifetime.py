@@ -103,7 +103,7 @@ class Lifetime(GuestTest):
             assert done.status == QemuError.exit_code, done
             words = one_line(done.err)
             assert "'no-such-device' is not a valid device model name" in words
-            assert "it was run as: " in words
+            assert "QEMU was run as: " in words
             assert f"-uuid {uuid}" in words
             assert str(mdev.path) in words
             # Nothing of the guest is left, and the device is as it was.
