@@ -96,16 +96,19 @@ class Lifetime(GuestTest):
     async def test_qemu_that_dies_at_start(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,):
             uuid = str(uuid4())
-            done = await mdo(
+            start = (
                 *("guest", "start", "stillborn", "--uuid", uuid, "--mdev", str(mdev.uuid)),
                 *("--arg=-device", "--arg=no-such-device"),
             )
+            done = await mdo(*start)
             assert done.status == QemuError.exit_code, done
             words = one_line(done.err)
             assert "'no-such-device' is not a valid device model name" in words
-            assert "QEMU was run as: " in words
-            assert f"-uuid {uuid}" in words
-            assert str(mdev.path) in words
+            assert "--debug shows how QEMU was run" in words
+            told = (await mdo("--debug", *start)).err
+            assert "QEMU was run as: " in told
+            assert f"-uuid {uuid}" in told
+            assert str(mdev.path) in told
             # Nothing of the guest is left, and the device is as it was.
             assert process.list_guests(machine()) == []
             assert sysfs.read_mdev(machine(), mdev.uuid) == mdev
