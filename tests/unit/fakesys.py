@@ -359,7 +359,7 @@ def wait_for_orphans() -> None:
 
 
 def _is_orphan(process: Path, command: bytes) -> bool:
-    if not process.name.isdecimal():
+    if not process.name.isdecimal() or int(process.name) == os.getpid():
         return False
     try:
         parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
