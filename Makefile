@@ -10,6 +10,8 @@
 # make test-fuzz-driver
 #                     mvgpu fuzzed on a kernel with checkers, built first
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
+# make test-fresh     make demo and make test, on a clean Debian 12 and a clean
+#                     Debian 13
 # make check          linters only
 # make bench          speeds beside those of others, and docs/benchmarks.md
 # make lab-shell      a shell in a lab that stays up until 'mdo lab down'
@@ -19,7 +21,7 @@ MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
-.PHONY: test-qemu-own check bench lab-shell clean
+.PHONY: test-qemu-own test-fresh check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -52,6 +54,12 @@ test-fuzz-driver:
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own
+
+test-fresh:
+	@failed=; for suite in bookworm trixie; do \
+		echo "== $$suite"; \
+		tools/fresh $$suite || failed=1; \
+	done; [ -z "$$failed" ]
 
 check: setup
 	@.venv/bin/python tools/run-tests check

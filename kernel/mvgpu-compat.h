@@ -2,14 +2,16 @@
 /*
  * mvgpu: what differs between the kernels that it builds on
  *
- * Kbuild looks the features up in the headers and defines MVGPU_HAVE_*.
+ * Kbuild compiles mvgpu-probe.c for each feature and defines MVGPU_HAVE_*.
  */
 #ifndef MVGPU_COMPAT_H
 #define MVGPU_COMPAT_H
 
 #include <linux/eventfd.h>
+#include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/pci.h>
+#include <linux/uaccess.h>
 #include <linux/vfio.h>
 
 static inline void mvgpu_eventfd_signal(struct eventfd_ctx *ctx)
@@ -31,6 +33,15 @@ static inline void mvgpu_vm_flags_set(struct vm_area_struct *vma,
 #endif
 }
 
+static inline int mvgpu_vfs_mmap(struct file *file, struct vm_area_struct *vma)
+{
+#ifdef MVGPU_HAVE_VFS_MMAP
+	return vfs_mmap(file, vma);
+#else
+	return call_mmap(file, vma);
+#endif
+}
+
 /* Where the core does not do it, .release frees the device itself. */
 static inline void mvgpu_vfio_free_device(struct vfio_device *vdev)
 {
@@ -48,6 +59,48 @@ static inline void mvgpu_vfio_free_device(struct vfio_device *vdev)
 	.detach_ioas = vfio_iommufd_emulated_detach_ioas,
 #else
 #define MVGPU_VFIO_IOMMUFD_OPS
+#endif
+
+typedef int mvgpu_region_info_fn(struct vfio_device *vdev,
+				 struct vfio_region_info *info,
+				 struct vfio_info_cap *caps);
+
+/*
+ * Newer cores answer VFIO_DEVICE_GET_REGION_INFO: they copy, check argsz, and
+ * ask the driver for the region only. The ioctl does not reach the driver.
+ */
+#ifdef MVGPU_HAVE_REGION_INFO_CAPS
+#define MVGPU_VFIO_REGION_OPS(fn) .get_region_info_caps = fn,
+
+static inline long mvgpu_get_region_info(struct vfio_device *vdev,
+					 void __user *arg,
+					 mvgpu_region_info_fn *fn)
+{
+	return -ENOTTY;
+}
+#else
+#define MVGPU_VFIO_REGION_OPS(fn)
+
+static inline long mvgpu_get_region_info(struct vfio_device *vdev,
+					 void __user *arg,
+					 mvgpu_region_info_fn *fn)
+{
+	const size_t minsz = offsetofend(struct vfio_region_info, offset);
+	struct vfio_region_info info = {};
+	int ret;
+
+	if (copy_from_user(&info, arg, minsz))
+		return -EFAULT;
+	if (info.argsz < minsz)
+		return -EINVAL;
+
+	info.cap_offset = 0;
+	ret = fn(vdev, &info, NULL);
+	if (ret)
+		return ret;
+
+	return copy_to_user(arg, &info, minsz) ? -EFAULT : 0;
+}
 #endif
 
 /* The older name of the same flag. */

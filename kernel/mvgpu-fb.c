@@ -116,5 +116,5 @@ int mvgpu_fb_mmap(struct mvgpu_dev *mv, struct vm_area_struct *vma,
 	vma->vm_pgoff = pgoff;
 	mvgpu_vm_flags_set(vma, VM_DONTEXPAND | VM_DONTDUMP);
 	vma_set_file(vma, mv->fb);
-	return call_mmap(mv->fb, vma);
+	return mvgpu_vfs_mmap(mv->fb, vma);
 }

@@ -320,27 +320,25 @@ static long mvgpu_get_info(void __user *arg)
 	return copy_to_user(arg, &info, minsz) ? -EFAULT : 0;
 }
 
-static long mvgpu_get_region_info(struct mvgpu_dev *mv, void __user *arg)
+static int mvgpu_region_info_caps(struct vfio_device *vdev,
+				  struct vfio_region_info *info,
+				  struct vfio_info_cap *caps)
 {
-	const size_t minsz = offsetofend(struct vfio_region_info, offset);
-	struct vfio_region_info info = {};
+	struct mvgpu_dev *mv = container_of(vdev, struct mvgpu_dev, vdev);
 
-	if (copy_from_user(&info, arg, minsz))
-		return -EFAULT;
-	if (info.argsz < minsz || info.index >= VFIO_PCI_NUM_REGIONS)
+	if (info->index >= VFIO_PCI_NUM_REGIONS)
 		return -EINVAL;
 
-	info.flags = 0;
-	info.cap_offset = 0;
-	info.size = mvgpu_region_size(mv, info.index);
-	info.offset = (u64)info.index << MVGPU_OFFSET_SHIFT;
-	if (info.size)
-		info.flags = VFIO_REGION_INFO_FLAG_READ |
-			     VFIO_REGION_INFO_FLAG_WRITE;
-	if (info.index == VFIO_PCI_BAR0_REGION_INDEX + MVGPU_BAR_FB)
-		info.flags |= VFIO_REGION_INFO_FLAG_MMAP;
+	info->flags = 0;
+	info->size = mvgpu_region_size(mv, info->index);
+	info->offset = (u64)info->index << MVGPU_OFFSET_SHIFT;
+	if (info->size)
+		info->flags = VFIO_REGION_INFO_FLAG_READ |
+			      VFIO_REGION_INFO_FLAG_WRITE;
+	if (info->index == VFIO_PCI_BAR0_REGION_INDEX + MVGPU_BAR_FB)
+		info->flags |= VFIO_REGION_INFO_FLAG_MMAP;
 
-	return copy_to_user(arg, &info, minsz) ? -EFAULT : 0;
+	return 0;
 }
 
 static long mvgpu_get_irq_info(void __user *arg)
@@ -402,7 +400,8 @@ static long mvgpu_ioctl(struct vfio_device *vdev, unsigned int cmd,
 	case VFIO_DEVICE_GET_INFO:
 		return mvgpu_get_info(uarg);
 	case VFIO_DEVICE_GET_REGION_INFO:
-		return mvgpu_get_region_info(mv, uarg);
+		return mvgpu_get_region_info(vdev, uarg,
+					     mvgpu_region_info_caps);
 	case VFIO_DEVICE_GET_IRQ_INFO:
 		return mvgpu_get_irq_info(uarg);
 	case VFIO_DEVICE_SET_IRQS:
@@ -427,4 +426,5 @@ const struct vfio_device_ops mvgpu_vfio_ops = {
 	.ioctl = mvgpu_ioctl,
 	.request = mvgpu_request,
 	MVGPU_VFIO_IOMMUFD_OPS
+	MVGPU_VFIO_REGION_OPS(mvgpu_region_info_caps)
 };

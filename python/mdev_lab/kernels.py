@@ -100,6 +100,15 @@ def resolve(series: str) -> str:
     )
 
 
+def find(series: str) -> str:
+    """Return the release of the kernel that :func:`fetch_kernel` returns, without fetching it.
+
+    :raise UnknownError: There is none, neither unpacked nor on the mirror.
+    """
+    unpacked = cache_dir() / "kernels" / series / "release"
+    return unpacked.read_text().strip() if unpacked.exists() else resolve(series)
+
+
 def fetch_kernel(series: str = DEFAULT_SERIES, progress: Progress = lambda _: None) -> Kernel:
     """Return Debian's kernel of a series with its modules and headers; fetch it if needed.
 
@@ -129,6 +138,8 @@ def _unpack_kernel(series: str, release: str, place: Path, progress: Progress) -
         for package in sorted(work.glob("*.deb")):
             progress(f"unpacking {package.name.partition('_')[0]}")
             run(["dpkg-deb", "-x", package, root])
+        if not (root / "lib").exists():  # packages of a release whose /lib is a link
+            (root / "lib").symlink_to("usr/lib")
         # Debian's headers include each other by absolute path; here they are side by side.
         for makefile in root.glob("usr/src/linux-headers-*/Makefile"):
             text = makefile.read_text()

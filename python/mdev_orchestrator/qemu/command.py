@@ -12,7 +12,8 @@ What a guest looks like
   of the bus upwards (:data:`FIRST_SLOT`): QEMU gives a device without an address, such as a disk,
   a network card or a VGA adapter, the lowest free slot, and it does so before it comes to a port.
 * Every port asks the firmware for a window of ``hotplug_window`` bytes of 64-bit prefetchable
-  memory, so that a device with a large memory aperture fits without moving its neighbours.
+  memory, so that a device with a large memory aperture fits without moving its neighbours. It asks
+  for more if the windows of all ports together are less than :data:`WINDOWS`.
 * An mdev is a device with the id ``mdev-UUID``, opened by ``sysfsdev``. vfio-ccw and vfio-ap
   devices are not PCI and sit on no port.
 * Four listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
@@ -30,6 +31,21 @@ them, so a file called ``disk,readonly=off`` stays a file. No value stands where
 ``KEY=VALUE`` for a key, none is an argument by itself, and no shell reads any of them. Names of
 guests go into directories as well and are checked against a pattern instead. Only ``extra`` is
 passed on as it stands.
+
+Processor
+=========
+
+``host`` with KVM, and ``max``, all that the accelerator offers, otherwise; with KVM that is the
+host's processor too. QEMU's own default has 40 address bits and an old processor's features,
+whatever the host has. ``-cpu`` in ``extra`` comes later and counts.
+
+Address bits matter for the ports. An AMD processor uses the last 12 GiB of the first TiB for
+HyperTransport, and QEMU lists them as reserved. SeaBIOS, from 1.16.3 on, puts the ports' windows
+at the top of the address space, as the processor's address bits say. With 40 bits this is the
+reserved range. It sees that, and then goes down by as much as all windows need, once. If that is
+less than 12 GiB, the windows are still in the range, and Linux cannot use them: a device that is
+hot-plugged gets no addresses. AMD's processors have 43 bits or more, but ``max`` has 40 with TCG,
+and so has the processor of many a virtual machine that is a host here.
 
 Acceleration
 ============
@@ -53,12 +69,17 @@ from mdev_orchestrator.errors import RequestError
 Accel = Literal["auto", "kvm", "tcg"]
 
 MIB = 1 << 20
+GIB = 1 << 30
 MAX_CPUS = 288
 PORTS_PER_SLOT = 8
 FIRST_SLOT = 0x0F
 """Slots 1 to 14 are left to devices without an address; 0x1f is the chipset's own on q35."""
 MAX_PORTS = 128
 """Sixteen slots of eight, 0x0f to 0x1e: what :data:`FIRST_SLOT` and the chipset leave."""
+
+WINDOWS = 16 * GIB
+"""Least sum of the ports' windows: the 12 GiB that firmware has to avoid (see *Processor*), and
+what it may lose by aligning. Address space costs a guest no memory."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 PCIE_MACHINES = re.compile(r"(pc-)?q35(-.*)?|virt(-.*)?")
@@ -100,7 +121,8 @@ class GuestSpec(Struct, frozen=True):
     :ivar disk: Image for the first virtio disk, in ``disk_format`` (never probed: a guest that
         writes a qcow2 header into its raw disk could otherwise name a file of the host).
     :ivar hotplug_ports: Free root ports beside those of ``mdevs``.
-    :ivar hotplug_window: Bytes of 64-bit prefetchable memory reserved per port, a power of two.
+    :ivar hotplug_window: Bytes of 64-bit prefetchable memory that a port reserves at least, a power
+        of two.
     :ivar qemu: Program name or path.
     :ivar firmware: Directory of firmware images, for a QEMU that was built without (``-L``).
     :ivar extra: Further arguments, as they are.
@@ -256,6 +278,18 @@ def root_port(number: int, window: int) -> list[str]:
     return ["-device", option("pcie-root-port", **properties)]
 
 
+def port_window(spec: GuestSpec) -> int:
+    """Return the bytes of 64-bit memory that each port reserves, a power of two."""
+    ports = ports_in_use(spec) + spec.hotplug_ports
+    least = -(-WINDOWS // max(ports, 1))
+    return max(spec.hotplug_window, 1 << (least - 1).bit_length())
+
+
+def processor(accel: Accel) -> str:
+    """Return the processor model that a guest gets."""
+    return "host" if accel == "kvm" else "max"
+
+
 def accelerators(accel: Accel) -> list[str]:
     """``-accel`` options, in the order in which QEMU shall try them."""
     return [
@@ -299,6 +333,8 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
         "-machine",
         f"type={escape(spec.machine)}",  # without the key, a machine called smm=off would be one
         *accelerators(spec.accel),
+        "-cpu",
+        processor(spec.accel),
         "-m",
         f"{spec.memory // MIB}M",
         "-smp",
@@ -334,7 +370,7 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
     argv += boot_arguments(spec)
     if has_ports(spec):
         for number in range(ports_in_use(spec) + spec.hotplug_ports):
-            argv += root_port(number, spec.hotplug_window)
+            argv += root_port(number, port_window(spec))
     port = 0
     for mdev in spec.mdevs:
         properties: dict[str, object] = {"id": mdev.device_id, "sysfsdev": mdev.path}

@@ -49,6 +49,7 @@ from mdev_orchestrator.model import parse_uuid
 from mdev_orchestrator.qemu.command import GuestMdev, device_id
 from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, time_left
 from mdev_orchestrator.qemu.remedies import remedy
+from mdev_orchestrator.spec.sizes import format_size
 from mdev_orchestrator.system.waiting import run_to_completion
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ PERIPHERAL = "/machine/peripheral"
 ANONYMOUS = "/machine/peripheral-anon"
 PORT_TYPE = "pcie-root-port"
 ROM_BAR = 6
+FOUR_GIB = 1 << 32
 
 
 class _Property(msgspec.Struct, frozen=True):
@@ -87,10 +89,26 @@ class _Region(msgspec.Struct, frozen=True):
     type: str
     size: int
     address: int
+    prefetch: bool = False
+    mem_type_64: bool = False
+
+
+class _Range(msgspec.Struct, frozen=True):
+    """PciMemoryRange of QMP: a window of a bridge; ``limit`` is below ``base`` if it is closed."""
+
+    base: int = 0
+    limit: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.base:#x}-{self.limit:#x}" if self.limit > self.base else "closed"
 
 
 class _BridgeBus(msgspec.Struct, frozen=True):
+    """PciBusInfo of QMP."""
+
     number: int
+    memory_range: _Range = _Range()
+    prefetchable_range: _Range = _Range()
 
 
 class _Bridge(msgspec.Struct, frozen=True):
@@ -382,18 +400,34 @@ async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
     """Return when the guest has taken the device."""
     loop = asyncio.get_running_loop()
     pause = FIRST_LOOK_SECONDS
+    buses: list[_PciBus] = []
+    found = None
     with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device) as events:
         while (left := end - loop.time()) > 0:
-            with qmp.until(end):
-                buses = await qmp.execute("query-pci", list[_PciBus])
-            found = next((one for one in _functions(buses) if one.qdev_id == device), None)
-            if found and taken(found.regions):
+            try:
+                with qmp.until(end):
+                    buses = await qmp.execute("query-pci", list[_PciBus])
+            except errors.DeadlineError:
+                if buses:
+                    break  # the last question came too late to be answered
+                raise
+            found = next((one for one in _functions(buses) if one[0].qdev_id == device), None)
+            if found and taken(found[0].regions):
                 return
             if await events.next(min(pause, left)):
                 raise errors.QemuError(
                     f"{qmp.label}: {device} was unplugged while waiting for the guest"
                 )
             pause = min(1.5 * pause, LOOK_SECONDS)
+    if found and found[1] and (homeless := without_place(found[0].regions, found[1].bus)):
+        bars = " and ".join(f"BAR {bar.bar} ({format_size(bar.size)})" for bar in homeless)
+        windows = f"{found[1].bus.memory_range} and {found[1].bus.prefetchable_range}"
+        raise errors.DeadlineError(
+            f"{qmp.label} could not give {bars} of {device} an address: the memory windows of its "
+            f"port are {windows}; it stays plugged",
+            "start the guest with a larger --hotplug-window; its own log may say more",
+            subject=qmp.label,
+        )
     raise errors.DeadlineError(
         f"{qmp.label} has not taken {device} in time; it stays plugged",
         "the guest may still boot or lack a driver; see mdo guest console, or detach",
@@ -401,14 +435,15 @@ async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
     )
 
 
-def _functions(buses: Sequence[_PciBus]) -> Iterator[_PciDevice]:
-    """All functions of a ``query-pci`` answer; those behind bridges too."""
-    pending = [device for bus in buses for device in bus.devices]
+def _functions(buses: Sequence[_PciBus]) -> Iterator[tuple[_PciDevice, _Bridge | None]]:
+    """All functions of a ``query-pci`` answer, and the bridges that they are behind."""
+    pending: list[tuple[_PciDevice, _Bridge | None]]
+    pending = [(device, None) for bus in buses for device in bus.devices]
     while pending:
-        device = pending.pop()
-        yield device
-        if device.pci_bridge:
-            pending += device.pci_bridge.devices
+        device, bridge = pending.pop()
+        yield device, bridge
+        if (own := device.pci_bridge) is not None:
+            pending += [(behind, own) for behind in own.devices]
 
 
 def taken(regions: Sequence[_Region]) -> bool:
@@ -416,6 +451,37 @@ def taken(regions: Sequence[_Region]) -> bool:
     bars = [region for region in regions if region.bar != ROM_BAR]
     memory = [region for region in bars if region.type == "memory"]
     return all(region.address != -1 for region in memory or bars)
+
+
+def without_place(regions: Sequence[_Region], bus: _BridgeBus) -> list[_Region]:
+    """Return the memory BARs of a device that the guest has given no address and cannot.
+
+    If others have one, decoding is on, and the guest has given up on these. If none has, these are
+    the BARs that do not fit into the windows of the port.
+
+    :param bus: The bus in front of the port, with the port's windows.
+    """
+    memory = [one for one in regions if one.type == "memory" and one.bar != ROM_BAR]
+    missing = [one for one in memory if one.address == -1]
+    if len(missing) < len(memory):
+        return missing
+    ends = {window: window.base for window in (bus.prefetchable_range, bus.memory_range)}
+    left = []
+    for bar in sorted(missing, key=lambda one: -one.size):
+        for window, end in ends.items():
+            start = -(-end // bar.size) * bar.size
+            if _may_be_in(bar, window, bus) and start + bar.size - 1 <= window.limit:
+                ends[window] = start + bar.size
+                break
+        else:
+            left.append(bar)
+    return left
+
+
+def _may_be_in(bar: _Region, window: _Range, bus: _BridgeBus) -> bool:
+    if window is bus.prefetchable_range:
+        return bar.prefetch and (bar.mem_type_64 or window.limit < FOUR_GIB)
+    return True
 
 
 # ---------------------------------------------------------------- detach

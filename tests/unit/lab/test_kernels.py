@@ -67,3 +67,20 @@ def test_an_unpacked_kernel_is_found_without_the_mirror(programs: Path, tmp_path
     (place / "release").write_text("6.12.9-amd64\n")
     script(programs, "apt-cache", "exit 1")
     assert kernels.fetch_kernel("6.12").release == "6.12.9-amd64"
+    assert kernels.find("6.12") == "6.12.9-amd64"
+    with pytest.raises(UnknownError):
+        kernels.find("6.1")
+
+
+@pytest.mark.parametrize("place", ["lib/modules", "usr/lib/modules"])
+def test_modules_are_found_wherever_the_packages_have_them(
+    programs: Path, tmp_path: Path, place: str
+) -> None:
+    """Debian 13's packages have no /lib, where depmod and modprobe look."""
+    script(programs, "apt-cache", CATALOGUE)
+    script(programs, "apt-get", "touch linux-image.deb")
+    script(programs, "dpkg-deb", f"mkdir -p $3/{place}/6.12.9+deb12-amd64")
+    script(programs, "depmod", "cd $2/lib/modules/$3")
+    kernel = kernels.fetch_kernel("6.12")
+    assert kernel.modules.is_dir()
+    assert kernel.modules.resolve() == tmp_path / "cache/kernels/6.12" / place / kernel.release

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.qemu.command import (
+    Accel,
     GuestMdev,
     GuestSpec,
     Sockets,
@@ -24,13 +25,15 @@ from mdev_orchestrator.qemu.command import (
     guest_argv,
     option,
     parse_accel,
+    port_window,
 )
+from mdev_orchestrator.spec import parse_size
 
 GUEST = UUID("c0ffee00-0000-4000-8000-000000000001")
 M1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
 M2 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1002")
 SOCKETS = Sockets(qmp=3, query=4, watch=6, console=5, console_log=Path("/s/console.log"))
-WINDOW = "pref64-reserve=1048576"
+WINDOW = f"pref64-reserve={8 << 30}"
 BUS = Path("/sys/bus/mdev/devices")
 
 BARE = """\
@@ -40,6 +43,7 @@ qemu-system-x86_64
 -machine type=q35
 -accel kvm
 -accel tcg
+-cpu max
 -m 512M
 -smp 1
 -nodefaults
@@ -81,7 +85,7 @@ def test_bare() -> None:
 
 def test_mdevs_take_the_first_ports_and_free_ones_follow() -> None:
     port = "-device pcie-root-port,"
-    assert added(mdevs=(mdev(M1), mdev(M2)), hotplug_ports=1, hotplug_window=1 << 20) == [
+    assert added(mdevs=(mdev(M1), mdev(M2)), hotplug_ports=1, hotplug_window=8 << 30) == [
         f"{port}id=port0,bus=pcie.0,addr=0x0f.0,chassis=1,slot=1,{WINDOW},multifunction=on",
         f"{port}id=port1,bus=pcie.0,addr=0x0f.1,chassis=2,slot=2,{WINDOW}",
         f"{port}id=port2,bus=pcie.0,addr=0x0f.2,chassis=3,slot=3,{WINDOW}",
@@ -135,6 +139,38 @@ def test_ports_are_unique(count: int) -> None:
     firsts = [port for port in ports if "multifunction=on" in port]
     assert all(re.search(r"addr=0x..\.0,", port) for port in firsts)
     assert len(firsts) == -(-count // 8)
+
+
+TIB = 1 << 40
+HYPERTRANSPORT = TIB - (12 << 30)
+
+
+@pytest.mark.parametrize("more", [0, 16 << 10, 1 << 30])
+@pytest.mark.parametrize("ports", [*range(1, 20), 64, 127, 128])
+def test_windows_stay_out_of_the_hypertransport_range(ports: int, more: int) -> None:
+    """What SeaBIOS 1.16.3 does on a processor of AMD's kind with 40 address bits.
+
+    :param more: Bytes of 64-bit memory that devices without a port need.
+    """
+    window = port_window(spec(hotplug_ports=ports, hotplug_window=256 << 20))
+    size = -(-(ports * window + more) // (1 << 30) << 30)
+    base = TIB - size
+    base -= size  # the range at the top is reserved
+    base = -(-base // window) * window
+    assert base + size <= HYPERTRANSPORT
+
+
+@pytest.mark.parametrize(("asked", "given"), [("256M", 4), ("4G", 4), ("64G", 64)])
+def test_a_port_reserves_what_was_asked_for_at_least(asked: str, given: int) -> None:
+    window = port_window(spec(hotplug_ports=4, hotplug_window=parse_size(asked)))
+    assert window == given << 30
+
+
+@pytest.mark.parametrize(("accel", "model"), [("kvm", "host"), ("tcg", "max"), ("auto", "max")])
+def test_the_processor_is_the_hosts_or_all_that_can_be(accel: Accel, model: str) -> None:
+    argv = guest_argv(spec(accel=accel, extra=("-cpu", "qemu64")), SOCKETS)
+    assert argv[argv.index("-cpu") + 1] == model
+    assert argv[-2:] == ["-cpu", "qemu64"]  # QEMU takes the last
 
 
 def test_ports_leave_the_low_slots_to_what_has_no_address() -> None:

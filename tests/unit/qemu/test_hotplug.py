@@ -354,6 +354,101 @@ async def test_taken_with_nothing_but_io(serve: Serve, fake: Fake) -> None:
     assert next(fake.pci, None) is None
 
 
+MIB = 1 << 20
+CLOSED = {"base": 0xFFF00000, "limit": 0xFFFFF}
+
+
+def behind(windows: dict[str, Any], *regions: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ``query-pci`` answers about one device behind one port."""
+    device = {"qdev_id": "rng", "slot": 0, "regions": list(regions)}
+    closed = {"memory_range": CLOSED, "prefetchable_range": CLOSED}
+    bus = {"number": 0, "secondary": 1, **closed, **windows}
+    bridge = {"bus": bus, "devices": [device]}
+    return [{"bus": 0, "devices": [{"qdev_id": "port0", "regions": [], "pci_bridge": bridge}]}]
+
+
+def bar(number: int, size: int, address: int = -1, *, kind: str = "") -> dict[str, Any]:
+    return {
+        "bar": number,
+        "type": "memory",
+        "size": size,
+        "address": address,
+        "prefetch": "pref" in kind,
+        "mem_type_64": "64" in kind,
+    }
+
+
+def window(base: int, size: int) -> dict[str, int]:
+    return {"base": base, "limit": base + size - 1}
+
+
+#: As Debian 13's firmware and the guest's Linux left it, see ``mdev_orchestrator.qemu.command``.
+HYPERTRANSPORT = {
+    "memory_range": window(0xFE800000, 2 * MIB),
+    "prefetchable_range": window(0xFFB0000000, 256 * MIB),
+}
+
+
+async def test_a_bar_that_the_guest_gave_no_address(serve: Serve, fake: Fake) -> None:
+    """Decoding is on, so the guest has booted, and it has a driver."""
+    shown = behind(HYPERTRANSPORT, bar(0, 4096), bar(2, 2 * MIB, 0xFE800000, kind="pref64"))
+    fake.pci = itertools.repeat(shown)
+    async with faked(serve, fake) as found:
+        with pytest.raises(errors.DeadlineError, match="could not give") as caught:
+            await plug(found, RNG, deadline=0.5, wait_guest=True)
+    assert "BAR 0 (4K) of rng an address" in caught.value.message
+    assert "0xfe800000-0xfe9fffff and 0xffb0000000-0xffbfffffff" in caught.value.message
+    assert "--hotplug-window" in caught.value.hint
+    assert caught.value.outcome is Outcome.DONE
+
+
+@pytest.mark.parametrize(
+    ("windows", "bars", "left"),
+    [
+        ({}, [bar(0, 4096)], "BAR 0 (4K)"),
+        ({"prefetchable_range": window(1 << 32, 256 * MIB)}, [bar(0, 4096)], "BAR 0 (4K)"),
+        (HYPERTRANSPORT, [bar(2, 512 * MIB, kind="pref64")], "BAR 2 (512M)"),
+        (HYPERTRANSPORT, [bar(2, 4 * MIB, kind="pref")], "BAR 2 (4M)"),
+        (HYPERTRANSPORT, [bar(0, MIB), bar(1, 2 * MIB), bar(3, MIB)], "BAR 0 (1M) and BAR 3 (1M)"),
+        (  # a window that does not begin where such a BAR may
+            {"memory_range": window(0xFE900000, 3 * MIB)},
+            [bar(0, 2 * MIB), bar(1, MIB)],
+            "BAR 1 (1M)",
+        ),
+        (HYPERTRANSPORT, [bar(0, 4096), bar(2, 256 * MIB, kind="pref64")], None),
+        (HYPERTRANSPORT, [bar(0, MIB, kind="pref"), bar(1, MIB)], None),
+        ({"prefetchable_range": window(0xD0000000, MIB)}, [bar(0, MIB, kind="pref")], None),
+    ],
+)
+async def test_bars_that_do_not_fit_into_the_ports_windows(
+    serve: Serve, fake: Fake, windows: dict[str, Any], bars: list[dict[str, Any]], left: str | None
+) -> None:
+    """Decoding is off. If they fit, the guest may still boot, and that is what is said."""
+    fake.pci = itertools.repeat(behind(windows, *bars))
+    async with faked(serve, fake) as found:
+        with pytest.raises(errors.DeadlineError) as caught:
+            await plug(found, RNG, deadline=0.2, wait_guest=True)
+    if left is None:
+        assert "may still boot" in caught.value.hint
+    else:
+        assert f"could not give {left} of rng" in caught.value.message
+
+
+async def test_the_last_question_comes_too_late_to_be_answered(serve: Serve, fake: Fake) -> None:
+    """What the guest was last seen to have done is told, and not that QEMU is silent."""
+
+    async def query_pci(_peer: Peer) -> dict[str, object]:
+        if next(answers):
+            await asyncio.sleep(2)
+        return {"return": NOTHING}
+
+    answers = iter([False, True])
+    fake.query_pci = query_pci  # type: ignore[method-assign]
+    async with faked(serve, fake) as found:
+        with pytest.raises(errors.DeadlineError, match="has not taken rng in time"):
+            await plug(found, RNG, deadline=0.5, wait_guest=True)
+
+
 async def test_pci_that_is_nonsense(serve: Serve, fake: Fake) -> None:
     fake.pci = iter([[{"devices": 3}]])
     async with faked(serve, fake) as found:
