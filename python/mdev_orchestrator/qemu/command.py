@@ -32,20 +32,15 @@ them, so a file called ``disk,readonly=off`` stays a file. No value stands where
 guests go into directories as well and are checked against a pattern instead. Only ``extra`` is
 passed on as it stands.
 
-Processor
-=========
+Windows
+=======
 
-``host`` with KVM, and ``max``, all that the accelerator offers, otherwise; with KVM that is the
-host's processor too. QEMU's own default has 40 address bits and an old processor's features,
-whatever the host has. ``-cpu`` in ``extra`` comes later and counts.
-
-Address bits matter for the ports. An AMD processor uses the last 12 GiB of the first TiB for
-HyperTransport, and QEMU lists them as reserved. SeaBIOS, from 1.16.3 on, puts the ports' windows
-at the top of the address space, as the processor's address bits say. With 40 bits this is the
-reserved range. It sees that, and then goes down by as much as all windows need, once. If that is
-less than 12 GiB, the windows are still in the range, and Linux cannot use them: a device that is
-hot-plugged gets no addresses. AMD's processors have 43 bits or more, but ``max`` has 40 with TCG,
-and so has the processor of many a virtual machine that is a host here.
+An AMD processor uses the last 12 GiB of the first TiB for HyperTransport, and QEMU lists them as
+reserved. SeaBIOS, from 1.16.3 on, puts the ports' windows at the top of the address space, as the
+processor's address bits say: with QEMU's default processor, 40 bits, this is the reserved range. It
+sees that, and then goes down by as much as all windows need, once. If that is less than 12 GiB, the
+windows are still in the range, and Linux cannot use them: a device that is hot-plugged gets no
+addresses.
 
 Acceleration
 ============
@@ -78,7 +73,7 @@ MAX_PORTS = 128
 """Sixteen slots of eight, 0x0f to 0x1e: what :data:`FIRST_SLOT` and the chipset leave."""
 
 WINDOWS = 16 * GIB
-"""Least sum of the ports' windows: the 12 GiB that firmware has to avoid (see *Processor*), and
+"""Least sum of the ports' windows: the 12 GiB that firmware has to avoid (see *Windows*), and
 what it may lose by aligning. Address space costs a guest no memory."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
@@ -285,11 +280,6 @@ def port_window(spec: GuestSpec) -> int:
     return max(spec.hotplug_window, 1 << (least - 1).bit_length())
 
 
-def processor(accel: Accel) -> str:
-    """Return the processor model that a guest gets."""
-    return "host" if accel == "kvm" else "max"
-
-
 def accelerators(accel: Accel) -> list[str]:
     """``-accel`` options, in the order in which QEMU shall try them."""
     return [
@@ -333,8 +323,6 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
         "-machine",
         f"type={escape(spec.machine)}",  # without the key, a machine called smm=off would be one
         *accelerators(spec.accel),
-        "-cpu",
-        processor(spec.accel),
         "-m",
         f"{spec.memory // MIB}M",
         "-smp",

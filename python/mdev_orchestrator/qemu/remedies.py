@@ -34,10 +34,6 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         r"(Could not access KVM kernel module|failed to initialize kvm).*",
         "KVM cannot be used here; take --accel auto or tcg",
     ),
-    (
-        r"failed to set MSR",
-        "KVM here cannot run the host's processor; take --accel tcg, or a model: --arg=-cpu …",
-    ),
     (r"Bus '.*' does not support hotplugging", "start the guest with --hotplug-ports"),
 )
 

@@ -17,7 +17,6 @@ from msgspec.structs import replace
 
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.qemu.command import (
-    Accel,
     GuestMdev,
     GuestSpec,
     Sockets,
@@ -43,7 +42,6 @@ qemu-system-x86_64
 -machine type=q35
 -accel kvm
 -accel tcg
--cpu max
 -m 512M
 -smp 1
 -nodefaults
@@ -164,13 +162,6 @@ def test_windows_stay_out_of_the_hypertransport_range(ports: int, more: int) -> 
 def test_a_port_reserves_what_was_asked_for_at_least(asked: str, given: int) -> None:
     window = port_window(spec(hotplug_ports=4, hotplug_window=parse_size(asked)))
     assert window == given << 30
-
-
-@pytest.mark.parametrize(("accel", "model"), [("kvm", "host"), ("tcg", "max"), ("auto", "max")])
-def test_the_processor_is_the_hosts_or_all_that_can_be(accel: Accel, model: str) -> None:
-    argv = guest_argv(spec(accel=accel, extra=("-cpu", "qemu64")), SOCKETS)
-    assert argv[argv.index("-cpu") + 1] == model
-    assert argv[-2:] == ["-cpu", "qemu64"]  # QEMU takes the last
 
 
 def test_ports_leave_the_low_slots_to_what_has_no_address() -> None:
