@@ -100,15 +100,6 @@ def resolve(series: str) -> str:
     )
 
 
-def find(series: str) -> str:
-    """Return the release of the kernel that :func:`fetch_kernel` returns, without fetching it.
-
-    :raise UnknownError: There is none, neither unpacked nor on the mirror.
-    """
-    unpacked = cache_dir() / "kernels" / series / "release"
-    return unpacked.read_text().strip() if unpacked.exists() else resolve(series)
-
-
 def fetch_kernel(series: str = DEFAULT_SERIES, progress: Progress = lambda _: None) -> Kernel:
     """Return Debian's kernel of a series with its modules and headers; fetch it if needed.
 
