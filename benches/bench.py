@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
@@ -135,9 +136,9 @@ def installed() -> Path:
 
 
 def needed(name: str) -> set[str]:
-    """The distributions that one needs, without its extras."""
-    asked = [one for one in metadata.requires(name) or () if "extra ==" not in one]
-    names = {re.split(r"[^\w.-]", one)[0] for one in asked}
+    """The distributions that one needs on this machine, without its extras."""
+    asked = [Requirement(one) for one in metadata.requires(name) or ()]
+    names = {one.name for one in asked if not one.marker or one.marker.evaluate({"extra": ""})}
     return names.union(*map(needed, names))
 
 

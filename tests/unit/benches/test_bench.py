@@ -2,6 +2,7 @@
 """What the benches say of what they measured, and where it goes in the docs."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,9 @@ def measure(figures: bench.Figures) -> None:
             figures.note(row, way, 1.0)
             if len(figures.seconds.get("second", {}).get("a", ())) == 2:
                 raise KeyboardInterrupt
+
+
+def test_what_mdo_needs_is_installed_here_and_not_what_other_systems_need() -> None:
+    names = bench.needed("mdev-orchestrator")
+    assert {"typer", "rich", "msgspec"} <= names
+    assert all(metadata.files(name) for name in names)
