@@ -53,7 +53,7 @@ static const char * const mvgpu_fault_names[MVGPU_NR_FAULTS] = {
 /*
  * What the hardware would do at this point: nothing, be slow, or fail. The
  * caller holds no lock of this driver. Only a signal that kills cuts a delay
- * short, so that nobody has to wait for a process that must die.
+ * short, so that nothing has to wait for a process that must die.
  */
 int mvgpu_fault(enum mvgpu_fault_point point, const guid_t *uuid,
 		const guid_t *group)
@@ -130,7 +130,7 @@ static int mvgpu_fault_word(struct mvgpu_fault_spec *spec, char *word)
 	return ret;
 }
 
-/* The whole fault in one line: nobody meets half of it. */
+/* The whole fault in one line: no operation meets half of it. */
 static ssize_t mvgpu_fault_write(struct file *file, const char __user *ubuf,
 				 size_t count, loff_t *ppos)
 {

@@ -199,7 +199,7 @@ out:
 	mutex_lock(&mv->lock);
 	peer = engine->peer;
 	engine->peer = NULL;
-	/* Whoever aborts wants silence: the registers are about to go. */
+	/* An abort is to bring silence: the registers are about to go. */
 	if (!READ_ONCE(engine->abort)) {
 		engine->result = result;
 		mvgpu_engine_end(mv, mvgpu_error(ret));

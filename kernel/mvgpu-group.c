@@ -100,7 +100,7 @@ static void mvgpu_group_del(struct mvgpu_dev *mv)
 	kfree(group);
 }
 
-/* Tells user space, so that nobody has to poll. */
+/* Tells user space, so that it need not poll. */
 static void mvgpu_group_announce(struct mvgpu_dev *mv, bool online)
 {
 	struct device *dev = mdev_dev(mv->mdev);
@@ -149,25 +149,25 @@ static void mvgpu_group_short(struct mvgpu_group *group,
 {
 	struct mvgpu_parent *parent = group->parent;
 	char *names = mvgpu_group_names(group);
-	char *who;
+	char *what;
 
 	lockdep_assert_held(&mvgpu_group_lock);
 
 	if (joins)
-		who = kasprintf(GFP_KERNEL, "%pUl joins",
+		what = kasprintf(GFP_KERNEL, "%pUl joins",
 				&joins->mdev->uuid);
 	else
-		who = kasprintf(GFP_KERNEL, "%u members", group->nr_members);
+		what = kasprintf(GFP_KERNEL, "%u members", group->nr_members);
 	dev_err(&parent->dev,
 		"group %pUl does not start: %s, %u links asked, %u of %u left; members:%s\n",
-		&group->uuid, who ?: "?", asked, parent->links_free,
+		&group->uuid, what ?: "?", asked, parent->links_free,
 		parent->links, names ?: " ?");
 	mvgpu_group_failed(group,
 			   kasprintf(GFP_KERNEL,
 				     "%s, %u links asked, %u of %u left on %s",
-				     who ?: "?", asked, parent->links_free,
+				     what ?: "?", asked, parent->links_free,
 				     parent->links, dev_name(&parent->dev)));
-	kfree(who);
+	kfree(what);
 	kfree(names);
 }
 
@@ -211,7 +211,7 @@ static void mvgpu_group_stop(struct mvgpu_group *group)
 }
 
 /*
- * Waits until nobody is about to start the group. It may be another group
+ * Waits until no process is about to start the group. It may be another group
  * afterwards: the lock was dropped.
  */
 static int mvgpu_group_settle(struct mvgpu_dev *mv)
@@ -276,7 +276,7 @@ static int mvgpu_group_start(struct mvgpu_dev *mv)
  * What the attributes do
  */
 
-/* Starts the group now. Nobody owns it before somebody opens it. */
+/* Starts the group now. It has no owner before it is opened. */
 int mvgpu_group_online(struct mvgpu_dev *mv)
 {
 	int ret;
@@ -388,7 +388,7 @@ int mvgpu_group_init(struct mvgpu_dev *mv)
 }
 
 /*
- * The device goes. Nobody has it open, but the others of its group can be, and
+ * The device goes. It is not open, but the others of its group can be, and
  * stay online: only the links to this one come back.
  */
 void mvgpu_group_leave(struct mvgpu_dev *mv)
@@ -427,8 +427,8 @@ static void mvgpu_group_release(struct mvgpu_dev *mv)
 
 /*
  * The first open of a device. It is the group's first, and then takes it, or
- * it comes from the process that has it. What counts is who opens, not who
- * uses: descriptors can be passed on.
+ * it comes from the process that has it. What counts is the process that
+ * opens, not the one that uses: descriptors can be passed on.
  */
 int mvgpu_group_open(struct mvgpu_dev *mv)
 {
@@ -446,7 +446,7 @@ int mvgpu_group_open(struct mvgpu_dev *mv)
 		goto out;
 	}
 
-	/* From here on nobody can change the group of this device. */
+	/* From here on the group of this device cannot change. */
 	if (!group->owner)
 		group->owner = get_pid(task_tgid(current));
 	group->nr_open++;

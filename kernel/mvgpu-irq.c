@@ -139,7 +139,7 @@ void mvgpu_irq_request(struct mvgpu_dev *mv, unsigned int count)
 
 	if (!count)
 		dev_info(mdev_dev(mv->mdev), "asked the user to let go%s\n",
-			 heard ? "" : ", who does not listen");
+			 heard ? "" : ", which does not listen");
 }
 
 /*

@@ -60,7 +60,7 @@ struct workqueue_struct *mvgpu_wq;
 
 static LIST_HEAD(mvgpu_parents);	/* only init and exit touch it */
 
-/* Parent devices that somebody still refers to. */
+/* Parent devices that are still referred to. */
 static atomic_t mvgpu_nr_parents = ATOMIC_INIT(0);
 static DECLARE_WAIT_QUEUE_HEAD(mvgpu_parents_gone);
 
@@ -108,7 +108,7 @@ err_put:
 	return ret;
 }
 
-/* Waits until nobody has the device open: see .request in mvgpu-vfio.c. */
+/* Waits until the device is not open: see .request in mvgpu-vfio.c. */
 static void mvgpu_remove(struct mdev_device *mdev)
 {
 	struct mvgpu_dev *mv = dev_get_drvdata(&mdev->dev);

@@ -10,7 +10,7 @@
  * regs    BAR 0
  * fb      the framebuffer
  * engine  what the doorbell starts
- * group   start groups: links, owner, who is online
+ * group   start groups: links, owner, what is online
  * sysfs   the attributes of an mdev and of a parent
  * debug   faults to inject, and the log that proves the order of events
  */
@@ -100,7 +100,7 @@ struct mvgpu_group {
 	unsigned int nr_members;
 	unsigned int nr_open;		/* members that are open */
 	u32 slots;			/* taken ones, a bit each */
-	bool starting;			/* somebody is about to commit */
+	bool starting;			/* a process is about to commit */
 	bool online;
 	unsigned int links;		/* committed */
 	struct pid *owner;		/* thread group of the first opener */

@@ -3,7 +3,7 @@
  * mvgpu: the attributes of an mdev and of a parent
  *
  * The driver core adds an mdev's after the probe and takes them away, waiting
- * for who is in one of them, before the removal.
+ * for calls that are in one of them, before the removal.
  */
 
 #include <linux/ctype.h>

@@ -66,7 +66,7 @@ static MdevFailure *failure_new(const char *uuid, int err, char *text,
     return failure;
 }
 
-/* Pass @failure to a caller who may not want it. */
+/* Pass @failure to a caller that may not want it. */
 static void failure_give(MdevFailure **out, MdevFailure *failure)
 {
     if (out) {
@@ -296,7 +296,7 @@ static MdevFailure *file_failure(MdevLifecycle *lifecycle, Member *member,
                        hint);
 }
 
-/* Whether a member other than the one at @path is online, whoever uses it. */
+/* Whether a member other than the one at @path is online, whatever uses it. */
 static bool group_is_online(MdevLifecycle *lifecycle, const char *path,
                             const char *group)
 {
@@ -343,7 +343,7 @@ static char *describe_error(MdevLifecycle *lifecycle, Member *member, int err)
                  : g_strdup(g_strerror(err));
 }
 
-/* Who else has the group, in words; NULL if nobody is known. */
+/* What else has the group, in words; NULL if that is not known. */
 static char *describe_owner(MdevLifecycle *lifecycle, Member *member)
 {
     g_autofree char *owner = read_word(lifecycle, member->path,

@@ -9,7 +9,7 @@
  * an mdev without one is a group of its own.  A group is started (1 is
  * written to "online" of the member that is opened first) before the first
  * open of any of its members, and stopped (0 is written) after the last
- * close.  Whoever started a group stops it:
+ * close.  The user that started a group stops it:
  *
  *   started by   when                                         stopped by
  *   ----------   ------------------------------------------   ------------
@@ -104,7 +104,7 @@ typedef struct MdevLifecycleOps {
      */
     int (*siblings)(void *opaque, const char *path, char ***paths);
 
-    /* Return who may use the file, in words and to be freed; or NULL. */
+    /* Return which user may use the file, in words and to be freed; or NULL. */
     char *(*owner)(void *opaque, const char *path, const char *attr);
 
     /*

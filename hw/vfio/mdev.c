@@ -44,7 +44,7 @@
 #define MDEV_ATTR_MAX 4096
 
 /*
- * Who an mdev is, for events and queries.  Kept here because a device has no
+ * What an mdev is called, for events and queries.  Kept here because a device has no
  * QOM path and no sysfsdev any more when it is finalized.
  */
 typedef struct VFIOMdev {
@@ -249,7 +249,7 @@ static void vfio_mdev_machine_done(Notifier *notifier, void *data)
 }
 
 /*
- * Nobody may find a hole where the device's memory was: whatever still runs
+ * There may be no hole where the device's memory was: whatever still runs
  * sees zeroes from here on.
  */
 static void unmap_region(VFIORegion *region)
@@ -295,7 +295,7 @@ static void release_at_exit(VFIODevice *vbasedev)
         vfio_kvm_device_del_fd(vbasedev->fd, NULL);
     }
 
-    /* Whoever still uses the number must not meet another file. */
+    /* A user of the number must not meet another file. */
     null = open("/dev/null", O_RDWR | O_CLOEXEC);
     if (null < 0 || dup2(null, vbasedev->fd) < 0) {
         close(vbasedev->fd);

@@ -24,7 +24,7 @@
 #define GROUPS 3                /* number 0 is no group */
 #define LINKS 4                 /* of each parent */
 
-typedef enum { NOBODY, US, DRIVER, OTHER } Who;
+typedef enum { NOTHING, US, DRIVER, OTHER } Starter;
 
 typedef struct Device {
     char *path;
@@ -33,7 +33,7 @@ typedef struct Device {
     int group;
     bool gone;
     bool online;
-    Who starter;                /* of its group, as the driver saw it */
+    Starter starter;                /* of its group, as the driver saw it */
     bool open;                  /* by us */
     bool held;                  /* by another process */
     MdevStart policy;
@@ -148,7 +148,7 @@ static bool group_has(Driver *driver, const Device *of, bool open, bool held,
     return false;
 }
 
-static void set_online(Driver *driver, Device *of, bool online, Who who)
+static void set_online(Driver *driver, Device *of, bool online, Starter starter)
 {
     int i;
 
@@ -157,26 +157,26 @@ static void set_online(Driver *driver, Device *of, bool online, Who who)
 
         if (together(driver, of, each) && !each->gone) {
             each->online = online;
-            each->starter = online ? who : NOBODY;
+            each->starter = online ? starter : NOTHING;
         }
     }
 }
 
 /* Start the whole group, or join it if it is online; or return an errno. */
-static int driver_start(Driver *driver, Device *device, Who who)
+static int driver_start(Driver *driver, Device *device, Starter starter)
 {
     int i;
 
     if (device->online) {
         return 0;
     }
-    if (group_has(driver, device, false, true, false) && who != OTHER) {
+    if (group_has(driver, device, false, true, false) && starter != OTHER) {
         return EBUSY;
     }
     if (!group_has(driver, device, false, false, true)) {
-        set_online(driver, device, true, who);
+        set_online(driver, device, true, starter);
         if (links_used(driver, device->parent) > LINKS) {
-            set_online(driver, device, false, NOBODY);
+            set_online(driver, device, false, NOTHING);
             return ENOSPC;
         }
         return 0;
@@ -194,7 +194,7 @@ static int driver_start(Driver *driver, Device *device, Who who)
     device->online = true;
     if (links_used(driver, device->parent) > LINKS) {
         device->online = false;
-        device->starter = NOBODY;
+        device->starter = NOTHING;
         return ENOSPC;
     }
     return 0;
@@ -255,7 +255,7 @@ static int op_write(void *opaque, const char *path, const char *attr,
         driver->busy_stops++;
         return -EBUSY;
     }
-    set_online(driver, device, false, NOBODY);
+    set_online(driver, device, false, NOTHING);
     return 0;
 }
 
@@ -335,7 +335,7 @@ static void driver_close(Driver *driver, Device *device)
     device->open = false;
     if (driver->implicit && device->starter == DRIVER &&
         !group_has(driver, device, true, true, false)) {
-        set_online(driver, device, false, NOBODY);
+        set_online(driver, device, false, NOTHING);
     }
 }
 
@@ -819,7 +819,7 @@ static void random_schedule(int steps)
             driver->hotplug = !driver->hotplug;
             break;
         case 1:
-            /* The driver lets nobody change the group of what is in use. */
+            /* The driver does not let the group of what is in use change. */
             if (!device->online && !device->open && !device->held) {
                 device->group = g_test_rand_int_range(0, GROUPS);
             }
@@ -828,14 +828,14 @@ static void random_schedule(int steps)
             /* Another process starts a group, or gives back what it had. */
             if (device->starter == OTHER &&
                 !group_has(driver, device, true, true, false)) {
-                set_online(driver, device, false, NOBODY);
+                set_online(driver, device, false, NOTHING);
             } else if (driver->has_online &&
                        !group_has(driver, device, true, true, true)) {
                 driver_start(driver, device, OTHER);
             }
             break;
         case 3:
-            /* Another process opens or closes what nobody else has. */
+            /* Another process opens or closes what no other has. */
             if (device->held) {
                 device->held = false;
             } else if (!group_has(driver, device, true, false, false) &&
@@ -852,7 +852,7 @@ static void random_schedule(int steps)
         case 6:
         case 7:
             if (device->open) {
-                Who starter = device->starter;
+                Starter starter = device->starter;
                 bool last;
 
                 driver_close(driver, device);

@@ -2,13 +2,13 @@
  * Fuzzer of hw/vfio/mdev-lifecycle.c: a driver that answers anything, and a
  * QEMU that calls in any order
  *
- * The input is text.  Each line is taken by whoever asks next: a line that
+ * The input is text.  Each line is taken by the next call that asks: a line that
  * the main loop takes is a call, one that is taken by an effect is the
  * kernel's answer.
  *
  *   oKP  open member K with policy P      dK  it was opened
  *   cK   close it                         eK  explain
- *   mK   who is missing                   k   is every group complete
+ *   mK   what is missing                   k   is every group complete
  *
  *   -N   (of an effect) fails with errno N
  *

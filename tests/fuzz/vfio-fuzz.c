@@ -531,7 +531,7 @@ static void use_map(struct thread *t)
 	case 2:
 		CALL(t, MMAP, msync(at, length, MS_SYNC));
 		break;
-	case 3:		/* Nobody may have more than was given. */
+	case 3:		/* There is no more than was given. */
 		if (CALL(t, MMAP, (long)mremap(at, length, length + 4096,
 					       0)) != -1)
 			t->maps[i].length += 4096;
@@ -823,7 +823,7 @@ static void create(struct thread *t)
 	put(t, CREATE, path, text, length);
 }
 
-/* Blocks until nobody has it open: another thread must close it. */
+/* Blocks until it is not open: another thread must close it. */
 static void remove_mdev(struct thread *t, unsigned int slot, const char *text)
 {
 	char path[128];

@@ -96,7 +96,7 @@ class Arena:
         end = time.monotonic() + PATIENCE
         while self._left() and time.monotonic() < end:
             time.sleep(0.1)
-        self.samples.take(idle=True)
+        self.samples.take_idle(self.worker.call("objects").value)
         left = self._left()
         return [f"the service has children left: {left}"] if left else []
 

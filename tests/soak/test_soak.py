@@ -95,7 +95,9 @@ def test_soak(arena: moves.Arena, figures: list[str]) -> None:
             raise
     finally:
         report(arena, figures)
-    assert [line for name in arena.samples.taken for line in arena.samples.verdict(name)] == []
+    samples = arena.samples
+    wrong = [line for name in samples.taken for line in samples.verdict(name)]
+    assert wrong + samples.objects_verdict() == []
 
 
 def report(arena: moves.Arena, figures: list[str]) -> None:
@@ -109,6 +111,7 @@ def report(arena: moves.Arena, figures: list[str]) -> None:
             for kind, number in arena.moves.most_common()
         ),
         *(arena.samples.line(name) for name in arena.samples.taken),
+        arena.samples.objects_line(),
     ]
     figures += lines
     for what, number in sorted(arena.outcomes.items()):

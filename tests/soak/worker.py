@@ -8,6 +8,7 @@ what an hour leaves behind: memory, descriptors, children, exceptions that were 
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -211,6 +212,11 @@ class _Service:
     async def stall(self, seconds: float) -> None:
         """Look at nothing for a while: events overflow."""
         time.sleep(seconds)  # noqa: ASYNC251 - it is what is to happen
+
+    async def objects(self) -> int:
+        """Blocks that Python has allocated, all garbage collected."""
+        gc.collect()
+        return sys.getallocatedblocks()
 
     async def losses(self) -> int:
         """How often it was told that events were lost."""

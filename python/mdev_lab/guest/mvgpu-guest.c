@@ -216,7 +216,7 @@ static bool is_mvgpu(const char *bdf)
            (device == MVGPU_PCI_DEVICE_GRID || device == MVGPU_PCI_DEVICE_IGD);
 }
 
-/* Who the function says it is; fails while it is not enabled. */
+/* What the function says it is; fails while it is not enabled. */
 static int identify(struct function *f)
 {
     volatile uint32_t *regs;
