@@ -216,14 +216,17 @@ class _Matching:
             for request in by_need:
                 if request.record is not None:
                     continue
-                for record in free.values():
-                    if (
-                        _may_have(request, record)
-                        and rule(request, record)
-                        and self._will_do(request, record)
-                    ):
-                        request.record = free.pop(record.uuid)
-                        break
+                # its owner's before one that was adopted and has none
+                own_first = sorted(free.values(), key=lambda one: one.owner != request.owner)
+                fitting = (
+                    record
+                    for record in own_first
+                    if _may_have(request, record)
+                    and rule(request, record)
+                    and self._will_do(request, record)
+                )
+                if (found := next(fitting, None)) is not None:
+                    request.record = free.pop(found.uuid)
 
     def _recognise_groups(self) -> dict[Group, UUID]:
         """Find the start groups of the spec among those of adopted devices, whose names are lost.

@@ -74,7 +74,8 @@ class World:
 
     def new_uuid(self) -> UUID:
         self.numbers += 1
-        return UUID(int=0xAAAA << 112 | self.numbers)
+        # in no order, as real ones
+        return UUID(int=0xAAAA << 112 | self.numbers * 0x9E3779B97F4A7C15 % (1 << 64))
 
     def diff(self, document: Document) -> Changes:
         return diff(document, self.observe(), new_uuid=self.new_uuid)
