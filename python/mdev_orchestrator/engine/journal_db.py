@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import stat
@@ -199,13 +200,22 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+_MOUNT = "mount it for writing, or name another directory with MDO_STATE_DIR"
 _REMEDIES = (
     ("locked", "is locked by another process", "wait until it ends; fuser shows which it is"),
     ("readonly", "cannot be written", "see its permissions and those of its directory"),
     ("unable to open", "cannot be opened", "see its permissions and those of its directory"),
     ("full", "cannot be written: the disk is full", "make room, then try again"),
+    ("mounted", "cannot be written: its file system is mounted read-only", _MOUNT),
     ("disk i/o", "cannot be written: input/output error", "see the kernel log (dmesg)"),
 )
+_OS_REMEDIES = {
+    errno.EROFS: _MOUNT,
+    errno.ENOSPC: "make room, then try again",
+    errno.EDQUOT: "make room, then try again",
+    errno.EACCES: "see its permissions and those of its directory",
+    errno.EPERM: "see its permissions and those of its directory",
+}
 
 
 @contextlib.contextmanager
@@ -218,6 +228,8 @@ def explained(path: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.OperationalError):
             if _is_full(error, path):
                 text = "full"  # SQLite calls some of these an input/output error
+            elif _is_mounted_read_only(path):
+                text = "mounted"
             for word, what, hint in _REMEDIES:
                 if word in text.lower():
                     raise JournalError(f"the journal {path} {what}", hint) from error
@@ -227,7 +239,15 @@ def explained(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise _damaged(path, "SQLite wants more memory for it than there is") from error
     except OSError as error:
-        raise JournalError(f"the journal {path} cannot be used: {error.strerror}") from error
+        hint = _OS_REMEDIES.get(error.errno or 0, "")
+        raise JournalError(f"the journal {path} cannot be used: {error.strerror}", hint) from error
+
+
+def _is_mounted_read_only(path: Path) -> bool:
+    try:
+        return bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def _is_full(error: sqlite3.OperationalError, path: Path) -> bool:

@@ -23,7 +23,7 @@ from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.engine.operation import Operation
 from mdev_orchestrator.engine.records import Change, DeviceRecord
 from mdev_orchestrator.machine import Machine
-from unit.engine.broken_journals import Breaker, full_disk, locked, read_only
+from unit.engine.broken_journals import Breaker, full_disk, locked, read_only, read_only_mount
 from unit.engine.killed import dies_at, killed
 from unit.engine.scripted import scripted_guest
 from unit.fakesys import FakeSystem
@@ -565,6 +565,7 @@ async def test_a_removal_that_was_killed_is_finished(three: FakeSystem, machine:
     [
         (full_disk, "cannot be written"),
         pytest.param(read_only, "see its permissions and those of its directory", marks=needs_root),
+        pytest.param(read_only_mount, "mounted read-only (mount it for writing", marks=needs_root),
         (locked, "is locked by another process"),
     ],
 )
