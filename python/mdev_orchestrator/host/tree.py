@@ -7,20 +7,22 @@ The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
     devices/…/PARENT/mdev_supported_types/TYPE/{create,name,available_instances,device_api,…}
     bus/mdev/devices/UUID -> ../../../devices/…/PARENT/UUID
     devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
+    class/vfio-dev/vfioN -> ../../devices/…/PARENT/UUID/vfio-dev/vfioN
 
 What a vendor's driver adds is optional: ``group_uuid``, ``online`` and ``vgpu_params`` of an mdev,
 ``p2p_links`` and ``p2p_links_free`` of a parent (kernel/ABI.rst).
 
 A removal takes the links away first. While it waits for the process that has the device open, only
 the device's own directory and its ``iommu_group`` are left of it, and its instance is still in use.
-So devices are searched for below their parents too.
+So devices are searched for below their parents too. A parent that goes loses its own link first,
+and waits for the same processes: then ``vfio-dev`` leads to the devices.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from uuid import UUID
 
@@ -50,6 +52,8 @@ CLASS = "sys/class/mdev_bus"
 """Directory with a link to each parent, below the root."""
 BUS = "sys/bus/mdev/devices"
 """Directory with a link to each mdev, below the root."""
+VFIO = "sys/class/vfio-dev"
+"""Directory with a link to each device that VFIO users can open; kernels before 6.1 have none."""
 TYPES = "mdev_supported_types"
 """Directory of a parent with a directory for each of its types."""
 ONLINE_FILE = "online"
@@ -99,11 +103,8 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
         for name in sorted(printable(parent_names or (), damage), key=natural_key)
         if (parent := _parent(class_dir, name, with_types=types)) is not None
     )
-    homes: dict[str, tuple[UUID, str, str]] = {}
-    for parent in parents:
-        path = os.fspath(parent.path)
-        for name, uuid in as_uuids(list_names(path) or ()).items():
-            homes[name] = uuid, parent.name, f"{path}/{name}"
+    linked = set(mdev_names or ())
+    homes = _homes(machine, parents, linked)
     apis: dict[_Kind, str | None] = {
         (type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types
     }
@@ -112,7 +113,6 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
         name: (_link(f"{path}/mdev_type"), _link(f"{path}/iommu_group"))
         for name, (_, _, path) in homes.items()
     }
-    linked = set(mdev_names or ())
     found: dict[str, list[Mdev]] = {}
     kinds: dict[_Kind, _Like] = {}
     for name in sorted(linked.union(homes)):
@@ -163,7 +163,46 @@ def directory(machine: Machine, uuid: UUID) -> str | None:
         path = os.path.join(os.path.realpath(os.path.join(class_dir, parent)), str(uuid))
         if os.path.exists(path):
             return path
-    return None
+    homes = _vfio_homes(machine, more_than=len(list_names(machine.path(BUS)) or ()))
+    return next((path for path in homes if last_part(path) == str(uuid)), None)
+
+
+def _homes(
+    machine: Machine, parents: Iterable[Parent], linked: Collection[str]
+) -> dict[str, tuple[UUID, str, str]]:
+    """UUID, parent and own directory of mdevs by their names in sysfs.
+
+    :param linked: The mdevs that have a link on the bus.
+    """
+    homes: dict[str, tuple[UUID, str, str]] = {}
+    for parent in parents:
+        path = os.fspath(parent.path)
+        for name, uuid in as_uuids(list_names(path) or ()).items():
+            homes[name] = uuid, parent.name, f"{path}/{name}"
+    for path in _vfio_homes(machine, more_than=len(linked)):
+        where, _, name = path.rpartition("/")
+        if name not in homes and name not in linked and (unlinked := as_uuid(name)) is not None:
+            homes[name] = unlinked, last_part(where), path
+    return homes
+
+
+def _vfio_homes(machine: Machine, more_than: int) -> list[str]:
+    """The own directories of the devices that VFIO knows, mdevs and others.
+
+    :param more_than: How many of them are known already. There are none if VFIO knows no more: each
+        link that is read takes time.
+    """
+    vfio_dir = machine.path(VFIO)
+    names = list_names(vfio_dir) or ()
+    homes = []
+    for name in names if len(names) > more_than else ():
+        link = os.path.join(vfio_dir, name)
+        try:
+            target = os.path.normpath(os.path.join(vfio_dir, link_target(link)))
+        except OSError:
+            continue  # it is gone, and with it the device
+        homes.append(os.path.dirname(os.path.dirname(target)))
+    return homes
 
 
 def parent_links(machine: Machine, parent: str) -> tuple[int | None, int | None]:
@@ -204,10 +243,20 @@ def _parent(class_dir: str, name: str, *, with_types: bool) -> Parent | None:
         name=name,
         path=Path(path),
         types=tuple(types),
+        numa_node=_numa_node(path, damage),
         links=links,
         links_free=free,
         damage=tuple(damage),
     )
+
+
+def _numa_node(path: str, damage: list[str]) -> int | None:
+    text = read_text(f"{path}/numa_node", damage, optional=True)
+    try:
+        return None if text in (None, "-1") else parse_count(text)
+    except ValueError as error:
+        damage.append(f"numa_node {error}")
+    return None
 
 
 def _optional_count(path: str, name: str, damage: list[str]) -> int | None:
