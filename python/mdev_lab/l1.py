@@ -410,6 +410,8 @@ b() {{ /bin/busybox "$@"; }}
 b mount -t proc proc /proc
 b mount -t sysfs sys /sys
 b mount -t devtmpfs dev /dev
+b ln -s /proc/self/fd /dev/fd
+for n in 0:stdin 1:stdout 2:stderr; do b ln -s "fd/${{n%:*}}" "/dev/${{n#*:}}"; done
 exec </dev/console >/dev/console 2>&1
 for m in $(b cat /modules/order); do
     case $m in  # a refusal takes a second

@@ -78,9 +78,10 @@ def claimed(*names: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in names:
-            if bound(name) and name not in before:
+        for name in (name for name in names if name not in before):
+            if bound(name):
                 assert unbind(name).wait(30) == 0
+            if (PCI / "devices" / name).exists():
                 vfio.poke(PCI / "devices" / name / "driver_override", "none\n")
 
 
@@ -166,9 +167,7 @@ def test_unbinding_waits_for_the_process_that_has_a_device_open(kernel_log: Kern
             waiting.kill()  # which does not end the removal
             time.sleep(0.5)
             assert (waiting.poll(), user.failed) == (None, 0)
-            assert bound(IGD)
         waiting.wait(30)
-        until(lambda: not bound(IGD))
         assert not exists(held)
         assert not exists(idle)
 
@@ -275,11 +274,10 @@ def test_a_card_is_unbound_under_a_guest(mdo: Mdo, spec: Path) -> None:
     mdo("remove", mdev.uuid, code=2)
     assert "is held by guest 'player'" in mdo.errors
     mdo("create", "mvgpu-128M", "--parent", IGD, code=2)
-    assert f"there is no parent {IGD}" in mdo.errors
+    assert f"there is no parent '{IGD}'" in mdo.errors
 
     mdo("guest", "stop", "player", "--force", "--deadline", "0")
     assert waiting.wait(30) == 0
-    until(lambda: not bound(IGD))
     assert str(mdev.uuid) not in mdo("host")
     assert f"mdev {mdev.uuid} of spec cards is lost" in mdo.errors
 

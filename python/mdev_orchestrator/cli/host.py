@@ -211,7 +211,7 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
         output.emit("")
     output.emit_table(
         "NUMA nodes of the parents",
-        ("parent", "node"),
+        ("parent", "numa node"),
         [(parent.name, str(parent.numa_node)) for parent in placed],
         whole={"parent"},
     )

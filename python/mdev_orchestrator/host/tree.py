@@ -7,7 +7,8 @@ The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
     devices/…/PARENT/mdev_supported_types/TYPE/{create,name,available_instances,device_api,…}
     bus/mdev/devices/UUID -> ../../../devices/…/PARENT/UUID
     devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
-    class/vfio-dev/vfioN -> ../../devices/…/PARENT/UUID/vfio-dev/vfioN
+    class/vfio/N, a group that VFIO users can open
+    kernel/iommu_groups/N/devices/UUID -> ../../../../devices/…/PARENT/UUID
 
 What a vendor's driver adds is optional: ``group_uuid``, ``online`` and ``vgpu_params`` of an mdev,
 ``p2p_links`` and ``p2p_links_free`` of a parent (kernel/ABI.rst).
@@ -15,14 +16,14 @@ What a vendor's driver adds is optional: ``group_uuid``, ``online`` and ``vgpu_p
 A removal takes the links away first. While it waits for the process that has the device open, only
 the device's own directory and its ``iommu_group`` are left of it, and its instance is still in use.
 So devices are searched for below their parents too. A parent that goes loses its own link first,
-and waits for the same processes: then ``vfio-dev`` leads to the devices.
+and waits for the same processes: then only their groups lead to the devices.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from uuid import UUID
 
@@ -52,8 +53,10 @@ CLASS = "sys/class/mdev_bus"
 """Directory with a link to each parent, below the root."""
 BUS = "sys/bus/mdev/devices"
 """Directory with a link to each mdev, below the root."""
-VFIO = "sys/class/vfio-dev"
-"""Directory with a link to each device that VFIO users can open; kernels before 6.1 have none."""
+VFIO = "sys/class/vfio"
+"""Directory with an entry for each group that VFIO users can open, below the root."""
+GROUPS = "sys/kernel/iommu_groups"
+"""Directory with a directory for each IOMMU group, below the root."""
 TYPES = "mdev_supported_types"
 """Directory of a parent with a directory for each of its types."""
 ONLINE_FILE = "online"
@@ -103,8 +106,11 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
         for name in sorted(printable(parent_names or (), damage), key=natural_key)
         if (parent := _parent(class_dir, name, with_types=types)) is not None
     )
-    linked = set(mdev_names or ())
-    homes = _homes(machine, parents, linked)
+    homes: dict[str, tuple[UUID, str, str]] = {}
+    for parent in parents:
+        path = os.fspath(parent.path)
+        for name, uuid in as_uuids(list_names(path) or ()).items():
+            homes[name] = uuid, parent.name, f"{path}/{name}"
     apis: dict[_Kind, str | None] = {
         (type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types
     }
@@ -113,6 +119,10 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
         name: (_link(f"{path}/mdev_type"), _link(f"{path}/iommu_group"))
         for name, (_, _, path) in homes.items()
     }
+    linked = set(mdev_names or ())
+    held = _in_groups(machine, {group for _, group in links.values()}, linked.union(homes))
+    homes |= held
+    links |= {name: _links(path) for name, (_, _, path) in held.items()}
     found: dict[str, list[Mdev]] = {}
     kinds: dict[_Kind, _Like] = {}
     for name in sorted(linked.union(homes)):
@@ -163,45 +173,28 @@ def directory(machine: Machine, uuid: UUID) -> str | None:
         path = os.path.join(os.path.realpath(os.path.join(class_dir, parent)), str(uuid))
         if os.path.exists(path):
             return path
-    homes = _vfio_homes(machine, more_than=len(list_names(machine.path(BUS)) or ()))
-    return next((path for path in homes if last_part(path) == str(uuid)), None)
+    for group in list_names(machine.path(VFIO)) or ():
+        link = machine.path(GROUPS, group, "devices", str(uuid))
+        if os.path.lexists(link):
+            return os.path.realpath(link)
+    return None
 
 
-def _homes(
-    machine: Machine, parents: Iterable[Parent], linked: Collection[str]
+def _in_groups(
+    machine: Machine, known: Collection[object], mdevs: Collection[str]
 ) -> dict[str, tuple[UUID, str, str]]:
-    """UUID, parent and own directory of mdevs by their names in sysfs.
+    """UUID, parent and own directory of mdevs in VFIO's groups, by their names in sysfs.
 
-    :param linked: The mdevs that have a link on the bus.
+    :param known: Names of groups that are left out.
+    :param mdevs: Names of mdevs that are left out.
     """
-    homes: dict[str, tuple[UUID, str, str]] = {}
-    for parent in parents:
-        path = os.fspath(parent.path)
-        for name, uuid in as_uuids(list_names(path) or ()).items():
-            homes[name] = uuid, parent.name, f"{path}/{name}"
-    for path in _vfio_homes(machine, more_than=len(linked)):
-        where, _, name = path.rpartition("/")
-        if name not in homes and name not in linked and (unlinked := as_uuid(name)) is not None:
-            homes[name] = unlinked, last_part(where), path
-    return homes
-
-
-def _vfio_homes(machine: Machine, more_than: int) -> list[str]:
-    """The own directories of the devices that VFIO knows, mdevs and others.
-
-    :param more_than: How many of them are known already. There are none if VFIO knows no more: each
-        link that is read takes time.
-    """
-    vfio_dir = machine.path(VFIO)
-    names = list_names(vfio_dir) or ()
-    homes = []
-    for name in names if len(names) > more_than else ():
-        link = os.path.join(vfio_dir, name)
-        try:
-            target = os.path.normpath(os.path.join(vfio_dir, link_target(link)))
-        except OSError:
-            continue  # it is gone, and with it the device
-        homes.append(os.path.dirname(os.path.dirname(target)))
+    homes = {}
+    for group in set(list_names(machine.path(VFIO)) or ()) - {*known}:
+        devices = machine.path(GROUPS, group, "devices")
+        for name, uuid in as_uuids(list_names(devices) or ()).items():
+            path = os.path.realpath(f"{devices}/{name}")
+            if name not in mdevs:
+                homes[name] = uuid, last_part(os.path.dirname(path)), path
     return homes
 
 

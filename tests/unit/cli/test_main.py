@@ -263,7 +263,7 @@ def test_host_shows_where_a_parent_is_if_that_matters(cards: FakeSystem) -> None
     assert "NUMA" not in mdo(cards, "host").stdout
     (cards.parents / "card1" / "numa_node").write_text("1\n")
     shown = mdo(cards, "host").stdout
-    assert "NUMA nodes of the parents" in shown
+    assert "NUMA NODE" in shown
     assert ["card1", "1"] in [line.split() for line in shown.splitlines()]
     parents = json.loads(mdo(cards, "host", "--json").stdout)["parents"]
     assert [parent["numa_node"] for parent in parents[:2]] == [None, 1]

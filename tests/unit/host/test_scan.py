@@ -232,10 +232,11 @@ def test_a_device_that_is_held_is_found_when_its_parent_has_lost_its_links(
     system.parent("0000:86:00.0", bus="pci0000:80")
     system.type("0000:86:00.0", "t")
     path = system.mdev("0000:86:00.0", "t", U1)
-    vfio = system.root / "sys/class/vfio-dev"
-    vfio.mkdir(parents=True)
-    link(vfio / "vfio3", system.root / "sys/devices/pci0000:80/0000:86:01.0/vfio-dev/vfio3")
-    link(vfio / "vfio7", path / "vfio-dev/vfio7")
+    for group, device in (("1", path), ("2", system.root / "sys/devices/pci0000:80/0000:86:01.0")):
+        (system.root / "sys/class/vfio" / group).mkdir(parents=True)
+        devices = system.root / "sys/kernel/iommu_groups" / group / "devices"
+        devices.mkdir(parents=True)
+        link(devices / device.name, device)
     (system.bus / U1).unlink()
     (path / "mdev_type").unlink()
     (system.parents / "0000:86:00.0").unlink()
