@@ -101,7 +101,8 @@ async def play(machine: Machine) -> None:
         host = await sysfs.scan(machine)
         before = counts(host)
         expect("parents that offer types", True, bool(before))
-        this.result = f"{len(before)} types, igd reads {igd_counts(host)}"
+        cards = " and ".join(parent.name for parent in host.parents)
+        this.result = f"{len(before)} types on {cards}, igd reads {igd_counts(host)}"
     async with contextlib.AsyncExitStack() as devices, contextlib.AsyncExitStack() as undo:
         async with step(f"create one {GRID_TYPE} and one {IGD_TYPE}") as this:
             (grid,) = await create_devices(machine, GRID_TYPE)
