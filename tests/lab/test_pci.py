@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Parents that are PCI functions, as real cards are: bound, used, unbound, pulled and plugged.
 
-Runs inside any lab: each has functions that mvgpu can take, and ``driver_override`` keeps it from
-them until a test asks.
+Runs inside any lab: ``mdo lab exec python3 -m pytest tests/lab/test_pci.py``.
 """
 
 from __future__ import annotations
@@ -14,27 +13,23 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
 
 from lab import libvirt, vfio
+from lab.cards import GRID, IGD, PCI, SECOND_IGD, bind, bound, claimed, unbind
 from lab.commands import Mdo, mdevctl
 from lab.kernel_log import KernelLog
 from lab.libvirt import virsh
 from lab.machine import machine
 from lab.vfio import Child, Device
-from mdev_lab.l1 import functions
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl as interop
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
 
-GRID, IGD, SECOND_GRID, SECOND_IGD = functions()
-PCI = Path("/sys/bus/pci")
-DRIVER = PCI / "drivers/mvgpu"
 TYPES = "mdev_supported_types"
 
 
@@ -44,45 +39,6 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def bound(function: str) -> bool:
-    return (DRIVER / function).exists()
-
-
-def bind(function: str) -> None:
-    """Let mvgpu have a function."""
-    vfio.poke(PCI / "devices" / function / "driver_override", "\n")
-    if not bound(function):
-        vfio.poke(PCI / "drivers_probe", function)
-    assert bound(function)
-
-
-def unbind(function: str) -> subprocess.Popen[bytes]:
-    """Unbind a function; the kernel may make the process that does it wait."""
-    process = subprocess.Popen(
-        ["tee", DRIVER / "unbind"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    assert process.stdin is not None
-    process.stdin.write(function.encode())
-    process.stdin.close()
-    return process
-
-
-@contextmanager
-def claimed(*names: str) -> Iterator[None]:
-    """mvgpu has these functions while the block lasts."""
-    before = [name for name in names if bound(name)]
-    for name in names:
-        bind(name)
-    try:
-        yield
-    finally:
-        for name in (name for name in names if name not in before):
-            if bound(name):
-                assert unbind(name).wait(30) == 0
-            if (PCI / "devices" / name).exists():
-                vfio.poke(PCI / "devices" / name / "driver_override", "none\n")
 
 
 def left(parent: str) -> dict[str, int]:
