@@ -29,7 +29,8 @@ setup:
 demo: setup
 	@$(MDO) lab demo
 
-test: setup
+test:
+	@tools/setup test
 	@.venv/bin/python tools/run-tests
 
 test-qemu: setup
@@ -73,7 +74,7 @@ bench:
 	done; .venv/bin/python benches/publish.py && [ -z "$$failed" ]
 
 lab-shell: setup
-	@$(MDO) lab up
+	@$(MDO) lab up --pci 1
 	@$(MDO) lab shell
 
 clean:

@@ -158,7 +158,7 @@ static void mvgpu_group_short(struct mvgpu_group *group,
 				&joins->mdev->uuid);
 	else
 		what = kasprintf(GFP_KERNEL, "%u members", group->nr_members);
-	dev_err(&parent->dev,
+	dev_err(parent->dev,
 		"group %pUl does not start: %s, %u links asked, %u of %u left; members:%s\n",
 		&group->uuid, what ?: "?", asked, parent->links_free,
 		parent->links, names ?: " ?");
@@ -166,7 +166,7 @@ static void mvgpu_group_short(struct mvgpu_group *group,
 			   kasprintf(GFP_KERNEL,
 				     "%s, %u links asked, %u of %u left on %s",
 				     what ?: "?", asked, parent->links_free,
-				     parent->links, dev_name(&parent->dev)));
+				     parent->links, dev_name(parent->dev)));
 	kfree(what);
 	kfree(names);
 }

@@ -11,7 +11,6 @@
 #include <linux/module.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
-#include <linux/wait.h>
 
 #include "mvgpu-priv.h"
 
@@ -20,11 +19,13 @@
 
 static unsigned int grid_parents = 1;
 module_param(grid_parents, uint, 0444);
-MODULE_PARM_DESC(grid_parents, "number of grid parents, 0 to 64 (default 1)");
+MODULE_PARM_DESC(grid_parents,
+		 "number of grid parents without a PCI function, 0 to 64 (default 1)");
 
 static unsigned int igd_parents = 1;
 module_param(igd_parents, uint, 0444);
-MODULE_PARM_DESC(igd_parents, "number of igd parents, 0 to 64 (default 1)");
+MODULE_PARM_DESC(igd_parents,
+		 "number of igd parents without a PCI function, 0 to 64 (default 1)");
 
 /*
  * The default fits into the 2 MiB that firmware reserves behind an empty root
@@ -58,32 +59,17 @@ MODULE_PARM_DESC(has_online,
 
 struct workqueue_struct *mvgpu_wq;
 
-static LIST_HEAD(mvgpu_parents);	/* only init and exit touch it */
-
-/* Parent devices that are still referred to. */
-static atomic_t mvgpu_nr_parents = ATOMIC_INIT(0);
-static DECLARE_WAIT_QUEUE_HEAD(mvgpu_parents_gone);
-
-static void mvgpu_parent_release(struct device *dev)
-{
-	struct mvgpu_parent *parent = container_of(dev, struct mvgpu_parent,
-						   dev);
-
-	mutex_destroy(&parent->lock);
-	kfree(parent->mtypes);
-	kfree(parent);
-	if (atomic_dec_and_test(&mvgpu_nr_parents))
-		wake_up(&mvgpu_parents_gone);
-}
+/* Parents without a PCI function; only init and exit touch the list. */
+static LIST_HEAD(mvgpu_parents);
 
 /*
- * The parents have no driver and no bus, so the mdev core takes the name of
- * their class as the prefix of the type directories.
+ * A parent of this class has no driver and no bus, so the mdev core takes the
+ * name of the class as the prefix of the type directories. It is the driver's
+ * name too, which is the prefix where the parent is a PCI function.
  */
 static struct class mvgpu_class = {
 	.name = MVGPU_NAME,
 	.dev_groups = mvgpu_parent_groups,
-	.dev_release = mvgpu_parent_release,
 };
 
 static int mvgpu_probe(struct mdev_device *mdev)
@@ -133,29 +119,29 @@ static struct mdev_driver mvgpu_driver = {
 	.show_description = mvgpu_type_description,
 };
 
-static int mvgpu_parent_add(const struct mvgpu_personality *personality,
-			    unsigned int number)
+struct mvgpu_parent *
+mvgpu_parent_alloc(const struct mvgpu_personality *personality)
 {
 	struct mvgpu_parent *parent;
 	unsigned int i;
-	int ret;
 
 	parent = kzalloc(struct_size(parent, types, personality->nr_types),
 			 GFP_KERNEL);
 	if (!parent)
-		return -ENOMEM;
+		return NULL;
 
 	parent->mtypes = kcalloc(personality->nr_types,
 				 sizeof(*parent->mtypes), GFP_KERNEL);
 	if (!parent->mtypes) {
 		kfree(parent);
-		return -ENOMEM;
+		return NULL;
 	}
 
 	parent->personality = personality;
 	parent->pool_free = personality->pool;
 	parent->links = links;
 	parent->links_free = links;
+	INIT_LIST_HEAD(&parent->node);
 	mutex_init(&parent->lock);
 	for (i = 0; i < personality->nr_types; i++) {
 		struct mvgpu_type *type = &parent->types[i];
@@ -166,58 +152,87 @@ static int mvgpu_parent_add(const struct mvgpu_personality *personality,
 		type->mtype.pretty_name = type->desc->pretty_name;
 		parent->mtypes[i] = &type->mtype;
 	}
+	return parent;
+}
 
-	parent->dev.class = &mvgpu_class;
-	device_initialize(&parent->dev);
-	atomic_inc(&mvgpu_nr_parents);
+void mvgpu_parent_free(struct mvgpu_parent *parent)
+{
+	mutex_destroy(&parent->lock);
+	kfree(parent->mtypes);
+	kfree(parent);
+}
 
-	ret = dev_set_name(&parent->dev, "%s%u", personality->name, number);
+/* From now on mdevs can be created on @dev, of which @parent is the drvdata. */
+int mvgpu_parent_register(struct mvgpu_parent *parent, struct device *dev)
+{
+	int ret;
+
+	parent->dev = dev;
+	ret = mdev_register_parent(&parent->mdev_parent, dev, &mvgpu_driver,
+				   parent->mtypes,
+				   parent->personality->nr_types);
 	if (ret)
-		goto err_put;
+		return ret;
 
-	ret = device_add(&parent->dev);
-	if (ret)
-		goto err_put;
-
-	ret = mdev_register_parent(&parent->mdev_parent, &parent->dev,
-				   &mvgpu_driver, parent->mtypes,
-				   personality->nr_types);
-	if (ret)
-		goto err_del;
-
+	mvgpu_types_get(parent);
 	ret = mvgpu_types_add_attributes(parent);
+	if (ret) {
+		mdev_unregister_parent(&parent->mdev_parent);
+		mvgpu_types_put(parent);
+	}
+	return ret;
+}
+
+/* Removes the mdevs, and waits for each until its user has closed it. */
+void mvgpu_parent_unregister(struct mvgpu_parent *parent)
+{
+	mvgpu_types_del_attributes(parent);
+	mdev_unregister_parent(&parent->mdev_parent);
+	mvgpu_types_put(parent);
+}
+
+static int mvgpu_parent_add(const struct mvgpu_personality *personality,
+			    unsigned int number)
+{
+	struct mvgpu_parent *parent;
+	struct device *dev;
+	int ret;
+
+	parent = mvgpu_parent_alloc(personality);
+	if (!parent)
+		return -ENOMEM;
+
+	dev = device_create(&mvgpu_class, NULL, MKDEV(0, 0), parent, "%s%u",
+			    personality->name, number);
+	if (IS_ERR(dev)) {
+		ret = PTR_ERR(dev);
+		goto err_free;
+	}
+
+	ret = mvgpu_parent_register(parent, dev);
 	if (ret)
-		goto err_unregister;
+		goto err_device;
 
 	list_add(&parent->node, &mvgpu_parents);
 	return 0;
 
-err_unregister:
-	mdev_unregister_parent(&parent->mdev_parent);
-err_del:
-	device_del(&parent->dev);
-err_put:
-	put_device(&parent->dev);
+err_device:
+	device_unregister(dev);
+err_free:
+	mvgpu_parent_free(parent);
 	return ret;
-}
-
-static void mvgpu_parent_del(struct mvgpu_parent *parent)
-{
-	list_del(&parent->node);
-	mvgpu_types_del_attributes(parent);
-	mdev_unregister_parent(&parent->mdev_parent);
-	device_unregister(&parent->dev);
 }
 
 static void mvgpu_parents_del(void)
 {
 	struct mvgpu_parent *parent, *next;
 
-	list_for_each_entry_safe(parent, next, &mvgpu_parents, node)
-		mvgpu_parent_del(parent);
-
-	/* A late reference would call into a module that is gone. */
-	wait_event(mvgpu_parents_gone, !atomic_read(&mvgpu_nr_parents));
+	list_for_each_entry_safe(parent, next, &mvgpu_parents, node) {
+		list_del(&parent->node);
+		mvgpu_parent_unregister(parent);
+		device_unregister(parent->dev);
+		mvgpu_parent_free(parent);
+	}
 }
 
 static int mvgpu_parents_add(const struct mvgpu_personality *personality,
@@ -286,6 +301,10 @@ static int __init mvgpu_init(void)
 	if (ret)
 		goto err_parents;
 
+	ret = mvgpu_function_init();
+	if (ret)
+		goto err_parents;
+
 	return 0;
 
 err_parents:
@@ -302,6 +321,7 @@ err_wq:
 
 static void __exit mvgpu_exit(void)
 {
+	mvgpu_function_exit();
 	mvgpu_parents_del();
 	mdev_unregister_driver(&mvgpu_driver);
 	class_unregister(&mvgpu_class);

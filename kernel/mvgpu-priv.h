@@ -2,17 +2,18 @@
 /*
  * mvgpu: what the rooms of the driver share
  *
- * main    module, parent devices, mdev probe and remove
- * types   what can be created, and how much of it is left
- * vfio    the device as a VFIO user sees it: regions, ioctls, mmap
- * irq     INTx, MSI and the eventfds behind them
- * pci     configuration space
- * regs    BAR 0
- * fb      the framebuffer
- * engine  what the doorbell starts
- * group   start groups: links, owner, what is online
- * sysfs   the attributes of an mdev and of a parent
- * debug   faults to inject, and the log that proves the order of events
+ * main      module, parents, mdev probe and remove
+ * function  the parents that are PCI functions
+ * types     what can be created, and how much of it is left
+ * vfio      the device as a VFIO user sees it: regions, ioctls, mmap
+ * irq       INTx, MSI and the eventfds behind them
+ * pci       configuration space
+ * regs      BAR 0
+ * fb        the framebuffer
+ * engine    what the doorbell starts
+ * group     start groups: links, owner, what is online
+ * sysfs     the attributes of an mdev and of a parent
+ * debug     faults to inject, and the log that proves the order of events
  */
 #ifndef MVGPU_PRIV_H
 #define MVGPU_PRIV_H
@@ -72,10 +73,10 @@ struct mvgpu_type {
 };
 
 struct mvgpu_parent {
-	struct device dev;
+	struct device *dev;	/* a PCI function, or of the class mvgpu */
 	struct mdev_parent mdev_parent;
 	const struct mvgpu_personality *personality;
-	struct list_head node;	/* in the module's list */
+	struct list_head node;	/* in the module's list, if of the class */
 
 	struct mutex lock;	/* capacity */
 	u64 pool_free;		/* bytes; under lock */
@@ -191,12 +192,23 @@ extern unsigned int mvgpu_aperture_mib;
 extern bool mvgpu_group_hotplug;
 extern bool mvgpu_implicit_start;
 extern bool mvgpu_has_online;
+struct mvgpu_parent *
+mvgpu_parent_alloc(const struct mvgpu_personality *personality);
+void mvgpu_parent_free(struct mvgpu_parent *parent);
+int mvgpu_parent_register(struct mvgpu_parent *parent, struct device *dev);
+void mvgpu_parent_unregister(struct mvgpu_parent *parent);
+
+/* mvgpu-function.c */
+int mvgpu_function_init(void);
+void mvgpu_function_exit(void);
 
 /* mvgpu-types.c */
 unsigned int mvgpu_type_available(struct mdev_type *mtype);
 ssize_t mvgpu_type_description(struct mdev_type *mtype, char *buf);
 int mvgpu_type_take(struct mvgpu_type *type);
 void mvgpu_type_give(struct mvgpu_type *type);
+void mvgpu_types_get(struct mvgpu_parent *parent);
+void mvgpu_types_put(struct mvgpu_parent *parent);
 int mvgpu_types_add_attributes(struct mvgpu_parent *parent);
 void mvgpu_types_del_attributes(struct mvgpu_parent *parent);
 

@@ -237,7 +237,7 @@ const struct attribute_group *mvgpu_mdev_groups[] = {
 
 static struct mvgpu_parent *mvgpu_parent_of(struct device *dev)
 {
-	return container_of(dev, struct mvgpu_parent, dev);
+	return dev_get_drvdata(dev);
 }
 
 static ssize_t p2p_links_show(struct device *dev,

@@ -3,6 +3,7 @@
  * mvgpu: what can be created, and how much of it is left
  */
 
+#include <linux/delay.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/sysfs.h>
@@ -127,6 +128,33 @@ void mvgpu_type_give(struct mvgpu_type *type)
 	if (parent->pool_free == parent->personality->pool)
 		parent->active = NULL;
 	mutex_unlock(&parent->lock);
+}
+
+/*
+ * The types live in the parent's memory, and an mdev refers to its type as
+ * long as anything refers to the mdev, which may be longer than the mdev core
+ * waits. One reference of the parent's own tells when it is the last.
+ */
+void mvgpu_types_get(struct mvgpu_parent *parent)
+{
+	unsigned int i;
+
+	for (i = 0; i < parent->personality->nr_types; i++)
+		kobject_get(&parent->types[i].mtype.kobj);
+}
+
+/* After mdev_unregister_parent(): waits until the memory can be freed. */
+void mvgpu_types_put(struct mvgpu_parent *parent)
+{
+	unsigned int i;
+
+	for (i = 0; i < parent->personality->nr_types; i++) {
+		struct kobject *kobj = &parent->types[i].mtype.kobj;
+
+		while (kref_read(&kobj->kref) > 1)
+			msleep(20);
+		kobject_put(kobj);
+	}
 }
 
 /* One line, as NVIDIA's driver prints it. */

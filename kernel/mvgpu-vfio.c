@@ -49,6 +49,7 @@ static int mvgpu_vfio_init(struct vfio_device *vdev)
 	if (ret)
 		return ret;
 
+	kobject_get(&type->mtype.kobj);
 	mv->mdev = mdev;
 	mv->type = type;
 	mv->frl = type->desc->frl_config;
@@ -74,6 +75,7 @@ err_pci:
 	mvgpu_pci_destroy(mv);
 err_give:
 	mvgpu_type_give(type);
+	kobject_put(&type->mtype.kobj);
 	return ret;
 }
 
@@ -92,6 +94,7 @@ static void mvgpu_vfio_release(struct vfio_device *vdev)
 	mvgpu_pci_destroy(mv);
 	mvgpu_vfio_free_device(vdev);
 	mvgpu_type_give(type);
+	kobject_put(&type->mtype.kobj);
 }
 
 /* Ends the running job and puts registers and configuration space back. */

@@ -39,6 +39,16 @@ Options = Annotated[
         help="Parameters of the driver, for instance 'igd_parents=4'.",
     ),
 ]
+Pci = Annotated[
+    int,
+    typer.Option(
+        "--pci",
+        min=0,
+        max=2,
+        metavar="N",
+        help="Parents of each kind that are PCI functions, up to 2; the others are left out.",
+    ),
+]
 Command = Annotated[
     list[str],
     typer.Argument(metavar="COMMAND...", help="The command and its arguments."),
@@ -76,6 +86,7 @@ def up(
     series: Series = "6.12",
     memory: Memory = "4G",
     mvgpu: Options = "",
+    pci: Pci = 0,
     systemd: Annotated[
         Path | None,
         typer.Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
@@ -89,6 +100,7 @@ def up(
         series=series,
         memory=memory,
         module_options=mvgpu,
+        pci=pci,
         disk=systemd,
         progress=_progress,
     )
@@ -114,6 +126,7 @@ def run(
     series: Series = "6.12",
     memory: Memory = "4G",
     mvgpu: Options = "",
+    pci: Pci = 0,
 ) -> int:
     """Run one command in a lab of its own, which ends with it."""
     from mdev_lab import l1
@@ -121,7 +134,7 @@ def run(
     with (
         _signals_unwind(),
         l1.running(
-            name, series=series, memory=memory, module_options=mvgpu, progress=_progress
+            name, series=series, memory=memory, module_options=mvgpu, pci=pci, progress=_progress
         ) as lab,
     ):
         return l1.execute(lab, command)

@@ -58,7 +58,9 @@ def demo(
 
     started = time.monotonic()
     name = f"demo-{os.getpid()}"
-    with l1.running(name, series=series, module_options=MODULE_OPTIONS, progress=doing) as lab:
+    with l1.running(
+        name, series=series, module_options=MODULE_OPTIONS, pci=1, progress=doing
+    ) as lab:
         seconds = round(time.monotonic() - started, 2)
         ended(Row(f"bring up a lab with kernel {series}", lab.release, seconds, ok=True))
         status = l1.execute(lab, ACTS, output=listen)

@@ -25,7 +25,6 @@ from mdev_lab.mvgpu import (
     GRID_OTHERS,
     GRID_TYPE,
     IGD_TYPE,
-    PEER_PARENT,
     PEER_TYPE,
     as_guest_mdev,
     counts,
@@ -102,7 +101,8 @@ async def play(machine: Machine) -> None:
         host = await sysfs.scan(machine)
         before = counts(host)
         expect("parents that offer types", True, bool(before))
-        this.result = f"{len(before)} types, igd reads {igd_counts(host)}"
+        cards = " and ".join(parent.name for parent in host.parents)
+        this.result = f"{len(before)} types on {cards}, igd reads {igd_counts(host)}"
     async with contextlib.AsyncExitStack() as devices, contextlib.AsyncExitStack() as undo:
         async with step(f"create one {GRID_TYPE} and one {IGD_TYPE}") as this:
             (grid,) = await create_devices(machine, GRID_TYPE)
@@ -147,7 +147,7 @@ async def play(machine: Machine) -> None:
         async with step("power the guest down") as this:
             how = (await guest_ops.end(machine, guest)).how
             expect("the group's state", {False}, {online(machine, mdev) for mdev in peers})
-            expect("free links", links(machine)[0], links(machine)[1])
+            expect("free links", *sysfs.parent_links(machine, peers[0].parent))
             this.result = f"{how}; the group is offline, its links are back"
         async with step("remove the rest") as this:
             await remove_devices(machine, [mdev.uuid for mdev in (grid, *peers)])
@@ -178,14 +178,14 @@ async def group_act(
         first, second = await create_devices(machine, PEER_TYPE, 2, group="demo-peers")
         devices.push_async_callback(remove_if_there, machine, first)
         devices.push_async_callback(remove_if_there, machine, second)
-        all_links, free = links(machine)
+        all_links, free = links(machine, first)
         expect("the group's state", {False}, {online(machine, first), online(machine, second)})
         this.result = f"offline; {free} of {all_links} links free"
     async with step("hot-plug one: its group comes online first") as this:
         await plug(machine, guest, first)
         expect("the group's state", {True}, {online(machine, first), online(machine, second)})
-        expect("free links", free - 1, links(machine)[1])
-        this.result = f"both are online; {links(machine)[1]} of {all_links} links free"
+        expect("free links", free - 1, links(machine, first)[1])
+        this.result = f"both are online; {links(machine, first)[1]} of {all_links} links free"
     async with step("another guest asks for the other one") as this:
         this.result = await refused(
             machine, BusyError, guest_ops.launch(machine, halted_guest(second))
@@ -243,10 +243,10 @@ def online(machine: Machine, mdev: Mdev) -> bool | None:
     return None if found is None else found.online
 
 
-def links(machine: Machine) -> tuple[int, int]:
-    """Return how many links the parent has, and how many of them are free."""
-    parent = next(p for p in sysfs.read_host(machine, types=False).parents if p.name == PEER_PARENT)
-    return parent.links or 0, parent.links_free or 0
+def links(machine: Machine, mdev: Mdev) -> tuple[int, int]:
+    """Return how many links an mdev's parent has, and how many of them are free."""
+    all_links, free = sysfs.parent_links(machine, mdev.parent)
+    return all_links or 0, free or 0
 
 
 async def remove_if_there(machine: Machine, mdev: Mdev) -> None:

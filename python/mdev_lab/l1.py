@@ -69,6 +69,10 @@ CHECKED_FACTOR = 6
 SYSTEMD_SECONDS = 120.0
 """Added for what systemd does before the agent starts."""
 
+FUNCTIONS = (("pci-testdev", 0x10), ("edu", 0x12), ("pci-testdev", 0x11), ("edu", 0x13))
+"""QEMU's devices that mvgpu takes as parents, and where they are: a grid, an igd, and a second of
+each. Every L1 has them; ``driver_override`` keeps mvgpu from those that were not asked for."""
+
 #: Loaded from the initramfs, where they are uncompressed. Some kernels have virtio's PCI transport
 #: built in; modprobe leaves it out then.
 MODULES = (
@@ -100,6 +104,7 @@ def up(
     series: str = DEFAULT_SERIES,
     memory: str = "4G",
     module_options: str = "",
+    pci: int = 0,
     bound: bool = False,
     disk: Path | None = None,
     progress: Progress = lambda _: None,
@@ -109,6 +114,8 @@ def up(
     :param series: Kernel of L1.
     :param memory: Of L1, in QEMU's notation.
     :param module_options: Parameters of mvgpu, as insmod takes them.
+    :param pci: How many parents of each kind are PCI functions, up to 2. With any, there are no
+        others, unless ``module_options`` ask for them.
     :param bound: Whether L1 ends with this process, even if that is killed.
     :param disk: File that L1 boots systemd with, see :mod:`.systemd`; it is made if needed.
     :raise MdoError: The lab cannot be brought up; nothing of it is left.
@@ -139,14 +146,17 @@ def up(
         files["MDO_LAB_CHECKERS"] = str(build_modules(debug_kernel.FAULTS, kernel, progress))
     if (drivers := sample_drivers.built(kernel)) is not None:
         files["MDO_LAB_SAMPLES"] = str(drivers)
-    insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
+    insmod = ["insmod", str(modules / "mvgpu.ko")]
+    if pci:
+        insmod += ["grid_parents=0", "igd_parents=0"]
+    insmod += shlex.split(module_options)
     private_dir(labs_dir())
     claim(directory)
     try:
         needed = run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
         initramfs.build(
             directory / "initramfs",
-            init=init_script(kernel, insmod, with_systemd=disk is not None),
+            init=init_script(kernel, insmod, with_systemd=disk is not None, pci=pci),
             kernel=kernel,
             modules=(*MODULES, *filter(None, needed), *(systemd.MODULES if disk else ())),
         )
@@ -355,6 +365,8 @@ def machine_arguments(name: str, kernel: Kernel, accel: str, memory: str) -> lis
             f"local,id={tag},path={_comma(path)},security_model=none,{mode},multidevs=remap",
         ]
         argv += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    for model, slot in FUNCTIONS:
+        argv += ["-device", f"{model},addr={slot:x}"]
     argv += ["-device", "virtio-serial-pci"]
     for number in range(EXEC_PORTS):
         argv += ["-chardev", f"socket,id=e{number},path=exec-{number}.sock,server=on,wait=off"]
@@ -362,12 +374,22 @@ def machine_arguments(name: str, kernel: Kernel, accel: str, memory: str) -> lis
     return argv
 
 
+def functions() -> list[str]:
+    """Return the addresses of the functions that mvgpu takes as parents."""
+    return [f"0000:00:{slot:02x}.0" for _, slot in FUNCTIONS]
+
+
 def _comma(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def init_script(kernel: Kernel, insmod: list[str], *, with_systemd: bool = False) -> str:
-    """Return ``/init`` of L1: mounts, then the first process, which is the agent or systemd."""
+def init_script(
+    kernel: Kernel, insmod: list[str], *, with_systemd: bool = False, pci: int = 0
+) -> str:
+    """Return ``/init`` of L1: mounts, then the first process, which is the agent or systemd.
+
+    :param pci: How many functions of each kind mvgpu may take.
+    """
     q = shlex.quote
     here = str(ROOT)
     venv = str(Path(sys.executable).parent.parent)
@@ -382,11 +404,14 @@ def init_script(kernel: Kernel, insmod: list[str], *, with_systemd: bool = False
     memory = "-t ext4 /dev/vda" if with_systemd else "-t tmpfs -o mode=0755 memory"
     first = [systemd.INIT] if with_systemd else agent
     prepare = systemd.prepare(agent, insmod) if with_systemd else ""
+    spare = " ".join(functions()[2 * pci :])
     return f"""#!/bin/busybox sh
 b() {{ /bin/busybox "$@"; }}
 b mount -t proc proc /proc
 b mount -t sysfs sys /sys
 b mount -t devtmpfs dev /dev
+b ln -s /proc/self/fd /dev/fd
+for n in 0:stdin 1:stdout 2:stderr; do b ln -s "fd/${{n%:*}}" "/dev/${{n#*:}}"; done
 exec </dev/console >/dev/console 2>&1
 for m in $(b cat /modules/order); do
     case $m in  # a refusal takes a second
@@ -395,6 +420,7 @@ for m in $(b cat /modules/order); do
     esac
     b insmod "/modules/$m" || echo "$m is not for this machine"
 done 2>/dev/null
+for f in {spare}; do echo none > "/sys/bus/pci/devices/$f/driver_override"; done
 b mkdir /lower /memory /new
 b mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /lower
 b mount {memory} /memory

@@ -9,16 +9,14 @@ from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu.command import GuestMdev
 from mdev_orchestrator.system.waiting import poll_until
 
-#: Of the parents ``grid…``: all devices of a parent are of one type.
+#: Of grid parents: all devices of a parent are of one type.
 GRID_TYPE = "mvgpu-12"
 #: The types that read 0 while a device of :data:`GRID_TYPE` exists.
 GRID_OTHERS = {f"mvgpu-{number}" for number in range(11, 19)} - {GRID_TYPE}
-#: Of the parents ``igd…``: all types share one pool of memory.
+#: Of igd parents: all types share one pool of memory.
 IGD_TYPE = "mvgpu-512M"
-#: The smallest type of the parents ``igd…``, for devices of one start group.
+#: The smallest type of igd parents, for devices of one start group.
 PEER_TYPE = "mvgpu-128M"
-#: The parent of devices of :data:`PEER_TYPE`.
-PEER_PARENT = "igd0"
 
 SETTLE_SECONDS = 1.0
 

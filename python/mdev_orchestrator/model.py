@@ -171,6 +171,8 @@ class Parent(Struct, frozen=True):
     :ivar links: Peer-to-peer links that it has for start groups, as its driver's ``p2p_links``
         says; ``None`` where the driver says nothing.
     :ivar links_free: How many of them no group has now (``p2p_links_free``).
+    :ivar numa_node: The NUMA node that it belongs to, ``None`` for none: hosts with one node, and
+        parents that are not on a bus.
     """
 
     name: str
@@ -179,6 +181,7 @@ class Parent(Struct, frozen=True):
     links: int | None = None
     links_free: int | None = None
     damage: tuple[str, ...] = ()
+    numa_node: int | None = None
 
 
 class Mdev(Struct, frozen=True):

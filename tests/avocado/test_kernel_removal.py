@@ -18,8 +18,10 @@ from guests import (
     use,
 )
 
+from lab import cards
 from lab.machine import machine
 from mdev_lab.mvgpu import GRID_TYPE
+from mdev_orchestrator.engine.devices import create_devices
 from mdev_orchestrator.errors import DeadlineError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.events import wait_until
@@ -76,6 +78,18 @@ class KernelRemoval(GuestTest):
             assert rmmod.returncode != 0
             assert b"in use" in words
             await use(program, igd)
+
+    async def test_guest_lets_go_when_its_card_is_unbound(self) -> None:
+        async with unchanged(), mdevs(GRID_TYPE) as (grid,):
+            with cards.claimed(cards.IGD):
+                (igd,) = await create_devices(machine(), SMALL, parent=cards.IGD)
+                async with guest("carded", grid, igd) as program:
+                    await use(program, igd)
+                    unbinding = cards.unbind(cards.IGD)
+                    await disappears(program, igd)
+                    await is_gone(igd)
+                    assert await asyncio.to_thread(unbinding.wait, GUEST_SECONDS) == 0
+                    await use(program, grid)
 
     async def test_removal_ends_with_a_guest_that_never_answers(self) -> None:
         async with unchanged(), mdevs(SMALL) as (mdev,):

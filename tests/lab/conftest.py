@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the driver's own tests share; those of the host layer need none of it."""
+"""What tests in the lab share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lab import vfio
+from lab.commands import Mdo
 from lab.kernel_log import KernelLog
 
 
@@ -19,6 +21,13 @@ def kernel_log() -> Iterator[KernelLog]:
     complaints = log.complaints()
     log.close()
     assert complaints == []
+
+
+@pytest.fixture
+def mdo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mdo:
+    """``mdo`` with a state directory of the test's own."""
+    monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path / "state"))
+    return Mdo(capsys)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from lab.commands import Mdo, mdevctl
 from lab.machine import machine
-from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.devices import create_devices, remove_devices
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import mdevctl as interop
@@ -31,29 +30,6 @@ pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the l
 HERE = Machine()
 WHERE = interop.directory(HERE)
 GROUP = UUID("aaaaaaaa-1111-4222-8333-444444444444")
-
-
-def mdevctl(*arguments: object, code: int = 0) -> str:
-    done = subprocess.run(
-        ["mdevctl", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout
-
-
-class Mdo:
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *arguments: object, code: int = 0) -> str:
-        assert main([str(argument) for argument in arguments]) == code
-        return self.capsys.readouterr().out
-
-
-@pytest.fixture
-def mdo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mdo:
-    monkeypatch.setenv("MDO_STATE_DIR", str(tmp_path / "state"))
-    return Mdo(capsys)
 
 
 @pytest.fixture(autouse=True)

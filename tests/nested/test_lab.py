@@ -188,6 +188,15 @@ def test_the_seed_s_machine_is_there() -> None:
     assert words[-1].startswith("6.12.")
 
 
+def test_a_lab_whose_parents_are_pci_functions() -> None:
+    done = mdo("lab", "run", "--name", f"{NAME}-p", "--pci", "2", "--", *MDO, "host", "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    parents = {parent["name"]: parent for parent in json.loads(done.stdout)["parents"]}
+    assert [*parents] == [f"0000:00:{number}.0" for number in (10, 11, 12, 13)]
+    assert parents["0000:00:13.0"]["path"] == "/sys/devices/pci0000:00/0000:00:13.0"
+    assert "mvgpu-128M" in {type_["id"] for type_ in parents["0000:00:13.0"]["types"]}
+
+
 def test_a_lab_that_is_killed_is_removed() -> None:
     name = f"{NAME}-k"
     try:

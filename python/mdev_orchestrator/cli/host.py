@@ -74,6 +74,7 @@ def shape(found: Host, held: Holders, owned: Managed | None) -> dict[str, Any]:
                     }
                     for type_ in parent.types
                 ],
+                "numa_node": parent.numa_node,
                 "links": parent.links,
                 "links_free": parent.links_free,
                 "damage": parent.damage,
@@ -204,6 +205,15 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
             if not parent.types
         ],
         whole={"parent", "type"},
+    )
+    placed = [parent for parent in found.parents if parent.numa_node is not None]
+    if placed:
+        output.emit("")
+    output.emit_table(
+        "NUMA nodes of the parents",
+        ("parent", "numa node"),
+        [(parent.name, str(parent.numa_node)) for parent in placed],
+        whole={"parent"},
     )
     linked = [parent for parent in found.parents if parent.links is not None]
     if linked:

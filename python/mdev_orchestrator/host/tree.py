@@ -7,13 +7,16 @@ The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
     devices/…/PARENT/mdev_supported_types/TYPE/{create,name,available_instances,device_api,…}
     bus/mdev/devices/UUID -> ../../../devices/…/PARENT/UUID
     devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
+    class/vfio/N, a group that VFIO users can open
+    kernel/iommu_groups/N/devices/UUID -> ../../../../devices/…/PARENT/UUID
 
 What a vendor's driver adds is optional: ``group_uuid``, ``online`` and ``vgpu_params`` of an mdev,
 ``p2p_links`` and ``p2p_links_free`` of a parent (kernel/ABI.rst).
 
 A removal takes the links away first. While it waits for the process that has the device open, only
 the device's own directory and its ``iommu_group`` are left of it, and its instance is still in use.
-So devices are searched for below their parents too.
+So devices are searched for below their parents too. A parent that goes loses its own link first,
+and waits for the same processes: then only their groups lead to the devices.
 """
 
 from __future__ import annotations
@@ -50,6 +53,10 @@ CLASS = "sys/class/mdev_bus"
 """Directory with a link to each parent, below the root."""
 BUS = "sys/bus/mdev/devices"
 """Directory with a link to each mdev, below the root."""
+VFIO = "sys/class/vfio"
+"""Directory with an entry for each group that VFIO users can open, below the root."""
+GROUPS = "sys/kernel/iommu_groups"
+"""Directory with a directory for each IOMMU group, below the root."""
 TYPES = "mdev_supported_types"
 """Directory of a parent with a directory for each of its types."""
 ONLINE_FILE = "online"
@@ -113,6 +120,9 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
         for name, (_, _, path) in homes.items()
     }
     linked = set(mdev_names or ())
+    held = _in_groups(machine, {group for _, group in links.values()}, linked.union(homes))
+    homes |= held
+    links |= {name: _links(path) for name, (_, _, path) in held.items()}
     found: dict[str, list[Mdev]] = {}
     kinds: dict[_Kind, _Like] = {}
     for name in sorted(linked.union(homes)):
@@ -163,7 +173,29 @@ def directory(machine: Machine, uuid: UUID) -> str | None:
         path = os.path.join(os.path.realpath(os.path.join(class_dir, parent)), str(uuid))
         if os.path.exists(path):
             return path
+    for group in list_names(machine.path(VFIO)) or ():
+        link = machine.path(GROUPS, group, "devices", str(uuid))
+        if os.path.lexists(link):
+            return os.path.realpath(link)
     return None
+
+
+def _in_groups(
+    machine: Machine, known: Collection[object], mdevs: Collection[str]
+) -> dict[str, tuple[UUID, str, str]]:
+    """UUID, parent and own directory of mdevs in VFIO's groups, by their names in sysfs.
+
+    :param known: Names of groups that are left out.
+    :param mdevs: Names of mdevs that are left out.
+    """
+    homes = {}
+    for group in set(list_names(machine.path(VFIO)) or ()) - {*known}:
+        devices = machine.path(GROUPS, group, "devices")
+        for name, uuid in as_uuids(list_names(devices) or ()).items():
+            path = os.path.realpath(f"{devices}/{name}")
+            if name not in mdevs:
+                homes[name] = uuid, last_part(os.path.dirname(path)), path
+    return homes
 
 
 def parent_links(machine: Machine, parent: str) -> tuple[int | None, int | None]:
@@ -204,10 +236,20 @@ def _parent(class_dir: str, name: str, *, with_types: bool) -> Parent | None:
         name=name,
         path=Path(path),
         types=tuple(types),
+        numa_node=_numa_node(path, damage),
         links=links,
         links_free=free,
         damage=tuple(damage),
     )
+
+
+def _numa_node(path: str, damage: list[str]) -> int | None:
+    text = read_text(f"{path}/numa_node", damage, optional=True)
+    try:
+        return None if text in (None, "-1") else parse_count(text)
+    except ValueError as error:
+        damage.append(f"numa_node {error}")
+    return None
 
 
 def _optional_count(path: str, name: str, damage: list[str]) -> int | None:

@@ -224,6 +224,7 @@ def test_host_as_json(cards: FakeSystem) -> None:
                 ("grid-12", 8, 1, "num_heads=2"),
             )
         ],
+        "numa_node": None,
         "links": None,
         "links_free": None,
         "damage": [],
@@ -255,6 +256,17 @@ def test_host_shows_groups_states_and_links(cards: FakeSystem) -> None:
     assert (shape["parents"][1]["links"], shape["parents"][1]["links_free"]) == (8, 8)
     assert [mdev["group_uuid"] for mdev in shape["mdevs"]] == [GROUP, GROUP]
     assert [(mdev["online"], mdev["params"]) for mdev in shape["mdevs"]] == [(False, "")] * 2
+
+
+def test_host_shows_where_a_parent_is_if_that_matters(cards: FakeSystem) -> None:
+    (cards.parents / "card0" / "numa_node").write_text("-1\n")
+    assert "NUMA" not in mdo(cards, "host").stdout
+    (cards.parents / "card1" / "numa_node").write_text("1\n")
+    shown = mdo(cards, "host").stdout
+    assert "NUMA NODE" in shown
+    assert ["card1", "1"] in [line.split() for line in shown.splitlines()]
+    parents = json.loads(mdo(cards, "host", "--json").stdout)["parents"]
+    assert [parent["numa_node"] for parent in parents[:2]] == [None, 1]
 
 
 def test_host_shows_damage_and_everything_else(cards: FakeSystem) -> None:

@@ -17,7 +17,7 @@ from mdev_orchestrator.host.sysfs import read_host, read_mdev
 from mdev_orchestrator.host.values import TEXT_LIMIT, parse_count
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import MdevType, natural_key, parse_uuid
-from unit.fakesys import FakeSystem
+from unit.fakesys import FakeSystem, link
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
@@ -223,6 +223,51 @@ def test_a_device_whose_removal_waits_is_shown_and_found(
     )
     assert read_mdev(machine, UUID(U1)) == leaving
     assert here.damage == ()
+
+
+def test_a_device_that_is_held_is_found_when_its_parent_has_lost_its_links(
+    system: FakeSystem, machine: Machine
+) -> None:
+    """As while a PCI function is unbound that a guest has a device of."""
+    system.parent("0000:86:00.0", bus="pci0000:80")
+    system.type("0000:86:00.0", "t")
+    path = system.mdev("0000:86:00.0", "t", U1)
+    for group, device in (("1", path), ("2", system.root / "sys/devices/pci0000:80/0000:86:01.0")):
+        (system.root / "sys/class/vfio" / group).mkdir(parents=True)
+        devices = system.root / "sys/kernel/iommu_groups" / group / "devices"
+        devices.mkdir(parents=True)
+        link(devices / device.name, device)
+    (system.bus / U1).unlink()
+    (path / "mdev_type").unlink()
+    (system.parents / "0000:86:00.0").unlink()
+
+    host = read_host(machine)
+
+    (leaving,) = host.mdevs
+    assert (host.parents, host.damage) == ((), ())
+    assert (leaving.path, leaving.parent, leaving.iommu_group) == (path, "0000:86:00.0", 1)
+    assert leaving.damage == (
+        "it is being removed, and the kernel waits for the process that has it open",
+    )
+    assert read_mdev(machine, UUID(U1)) == leaving
+    assert read_mdev(machine, UUID(U2)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "damage"),
+    [
+        ("-1\n", None, ()),
+        ("0\n", 0, ()),
+        ("1\n", 1, ()),
+        ("x\n", None, ("numa_node is not a number: 'x'",)),
+    ],
+)
+def test_the_numa_node_of_a_parent(
+    system: FakeSystem, machine: Machine, text: str, node: int | None, damage: tuple[str, ...]
+) -> None:
+    (system.parent("p") / "numa_node").write_text(text)
+    (parent,) = read_host(machine).parents
+    assert (parent.numa_node, parent.damage) == (node, damage)
 
 
 def test_a_device_that_is_no_uuid_is_reported_beside_the_others(

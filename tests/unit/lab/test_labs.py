@@ -120,6 +120,19 @@ def test_paths_with_blanks_and_commas_survive_init_and_command_line() -> None:
     assert str(kernel.image) in argv
 
 
+def test_a_lab_has_functions_that_mvgpu_takes_if_it_is_asked_to() -> None:
+    kernel = kernels.Kernel("6.12", "6.12.1-amd64", Path("/k"))
+    argv = l1.machine_arguments("one", kernel, "tcg", "4G")
+    assert [word for word in argv if "addr=" in word] == [
+        *("pci-testdev,addr=10", "edu,addr=12", "pci-testdev,addr=11", "edu,addr=13"),
+    ]
+    scripts = [l1.init_script(kernel, ["insmod"], pci=pci).split() for pci in (0, 1, 2)]
+    kept = [[word for word in words if ":00:" in word] for words in scripts]
+    assert kept[0] == ["0000:00:10.0", "0000:00:12.0", "0000:00:11.0", "0000:00:13.0;"]
+    assert kept[1] == ["0000:00:11.0", "0000:00:13.0;"]
+    assert kept[2] == []
+
+
 def test_a_zombie_does_not_count_as_running() -> None:
     pid = os.fork()
     if pid == 0:
