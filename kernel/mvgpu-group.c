@@ -155,7 +155,7 @@ static void mvgpu_group_short(struct mvgpu_group *group,
 
 	if (joins)
 		what = kasprintf(GFP_KERNEL, "%pUl joins",
-				&joins->mdev->uuid);
+				 &joins->mdev->uuid);
 	else
 		what = kasprintf(GFP_KERNEL, "%u members", group->nr_members);
 	dev_err(parent->dev,
