@@ -180,7 +180,7 @@ def test_doctor(mdo: CommandLine) -> None:
 
 
 def test_export(mdo: CommandLine) -> None:
-    compare(of(mdo, "export", FOREIGN), "mdo import, mdo export")
+    compare(of(mdo, "export", FOREIGN), "mdo import, mdo export", 1)
 
 
 def test_qemu(mdo: CommandLine) -> None:
