@@ -7,7 +7,7 @@ https://libvirt.org/formatdomain.html; what ``virsh dumpxml`` of libvirt 9.0 pri
 
 =================  ===========================================
 :func:`load`       a file -> a spec, and what it leaves out
-:func:`mdevs`      the XML of a domain that runs -> the UUIDs of its mdevs
+:func:`mdevs`      the XML of a domain that runs -> its mdevs
 =================  ===========================================
 """
 
@@ -220,21 +220,19 @@ def _read(path: Path | str) -> tuple[bytes, str]:
 # ---- a domain that runs ---------------------------------------------------------------------
 
 
-def mdevs(xml: str) -> tuple[UUID, ...]:
-    """The UUIDs of the mdevs of a domain, in their order.
+def mdevs(xml: str) -> dict[UUID, str]:
+    """The mdevs of a domain in their order, and what QEMU calls each; empty if it does not run.
 
     :raise RequestError: It is no XML of a domain.
     """
     domain = _parse(xml.encode(), "the domain's XML")
-    found = (
-        as_uuid(address.get("uuid"))
-        for devices in domain.all("devices")
-        for hostdev in devices.all("hostdev")
-        if _is_mdev(hostdev)
-        for source in hostdev.all("source")
-        for address in source.all("address")
-    )
-    return tuple(uuid for uuid in found if uuid is not None)
+    found: dict[UUID, str] = {}
+    for hostdev in (each for devices in domain.all("devices") for each in devices.all("hostdev")):
+        addresses = [each for source in hostdev.all("source") for each in source.all("address")]
+        uuid = as_uuid(addresses[0].get("uuid")) if addresses and _is_mdev(hostdev) else None
+        if uuid is not None:
+            found[uuid] = next((alias.get("name") for alias in hostdev.all("alias")), "")
+    return found
 
 
 def _is_mdev(hostdev: _Element) -> bool:
@@ -455,7 +453,7 @@ def _boot_order(disk: _Element) -> int:
 def _unfit(disk: _Element) -> str:
     """Why a disk cannot be the one of a guest; empty if it can."""
     if disk.get("device") not in {"", "disk"}:
-        return f"a guest of a spec has no {disk.get('device')[:20]}"
+        return f"a guest of a spec has no {one_line(disk.get('device')[:20])}"
     if disk.get("type") not in _SOURCES:
         return "a disk of a spec is a file or a block device"
     for protected in ("readonly", "transient"):

@@ -360,5 +360,5 @@ def test_bad_arguments(machine: Machine, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_the_mdevs_of_a_domain_that_runs() -> None:
-    assert [str(uuid) for uuid in domain_xml.mdevs(DOMAIN)] == [U1, U2]
-    assert domain_xml.mdevs(domain()) == ()
+    assert domain_xml.mdevs(DOMAIN) == {UUID(U1): "hostdev0", UUID(U2): ""}
+    assert domain_xml.mdevs(domain()) == {}
