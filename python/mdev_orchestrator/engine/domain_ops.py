@@ -219,7 +219,7 @@ async def detach(
     :param may_lack: That the domain does not have it is no error. libvirt is asked to detach it all
         the same: an attach of which the outcome is unknown may be under way there.
     :raise UnknownError: The domain does not have it.
-    :raise BusyError: The guest refused.
+    :raise QemuError: The guest, QEMU or libvirt refused.
     :raise DeadlineError: The guest did not let go in time, and may do so yet.
     :raise MdoError: As of :mod:`mdev_orchestrator.interop.libvirt`.
     """
