@@ -5,6 +5,7 @@
 # make test-qemu      the patched QEMUs, built and run with every driver
 # make test-crash     mdo killed before and after every step, in the lab
 # make test-faults    every step failing, for every reason, in the lab
+# make test-libvirt   domains of libvirt, mdo killed and libvirt stopped
 # make test-soak      everything at random, for an hour, in the lab
 # make test-fuzz      every parser fuzzed for ten minutes each
 # make test-fuzz-driver
@@ -20,8 +21,8 @@
 MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
-.PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
-.PHONY: test-qemu-own test-fresh check bench lab-shell clean
+.PHONY: setup demo test test-qemu test-crash test-faults test-libvirt test-soak test-fuzz
+.PHONY: test-fuzz-driver test-qemu-own test-fresh check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -41,6 +42,10 @@ test-crash: setup
 
 test-faults: setup
 	@.venv/bin/python tools/run-tests faults-6.12
+
+test-libvirt:
+	@tools/setup libvirt
+	@.venv/bin/python tools/run-tests libvirt-6.12
 
 test-soak: setup
 	@.venv/bin/python tools/run-tests soak-6.12

@@ -42,6 +42,8 @@ from uuid import UUID, uuid4
 
 import bench
 
+from mdev_lab import libvirtd
+
 TYPE, MEMORY = "mvgpu-11", 128
 PORTS = 4
 MVGPU = "grid_parents=2 igd_parents=0"
@@ -49,14 +51,6 @@ MDEVS = Path("/sys/bus/mdev/devices")
 ROM = 6  # QEMU's number of the BAR that is the expansion ROM
 IDLE_LOOKS = 10  # in a row, a tenth of a second apart
 PATIENCE = 1800  # seconds: nothing is measured by it, and a busy machine is slow
-LIBVIRT = """
-security_driver = "none"
-user = "root"
-group = "root"
-cgroup_controllers = []
-namespaces = []
-remember_owner = 0
-"""
 DOMAIN = """<domain type='{accel}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
 <name>{name}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type>
@@ -401,24 +395,6 @@ class Virsh(Guests):
 WAYS: dict[str, type[Guests]] = {"bare": Bare, "library": Library, "mdo": Mdo, "virsh": Virsh}
 
 
-def start_libvirt(place: Path) -> None:
-    """``libvirtd`` and ``virtlogd``, by hand; they end with L1."""
-    Path("/etc/libvirt").mkdir(exist_ok=True)
-    Path("/etc/libvirt/qemu.conf").write_text(LIBVIRT)
-    # it wants the user of its Debian package, though it uses another
-    for file, line in (("passwd", "64055:64055::/:/bin/false"), ("group", "64055:")):
-        if "libvirt-qemu" not in (path := Path("/etc", file)).read_text():
-            path.write_text(f"{path.read_text()}libvirt-qemu:x:{line}\n")
-    for words in (["virtlogd"], ["libvirtd", "--timeout", "0"]):
-        with (place / f"{words[0]}.log").open("wb") as log:
-            subprocess.Popen([f"/usr/sbin/{words[0]}", *words[1:]], stdout=log, stderr=log)
-    end = time.monotonic() + PATIENCE
-    while subprocess.run(["virsh", "version"], check=False, capture_output=True).returncode:
-        if time.monotonic() > end:
-            raise TimeoutError((place / "libvirtd.log").read_text())
-        time.sleep(0.2)
-
-
 # ---- the works ----------------------------------------------------------------------------------
 
 
@@ -493,7 +469,7 @@ def together(figures: bench.Figures, place: Path, count: int) -> None:
 def inside(rounds: int, counts: list[int]) -> None:
     """Measure, in L1."""
     place = bench.installed()
-    start_libvirt(place)
+    libvirtd.start(place)
     figures = bench.Figures("guests", rounds, ("bare",))
     with asyncio.Runner() as Library.runner:
         hotplug(figures, place)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mdev_orchestrator.engine.device_requests import Existing
     from mdev_orchestrator.engine.diff import Changes, Preview
     from mdev_orchestrator.engine.executor import Observer, PlannedStep, StepEvent, StepEventKind
+    from mdev_orchestrator.engine.foreign import ForeignGuest
     from mdev_orchestrator.engine.journal import Run
     from mdev_orchestrator.engine.placement import MisfitError
     from mdev_orchestrator.engine.probe import Probed
@@ -37,7 +38,17 @@ if TYPE_CHECKING:
     )
     from mdev_orchestrator.engine.recovery import Recovered
     from mdev_orchestrator.engine.restore import PoweredDown, Restored
-    from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
+    from mdev_orchestrator.engine.steps import (
+        AnyStep,
+        Attach,
+        AttachDomain,
+        Create,
+        Detach,
+        DetachDomain,
+        Launch,
+        Remove,
+        Stop,
+    )
     from mdev_orchestrator.errors import (
         BusyError,
         CapacityError,
@@ -76,6 +87,7 @@ _PLACES = {
     "Adopted": "engine.adopt",
     "AnyStep": "engine.steps",
     "Attach": "engine.steps",
+    "AttachDomain": "engine.steps",
     "Attached": "engine.attach",
     "BusyError": "errors",
     "CapacityError": "errors",
@@ -85,11 +97,13 @@ _PLACES = {
     "Create": "engine.steps",
     "DeadlineError": "errors",
     "Detach": "engine.steps",
+    "DetachDomain": "engine.steps",
     "DeviceRecord": "engine.records",
     "Document": "spec",
     "Ended": "qemu.process",
     "Event": "host.events",
     "Existing": "engine.device_requests",
+    "ForeignGuest": "engine.foreign",
     "GuestConfig": "spec",
     "GuestMdev": "spec",
     "GuestRecord": "engine.records",
@@ -150,6 +164,7 @@ __all__ = [
     "Adopted",
     "AnyStep",
     "Attach",
+    "AttachDomain",
     "Attached",
     "BusyError",
     "CapacityError",
@@ -159,11 +174,13 @@ __all__ = [
     "Create",
     "DeadlineError",
     "Detach",
+    "DetachDomain",
     "DeviceRecord",
     "Document",
     "Ended",
     "Event",
     "Existing",
+    "ForeignGuest",
     "GuestConfig",
     "GuestMdev",
     "GuestRecord",

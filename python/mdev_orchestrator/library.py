@@ -24,6 +24,7 @@ from mdev_orchestrator.engine import adopt as engine_adopt
 from mdev_orchestrator.engine import apply as engine_apply
 from mdev_orchestrator.engine import attach as engine_attach
 from mdev_orchestrator.engine import devices, recovery
+from mdev_orchestrator.engine import foreign as engine_foreign
 from mdev_orchestrator.engine import guests as engine_guests
 from mdev_orchestrator.engine import probe as engine_probe
 from mdev_orchestrator.engine import restore as engine_restore
@@ -66,6 +67,7 @@ class OpenMachine(Machine):
     scan = sysfs.scan
     guests = engine_guests.guest_reports
     guest = engine_guests.show_guest
+    foreign_guests = engine_foreign.foreign_guests
 
     async def managed(self) -> Managed:
         """Read the records of what is managed here; does not block the event loop.

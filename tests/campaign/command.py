@@ -6,7 +6,7 @@ An interpreter takes seconds to start inside an emulated machine, a fork takes n
 
 * an event of a step: about to act, has acted, is written down as done; the same when it is undone;
 * right before and right after a run is begun, planned, taken over or ended in the journal;
-* right before and right after QEMU is told to add or to delete a device.
+* right before and right after QEMU or libvirt is told to add or to delete a device.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from mdev_orchestrator.cli.main import main
 from mdev_orchestrator.engine.executor import Execution, StepEventKind
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.errors import Outcome
+from mdev_orchestrator.interop import libvirt
 from mdev_orchestrator.qemu.monitor import QmpMonitor
 
 
@@ -192,18 +193,20 @@ def _arm(points: _Points) -> None:
         points.reached(f"after {command} of {self.label}")
         return value
 
-    def marked(name: str) -> None:
-        method: Callable[..., Awaitable[Any]] = getattr(Journal, name)
+    def marked(owner: object, name: str) -> None:
+        method: Callable[..., Awaitable[Any]] = getattr(owner, name)
 
-        async def wrapped(self: Journal, *args: object, **more: object) -> object:
+        async def wrapped(*args: object, **more: object) -> object:
             points.reached(f"before {name}")
-            result = await method(self, *args, **more)
+            result = await method(*args, **more)
             points.reached(f"after {name}")
             return result
 
-        setattr(Journal, name, wrapped)
+        setattr(owner, name, wrapped)
 
     Execution.emit = emitting  # type: ignore[method-assign]
     QmpMonitor.execute = executing  # type: ignore[method-assign]
     for name in ("begin", "plan", "take_over", "end"):
-        marked(name)
+        marked(Journal, name)
+    for name in ("attach_device", "detach_device"):
+        marked(libvirt, name)

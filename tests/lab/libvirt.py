@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mdev_lab import libvirtd
 
 SECONDS = 120
 
@@ -36,19 +37,8 @@ def running(place: Path) -> Iterator[None]:
 
     :param place: For what it prints.
     """
-    # it wants the user of its Debian package, also where it uses another
-    for file, line in (("passwd", "64055:64055::/:/bin/false"), ("group", "64055:")):
-        if "libvirt-qemu" not in (path := Path("/etc", file)).read_text():
-            path.write_text(f"{path.read_text()}libvirt-qemu:x:{line}\n")
-    said = place / "libvirtd.log"
-    with said.open("wb") as log:
-        daemon = subprocess.Popen(["/usr/sbin/libvirtd", "--timeout", "0"], stdout=log, stderr=log)
+    daemon = libvirtd.start(place)
     try:
-        deadline = time.monotonic() + SECONDS
-        while subprocess.run(["virsh", "version"], check=False, capture_output=True).returncode:
-            assert daemon.poll() is None, said.read_text()
-            assert time.monotonic() < deadline, said.read_text()
-            time.sleep(0.2)
         yield
     finally:
         daemon.terminate()

@@ -129,13 +129,13 @@ def _result(changes: Changes, *, json: bool, word: str) -> None:
 
 def shape(changes: Changes) -> dict[str, Any]:
     """The documented JSON shape of changes."""
-    from mdev_orchestrator.engine.steps import Create, Remove
+    from mdev_orchestrator.engine.steps import Attach, Create, Detach, Launch, Remove, Stop
 
     def step(number: int) -> dict[str, Any]:
         planned = changes.steps[number]
         done = planned.step
         device = done.device if isinstance(done, Create | Remove) else None
-        guest = None if isinstance(done, Create | Remove) else done.guest.name
+        guest = done.guest.name if isinstance(done, Launch | Stop | Attach | Detach) else None
         uuid = device.uuid if device is not None else getattr(done, "uuid", None)
         return {
             "do": type(done).__name__.lower(),

@@ -10,6 +10,7 @@ import typer
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.params import Json
+from mdev_orchestrator.engine import foreign
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.host import doctor as host_doctor
 from mdev_orchestrator.host.doctor import Finding
@@ -42,4 +43,8 @@ def doctor(
 
 async def _examine(machine: Machine, qemu: str) -> list[Finding]:
     host = await scan(machine)
-    return [*host_doctor.examine(machine, host), *await qemu_doctor.examine(qemu, host.mdevs)]
+    return [
+        *host_doctor.examine(machine, host),
+        *await qemu_doctor.examine(qemu, host.mdevs),
+        *foreign.examine(machine),
+    ]

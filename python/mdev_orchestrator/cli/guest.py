@@ -16,10 +16,10 @@ from mdev_orchestrator.cli.params import Json, complete_device, complete_guest, 
 from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
+    from mdev_orchestrator.engine.foreign import ForeignGuest
     from mdev_orchestrator.engine.restore import PoweredDown
     from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host
-    from mdev_orchestrator.qemu.hotplug import Plugged
     from mdev_orchestrator.qemu.process import Ended, RunningGuest
     from mdev_orchestrator.qemu.status import Report
     from mdev_orchestrator.spec import GuestConfig
@@ -34,37 +34,39 @@ app = noun("List, start and stop guests, and open their consoles.")
 
 @app.command("list")
 def list_(*, json: Json = False) -> None:
-    """Show all guests, with what they hold."""
-    reports, host, names = run(_look)
+    """Show all guests, with what they hold; also those that mdo did not start."""
+    reports, foreign, host, names = run(_look)
     if json:
-        output.emit_json({"guests": [guest_shape(report, host, names) for report in reports]})
+        shapes = [guest_shape(report, host, names) for report in reports]
+        shapes += [foreign_shape(guest, host, names) for guest in foreign]
+        output.emit_json({"guests": shapes})
         return
-    output.emit_table(
-        "Guests",
-        HEADERS,
-        [_row(report, host, names) for report in reports],
-        whole={"name", "mdevs"},
-    )
+    rows = [_row(report, host, names) for report in reports]
+    rows += [_foreign_row(guest, host, names) for guest in foreign]
+    output.emit_table("Guests", HEADERS, rows, whole={"name", "mdevs"})
     for report in reports:
         if report.damage:
             output.remark(f"{report.guest.label}: {report.damage}")
 
 
-async def _look(machine: Machine) -> tuple[list[Report], Host, dict[UUID, str]]:
+async def _look(
+    machine: Machine,
+) -> tuple[list[Report], tuple[ForeignGuest, ...], Host, dict[UUID, str]]:
     """All guests, the host's devices, and the names of the start groups that guests hold."""
+    from mdev_orchestrator.engine.foreign import foreign_guests
     from mdev_orchestrator.engine.guests import guest_reports
-
-    await reclaim_groups(machine)
-    return await _beside(machine, await guest_reports(machine))
-
-
-async def _beside(
-    machine: Machine, reports: list[Report]
-) -> tuple[list[Report], Host, dict[UUID, str]]:
     from mdev_orchestrator.host.sysfs import scan
 
+    await reclaim_groups(machine)
+    reports = await guest_reports(machine)
+    foreign = await foreign_guests(machine)
     host = await scan(machine)
-    return reports, host, await _group_names(machine, reports, host)
+    held = [*_plugged(reports), *(uuid for guest in foreign for uuid in guest.mdevs)]
+    return reports, foreign, host, await _group_names(machine, held, host)
+
+
+def _plugged(reports: Iterable[Report]) -> list[UUID]:
+    return [plugged.uuid for report in reports for plugged in report.mdevs or ()]
 
 
 async def reclaim_groups(machine: Machine) -> None:
@@ -182,11 +184,14 @@ async def _start(
     machine: Machine, config: GuestConfig, mdevs: list[UUID], deadline: float
 ) -> tuple[list[Report], Host, dict[UUID, str]]:
     from mdev_orchestrator.engine.guests import start_guest
+    from mdev_orchestrator.host.sysfs import scan
     from mdev_orchestrator.qemu.status import look
 
     await reclaim_groups(machine)
     guest = await start_guest(machine, config, mdevs, deadline=deadline)
-    return await _beside(machine, [await look(guest)])
+    reports = [await look(guest)]
+    host = await scan(machine)
+    return reports, host, await _group_names(machine, _plugged(reports), host)
 
 
 @app.command("stop")
@@ -281,13 +286,14 @@ def console(
     interact(guest)
 
 
-HEADERS = ("name", "state", "qemu", "pid", "memory", "cpus", "mdevs")
+HEADERS = ("name", "manager", "state", "qemu", "pid", "memory", "cpus", "mdevs")
+MDO = "mdo"
 
 
-async def _group_names(machine: Machine, reports: Iterable[Report], host: Host) -> dict[UUID, str]:
-    """The names of the start groups that guests hold; reads the journal only if they hold any."""
-    held = [host.find(plugged.uuid) for report in reports for plugged in report.mdevs or ()]
-    if not any(mdev and mdev.group_uuid for mdev in held):
+async def _group_names(machine: Machine, held: Iterable[UUID], host: Host) -> dict[UUID, str]:
+    """The names of the start groups of some mdevs; reads the journal only if they have any."""
+    mdevs = [host.find(uuid) for uuid in held]
+    if not any(mdev and mdev.group_uuid for mdev in mdevs):
         return {}
     import asyncio
 
@@ -305,9 +311,10 @@ def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ..
     record = report.guest.record
     held = NONE if report.mdevs is None else str(len(report.mdevs))
     if report.mdevs:
-        held = ", ".join(sorted(_held(plugged, host, names) for plugged in report.mdevs))
+        held = ", ".join(sorted(_held(plugged.uuid, host, names) for plugged in report.mdevs))
     return (
         report.guest.name,
+        MDO,
         str(report.state),
         report.status or NONE,
         str(record.pid) if record and report.guest.alive else NONE,
@@ -317,10 +324,23 @@ def _row(report: Report, host: Host, names: Mapping[UUID, str]) -> tuple[str, ..
     )
 
 
-def _held(plugged: Plugged, host: Host, names: Mapping[UUID, str]) -> str:
+def _foreign_row(guest: ForeignGuest, host: Host, names: Mapping[UUID, str]) -> tuple[str, ...]:
+    held = ", ".join(_held(uuid, host, names) for uuid in guest.mdevs)
+    manager = guest.manager or "none known"
+    pid = str(guest.pid)
+    return (guest.name or NONE, manager, _foreign_state(guest), NONE, pid, NONE, NONE, held or "0")
+
+
+def _foreign_state(guest: ForeignGuest) -> str:
+    from mdev_orchestrator.qemu.status import GuestState
+
+    return str(GuestState.STOPPED if guest.stopped else GuestState.RUNNING)
+
+
+def _held(uuid: UUID, host: Host, names: Mapping[UUID, str]) -> str:
     """An mdev with its state and group, as far as its driver has them."""
-    mdev = host.find(plugged.uuid)
-    words = [str(plugged.uuid)]
+    mdev = host.find(uuid)
+    words = [str(uuid)]
     if mdev is not None and mdev.online is not None:
         words.append("online" if mdev.online else "offline")
     if mdev is not None and mdev.group_uuid is not None:
@@ -335,6 +355,7 @@ def guest_shape(report: Report, host: Host, names: Mapping[UUID, str]) -> dict[s
     guest, record = report.guest, report.guest.record
     return {
         "name": guest.name,
+        "manager": MDO,
         "state": str(report.state),
         "status": report.status,
         "uuid": record and str(record.uuid),
@@ -344,19 +365,45 @@ def guest_shape(report: Report, host: Host, names: Mapping[UUID, str]) -> dict[s
         "created": record and created(record).isoformat(timespec="seconds"),
         "mdevs": None
         if report.mdevs is None
-        else [_plugged_shape(plugged, host, names) for plugged in report.mdevs],
+        else [
+            _mdev_shape(plugged.uuid, host, names)
+            | {
+                "device": plugged.device_id,
+                "driver": plugged.driver,
+                "port": plugged.port,
+            }
+            for plugged in report.mdevs
+        ],
         "directory": str(guest.directory),
         "damage": report.damage,
     }
 
 
-def _plugged_shape(plugged: Plugged, host: Host, names: Mapping[UUID, str]) -> dict[str, Any]:
-    mdev = host.find(plugged.uuid)
+def foreign_shape(guest: ForeignGuest, host: Host, names: Mapping[UUID, str]) -> dict[str, Any]:
+    """The same shape for a guest that mdo did not start; what only its QEMU knows is ``None``."""
     return {
-        "uuid": str(plugged.uuid),
-        "device": plugged.device_id,
-        "driver": plugged.driver,
-        "port": plugged.port,
+        "name": guest.name,
+        "manager": guest.manager,
+        "state": _foreign_state(guest),
+        "status": None,
+        "uuid": guest.uuid and str(guest.uuid),
+        "pid": guest.pid,
+        "memory": None,
+        "cpus": None,
+        "created": None,
+        "mdevs": [_mdev_shape(uuid, host, names) for uuid in guest.mdevs],
+        "directory": None,
+        "damage": "",
+    }
+
+
+def _mdev_shape(uuid: UUID, host: Host, names: Mapping[UUID, str]) -> dict[str, Any]:
+    mdev = host.find(uuid)
+    return {
+        "uuid": str(uuid),
+        "device": None,
+        "driver": None,
+        "port": None,
         "group_uuid": mdev and mdev.group_uuid and str(mdev.group_uuid),
         "group": mdev and mdev.group_uuid and names.get(mdev.group_uuid),
         "online": mdev and mdev.online,

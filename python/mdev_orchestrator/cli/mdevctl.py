@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``mdo import`` and ``mdo export``: definitions of mdevctl."""
+"""``mdo import`` and ``mdo export``: definitions of mdevctl, and domains of libvirt."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +16,19 @@ from mdev_orchestrator.cli.params import Json, complete_parent
 from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError, MdoError, RequestError, UnknownError
 from mdev_orchestrator.host.sysfs import read_host
-from mdev_orchestrator.interop import mdevctl
+from mdev_orchestrator.interop import domain_xml, mdevctl
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import is_uuid, parse_uuid
-from mdev_orchestrator.spec import load, to_plain, to_toml
+from mdev_orchestrator.spec import Spec, load, to_plain, to_toml
 
 
 def import_(
-    uuids: Annotated[
-        list[str] | None, typer.Argument(metavar="UUID...", help="Devices; all if none is named.")
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="UUID...|DOMAIN.xml",
+            help="Devices that mdevctl has defined, all if none is named; or a domain of libvirt.",
+        ),
     ] = None,
     *,
     parent: Annotated[
@@ -45,30 +50,58 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     json: Json = False,
 ) -> None:
-    """Make a spec of mdevctl's definitions: a pool for each device. Changes no definition."""
+    """Make a spec of mdevctl's definitions, a pool for each device, or of a libvirt domain's XML.
+
+    Changes no definition and no domain. What of the XML a spec cannot say is listed, by its line.
+    """
+    if len(what or []) == 1 and _is_file((what or [])[0]):
+        if parent is not None or from_ is not None:
+            raise RequestError(
+                "--parent and --from are for mdevctl's definitions", "leave them out for a domain"
+            )
+        _import_domain((what or [])[0], to, force=force, json=json)
+        return
     if from_ is not None and not from_.is_dir():
         raise RequestError(f"{from_} is not a directory", "--from names one like /etc/mdevctl.d")
     found = mdevctl.read(machine(), from_)
-    asked = mdevctl.select(found, [parse_uuid(text) for text in uuids or ()], parent)
+    asked = mdevctl.select(found, [parse_uuid(text) for text in what or ()], parent)
     spec, faults = mdevctl.to_spec(asked.found)
     for damage in asked.damage:
         output.remark(str(damage))
     for fault in faults:
         output.report(fault)
     if spec.pools:
-        as_json = json or (to is not None and to.suffix == ".json")
-        if to is not None:
-            _save(to, _json(to_plain(spec)) if as_json else to_toml(spec), force=force)
-        elif as_json:
-            output.emit_json(to_plain(spec))
-        else:
-            output.emit(to_toml(spec).rstrip("\n"))
+        _give(spec, to, force=force, json=json)
     total = len(asked.found) + len(asked.damage)
     if left := total - len(spec.pools):
         raise MdoError(
             f"{left} of {total} definitions {'was' if left == 1 else 'were'} left out",
             "mend them, or name the devices that you want",
         )
+
+
+def _is_file(word: str) -> bool:
+    if is_uuid(word):
+        return False
+    return word == "-" or word.endswith(".xml") or os.path.lexists(word)
+
+
+def _import_domain(path: str, to: Path | None, *, force: bool, json: bool) -> None:
+    spec, left_out = domain_xml.load(path)
+    _give(spec, to, force=force, json=json)
+    for part in left_out:
+        output.left_out(part)
+
+
+def _give(spec: Spec, to: Path | None, *, force: bool, json: bool) -> None:
+    """Print a spec or write it to a file."""
+    as_json = json or (to is not None and to.suffix == ".json")
+    if to is not None:
+        _save(to, _json(to_plain(spec)) if as_json else to_toml(spec), force=force)
+    elif as_json:
+        output.emit_json(to_plain(spec))
+    else:
+        output.emit(to_toml(spec).rstrip("\n"))
 
 
 def export(

@@ -19,6 +19,7 @@ from mdev_orchestrator.errors import CommandError, MdoError, one_line
 
 if TYPE_CHECKING:
     from mdev_orchestrator.engine.executor import StepEvent
+    from mdev_orchestrator.interop.domain_xml import LeftOut
 
 USAGE_ERROR = 2
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
@@ -279,6 +280,16 @@ def remark(text: str) -> None:
         _document({"remark": one_line(text)})
     else:
         say(text)
+
+
+def left_out(part: LeftOut) -> None:
+    """Tell of a part of a domain that its spec does not say."""
+    if _Mode.json:
+        from msgspec import structs
+
+        _document({"left_out": structs.asdict(part)})
+    else:
+        say(str(part))
 
 
 def report(error: MdoError) -> None:

@@ -48,7 +48,7 @@ COMMANDS = {
     "guest": ("guest:app", "List, start and stop guests, and open their consoles"),
     "attach": ("hotplug:attach", "Plug a device into a running guest"),
     "detach": ("hotplug:detach", "Unplug a device from a running guest"),
-    "import": ("mdevctl:import_", "Make a spec of mdevctl's definitions"),
+    "import": ("mdevctl:import_", "Make a spec of mdevctl's definitions or of a libvirt domain"),
     "export": ("mdevctl:export", "Print or write mdevctl's definitions of devices"),
     "watch": ("watch:watch", "Print events as they happen"),
     "doctor": ("doctor:doctor", "Say what this host lacks, and how to mend it"),

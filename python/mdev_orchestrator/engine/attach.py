@@ -12,15 +12,25 @@ from uuid import UUID
 
 from msgspec import Struct
 
+from mdev_orchestrator.engine import domain_ops
 from mdev_orchestrator.engine.context import Context
-from mdev_orchestrator.engine.devices import place, removal_of
+from mdev_orchestrator.engine.devices import detach_domain, place, removal_of
 from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
+from mdev_orchestrator.engine.foreign import find_domain
 from mdev_orchestrator.engine.guest_ops import usable_mdev
 from mdev_orchestrator.engine.operation import Operation, Plan, perform
 from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord, Managed
-from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
+from mdev_orchestrator.engine.steps import (
+    AnyStep,
+    Attach,
+    AttachDomain,
+    Create,
+    Detach,
+    Remove,
+)
 from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.interop.libvirt import Domain
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
@@ -30,7 +40,8 @@ from mdev_orchestrator.qemu.command import device_id
 class Attached(Struct, frozen=True):
     """A device that a guest has got.
 
-    :ivar port: The root port that it is in; ``None`` for one that is no PCI device.
+    :ivar port: The root port that it is in; ``None`` for one that is no PCI device, and in a domain
+        of libvirt, which chose it.
     :ivar created: Whether it was created for the guest.
     """
 
@@ -52,6 +63,7 @@ async def attach(
 ) -> Attached:
     """Plug a device into a running guest.
 
+    :param guest: Its name; or that of a domain of libvirt, if no guest here is called so.
     :param what: A device by its UUID, or a type to create one of.
     :param parent: For a type that several parents offer.
     :param wait_guest: Return when the guest has taken it.
@@ -70,26 +82,44 @@ async def attach(
         raise RequestError("--parent goes with a type, not with a UUID")
     context = Context(machine, deadline, end)
 
-    async def look(_: Managed) -> Plan[tuple[process.RunningGuest, UUID]]:
-        found = process.find_running(machine, guest)
+    async def look(_: Managed) -> Plan[tuple[process.RunningGuest | Domain, UUID]]:
+        found = await _find(machine, guest)
         plan = []
         if creating:
             host = await sysfs.scan(machine)
             type_, (uuid,) = place(machine, host, name, 1, parent=parent)
             device = DeviceRecord(uuid=uuid, parent=type_.parent, type=type_.id)
             plan.append(PlannedStep(Create(device=device)))
+            device_api = type_.device_api
         else:
             uuid = parse_uuid(name)
-            await usable_mdev(machine, uuid, deadline)
+            # libvirt opens a device as root, or gives its QEMU the permission
+            user = "root" if isinstance(found, Domain) else None
+            device_api = (await usable_mdev(machine, uuid, deadline, user=user)).device_api
         context.deadline = context.seconds(deadline)
-        step = Attach(guest=_record(found), uuid=uuid, deadline=deadline)
+        step: AnyStep
+        if isinstance(found, Domain):
+            step = AttachDomain(
+                domain=found.name,
+                domain_uuid=found.uuid,
+                uuid=uuid,
+                device_api=device_api or "vfio-pci",
+                deadline=deadline,
+            )
+        else:
+            step = Attach(guest=_record(found), uuid=uuid, deadline=deadline)
         plan.append(PlannedStep(step, tuple(range(len(plan)))))
         return Plan((found, uuid), plan)
 
     operation = Operation(kind="attach", title=f"{guest} {what}", look=look)
     found, uuid = await perform(operation, context, observe=observe)
+    left = max(end - loop.time(), 0.1)
+    if isinstance(found, Domain):
+        if wait_guest:
+            await domain_ops.wait_taken(machine, found, context.names[uuid], left)
+        return Attached(uuid, context.names[uuid], None, creating)
     if wait_guest:
-        await hotplug.wait_taken(found, uuid, max(end - loop.time(), 0.1))
+        await hotplug.wait_taken(found, uuid, left)
     return Attached(uuid, device_id(uuid), context.ports[uuid], creating)
 
 
@@ -104,6 +134,7 @@ async def detach(
 ) -> None:
     """Unplug a device from a running guest; returns when QEMU has closed it.
 
+    :param guest: As of :func:`attach`.
     :param remove: Remove the device from the host then.
     :param deadline: Seconds for the guest to let go.
     :raise UnknownError: The guest does not have it.
@@ -111,8 +142,12 @@ async def detach(
     """
 
     async def look(managed: Managed) -> Plan[None]:
-        found = process.find_running(machine, guest)
-        step = Detach(guest=_record(found), uuid=uuid, deadline=deadline, named=True)
+        found = await _find(machine, guest)
+        step: AnyStep
+        if isinstance(found, Domain):
+            step = detach_domain(machine, found, uuid, deadline)
+        else:
+            step = Detach(guest=_record(found), uuid=uuid, deadline=deadline, named=True)
         plan = [PlannedStep(step)]
         if remove:
             plan.append(PlannedStep(_removal(machine, uuid, managed), (0,)))
@@ -120,6 +155,16 @@ async def detach(
 
     operation = Operation(kind="detach", title=f"{guest} {uuid}", look=look, ends_things=True)
     await perform(operation, Context(machine), observe=observe)
+
+
+async def _find(machine: Machine, name: str) -> process.RunningGuest | Domain:
+    """The guest of a name that runs, ours or libvirt's.
+
+    :raise UnknownError: There is none.
+    :raise RequestError: It does not run.
+    """
+    domain = await find_domain(machine, name)
+    return process.find_running(machine, name) if domain is None else domain
 
 
 def _record(guest: process.RunningGuest) -> GuestRecord:

@@ -33,6 +33,7 @@ class Context:
     :ivar end: When the steps are given up, whatever their own time limits are, in the event loop's
         time. An undo has its own time.
     :ivar ports: The root port of each device that was attached; ``None`` for one that needs none.
+    :ivar names: What QEMU calls each device that was attached to a domain of libvirt.
     :ivar ended: How each guest ended that was stopped.
     :ivar repairing: The run is being undone, or finished by another process: what is there already
         counts as made by the step that makes it.
@@ -42,6 +43,7 @@ class Context:
     deadline: float = DEADLINE
     end: float = math.inf
     ports: dict[UUID, str | None] = field(default_factory=dict)
+    names: dict[UUID, str] = field(default_factory=dict)
     ended: dict[str, Ended] = field(default_factory=dict)
     repairing: bool = False
     _held: tuple[float, Holders] | None = field(default=None, repr=False)

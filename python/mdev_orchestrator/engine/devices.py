@@ -20,9 +20,10 @@ from mdev_orchestrator.capacity.shortage import capacity_error
 from mdev_orchestrator.engine import model_cache
 from mdev_orchestrator.engine.context import DEADLINE, Context
 from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
+from mdev_orchestrator.engine.foreign import domains
 from mdev_orchestrator.engine.operation import Operation, Plan, perform
 from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord, Managed
-from mdev_orchestrator.engine.steps import Create, Detach, Remove
+from mdev_orchestrator.engine.steps import Create, Detach, DetachDomain, Remove
 from mdev_orchestrator.errors import (
     BusyError,
     HostError,
@@ -32,6 +33,7 @@ from mdev_orchestrator.errors import (
 )
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holders, find_holders
+from mdev_orchestrator.interop.libvirt import Domain
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import (
     GROUP_FILE,
@@ -267,10 +269,9 @@ async def remove_devices(
         steps: list[PlannedStep] = []
         for mdev in found:
             needs: list[int] = []
-            for guest in _holding_guests(machine, mdev, held, may_detach=detach):
-                step = Detach(guest=guest, uuid=mdev.uuid, deadline=deadline, named=True)
+            for step in _detaches(machine, mdev, held, deadline if detach else None):
                 # the monitor of a guest serves one client at a time
-                before = [n for n, one in enumerate(steps) if isinstance(one.step, Detach)]
+                before = [n for n, one in enumerate(steps) if not isinstance(one.step, Remove)]
                 needs.append(len(steps))
                 steps.append(PlannedStep(step, tuple(before[-1:])))
             steps.append(PlannedStep(removal_of(mdev, managed), tuple(needs)))
@@ -317,22 +318,27 @@ def _removable(machine: Machine, uuid: UUID) -> Mdev:
     return mdev
 
 
-def _holding_guests(
-    machine: Machine, mdev: Mdev, held: Holders, *, may_detach: bool
-) -> list[GuestRecord]:
-    """The guests of this state directory that hold an mdev, to be detached from.
+def _detaches(
+    machine: Machine, mdev: Mdev, held: Holders, deadline: float | None
+) -> list[Detach | DetachDomain]:
+    """The steps that take an mdev out of the guests that hold it.
 
+    :param deadline: Seconds for each; ``None`` if it may not be detached.
     :raise BusyError: Another process holds it, or it may not be detached.
     """
+    holders = held.of(mdev.uuid)
+    if not holders:
+        return []
     running = {
         guest.record.pid: guest
         for guest in process.list_guests(machine)
         if guest.alive and guest.record is not None
     }
-    guests = []
-    for holder in held.of(mdev.uuid):
-        guest = running.get(holder.pid)
-        if guest is None or guest.record is None:
+    of_libvirt = {domain.pid: domain for domain in domains(machine)}
+    steps: list[Detach | DetachDomain] = []
+    for holder in holders:
+        guest, domain = running.get(holder.pid), of_libvirt.get(holder.pid)
+        if domain is None and (guest is None or guest.record is None):
             raise BusyError(
                 f"mdev {mdev.uuid} is held by {holder}",
                 "end that process first"
@@ -340,11 +346,28 @@ def _holding_guests(
                 else "mdo did not start that guest: detach the device by what started it",
                 subject=f"mdev {mdev.uuid}",
             )
-        if not may_detach:
+        if deadline is None:
             raise BusyError(
-                f"mdev {mdev.uuid} is held by {holder}",
+                f"mdev {mdev.uuid} is held by {holder if domain is None else domain.label}",
                 f"mdo remove --detach {mdev.uuid} takes it out of the guest first",
                 subject=f"mdev {mdev.uuid}",
             )
-        guests.append(GuestRecord(name=guest.name, uuid=guest.record.uuid))
-    return guests
+        if domain is not None:
+            steps.append(detach_domain(machine, domain, mdev.uuid, deadline))
+        elif guest is not None and guest.record is not None:
+            record = GuestRecord(name=guest.name, uuid=guest.record.uuid)
+            steps.append(Detach(guest=record, uuid=mdev.uuid, deadline=deadline, named=True))
+    return steps
+
+
+def detach_domain(machine: Machine, domain: Domain, uuid: UUID, deadline: float) -> DetachDomain:
+    """The step that takes a device which a user named out of a domain of libvirt."""
+    mdev = sysfs.read_mdev(machine, uuid)
+    return DetachDomain(
+        domain=domain.name,
+        domain_uuid=domain.uuid,
+        uuid=uuid,
+        device_api=(mdev and mdev.device_api) or "vfio-pci",
+        deadline=deadline,
+        named=True,
+    )

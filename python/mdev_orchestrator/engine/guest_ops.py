@@ -277,10 +277,13 @@ def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
 # ---------------------------------------------------------------- what they do
 
 
-async def usable_mdev(machine: Machine, uuid: UUID, deadline: float) -> GuestMdev:
+async def usable_mdev(
+    machine: Machine, uuid: UUID, deadline: float, *, user: str | None = None
+) -> GuestMdev:
     """Wait until an mdev of the host can be opened; which process has it open is checked later.
 
     :param deadline: Seconds; at most :data:`READY_SECONDS` of them.
+    :param user: The user that will open it; the caller's without one.
     :raise UnknownError: There is no such mdev.
     :raise DeadlineError: It cannot be opened; says why.
     """
@@ -291,7 +294,7 @@ async def usable_mdev(machine: Machine, uuid: UUID, deadline: float) -> GuestMde
             "mdo host lists them; mdo create makes one",
             subject=f"mdev {uuid}",
         )
-    await wait_ready(machine, uuid, min(deadline, READY_SECONDS))
+    await wait_ready(machine, uuid, min(deadline, READY_SECONDS), user=user)
     return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
 
 
@@ -373,10 +376,11 @@ async def attach(
             )
             found = await sysfs.scan(machine, types=False)
             wanted = start_groups.groups_of(found, [mdev.uuid])
+            own = None if guest.record is None else guest.record.pid
             starters: dict[StartGroup, Starter] = {}
             for group in wanted:
                 held = await start_groups.holders_of(machine, [group], found)
-                start_groups.check_users(group, held, guest)
+                start_groups.check_users(group, held, own)
                 has_start = group.online is False and await features.has_property(
                     qmp, mdev.device_api, features.START
                 )

@@ -337,12 +337,12 @@ def check_complete(label: str, wanted: Iterable[StartGroup], given: Collection[U
             )
 
 
-def check_users(group: StartGroup, held: Holders, guest: RunningGuest | None = None) -> None:
+def check_users(group: StartGroup, held: Holders, own: int | None = None) -> None:
     """Check that no process but a guest has a member of a group open.
 
+    :param own: The guest's process, if it runs.
     :raise BusyError: Another process has.
     """
-    own = guest.record.pid if guest is not None and guest.record is not None else None
     for uuid in group.members:
         others = [holder for holder in held.of(uuid) if holder.pid != own]
         if not others:

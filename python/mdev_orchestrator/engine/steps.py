@@ -12,6 +12,8 @@ step         undone by  afterwards
 ``Detach``   Attach     it has not, and QEMU has closed it
 ===========  =========  ==========================================================
 
+``AttachDomain`` and ``DetachDomain`` are the last two for a domain of libvirt.
+
 Each *makes it so*: where it is so already there is nothing to do, so a step can be done again after
 a crash, by another process. Each ends in one of three ways, which :func:`attempt` returns as a
 :class:`Result`: done, without effect, or unknown.
@@ -31,6 +33,7 @@ import msgspec
 from mdev_orchestrator.engine import device_ops
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.device_ops import Create, Remove, ResultCallback
+from mdev_orchestrator.engine.domain_ops import AttachDomain, DetachDomain
 from mdev_orchestrator.engine.guest_ops import Attach, Detach, Launch, Stop
 from mdev_orchestrator.engine.journal_db import JournalError
 from mdev_orchestrator.errors import MdoError
@@ -38,8 +41,10 @@ from mdev_orchestrator.errors import MdoError
 __all__ = [
     "AnyStep",
     "Attach",
+    "AttachDomain",
     "Create",
     "Detach",
+    "DetachDomain",
     "Launch",
     "Remove",
     "Stop",
@@ -48,7 +53,7 @@ __all__ = [
     "encode",
 ]
 
-AnyStep = Create | Remove | Launch | Stop | Attach | Detach
+AnyStep = Create | Remove | Launch | Stop | Attach | Detach | AttachDomain | DetachDomain
 
 
 async def act_together(

@@ -18,7 +18,7 @@ from msgspec import Struct, field
 from mdev_orchestrator.host.sysfs import vfio_cdev
 from mdev_orchestrator.host.tree import CLASS, TYPES
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import Mdev
+from mdev_orchestrator.model import Mdev, as_uuid
 
 _GROUP = "/dev/vfio/"
 _CDEV = "/dev/vfio/devices/"
@@ -102,6 +102,13 @@ def _read_creators(machine: Machine, parent: str, type_id: str) -> tuple[Holder,
     return tuple(_holder(machine, pid) for pid in sorted(pids.get(create, ())))
 
 
+def guest_of(machine: Machine, pid: int) -> tuple[str | None, UUID | None]:
+    """The name and the UUID that a QEMU was given; ``None`` for what is not there."""
+    arguments = _arguments(machine, pid)
+    uuids = [value for option, value in pairwise(arguments) if option in ("-uuid", "--uuid")]
+    return guest_name(arguments), as_uuid(uuids[-1]) if uuids else None
+
+
 def guest_name(arguments: list[str]) -> str | None:
     """The name that a QEMU was given: ``-name NAME``, ``-name guest=NAME,…``; the last one counts.
 
@@ -159,9 +166,12 @@ def _only_names(proc: str, pid: str, descriptor: str) -> bool:
 
 
 def _holder(machine: Machine, pid: int) -> Holder:
-    directory = machine.path("proc", str(pid))
-    arguments = _read(f"{directory}/cmdline").split("\0")
-    return Holder(pid, _read(f"{directory}/comm").strip() or "?", guest_name(arguments))
+    comm = _read(machine.path("proc", str(pid), "comm")).strip()
+    return Holder(pid, comm or "?", guest_name(_arguments(machine, pid)))
+
+
+def _arguments(machine: Machine, pid: int) -> list[str]:
+    return _read(machine.path("proc", str(pid), "cmdline")).split("\0")
 
 
 def _read(path: str) -> str:

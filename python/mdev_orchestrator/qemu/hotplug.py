@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -124,7 +124,9 @@ class _PciDevice(msgspec.Struct, frozen=True):
     pci_bridge: _Bridge | None = None
 
 
-class _PciBus(msgspec.Struct, frozen=True):
+class PciBus(msgspec.Struct, frozen=True):
+    """PciInfo of QMP: what ``query-pci`` gives for each root bus."""
+
     devices: list[_PciDevice]
 
 
@@ -398,44 +400,73 @@ async def wait_taken(guest: RunningGuest, uuid: UUID, deadline: float = ATTACH_S
 
 async def _until_taken(qmp: QmpMonitor, device: str, end: float) -> None:
     """Return when the guest has taken the device."""
-    loop = asyncio.get_running_loop()
-    pause = FIRST_LOOK_SECONDS
-    buses: list[_PciBus] = []
-    found = None
     with qmp.events(("DEVICE_DELETED",), lambda data: data.get("device") == device) as events:
-        while (left := end - loop.time()) > 0:
-            try:
-                with qmp.until(end):
-                    buses = await qmp.execute("query-pci", list[_PciBus])
-            except errors.DeadlineError:
-                if buses:
-                    break  # the last question came too late to be answered
-                raise
-            found = next((one for one in _functions(buses) if one[0].qdev_id == device), None)
-            if found and taken(found[0].regions):
-                return
-            if await events.next(min(pause, left)):
+
+        async def look() -> list[PciBus]:
+            with qmp.until(end):
+                return await qmp.execute("query-pci", list[PciBus])
+
+        async def wait(seconds: float) -> None:
+            if await events.next(seconds):
                 raise errors.QemuError(
                     f"{qmp.label}: {device} was unplugged while waiting for the guest"
                 )
-            pause = min(1.5 * pause, LOOK_SECONDS)
+
+        see = "the guest may still boot or lack a driver; see mdo guest console, or detach"
+        await until_taken(qmp.label, device, end, look, wait, see)
+
+
+async def until_taken(
+    label: str,
+    device: str,
+    end: float,
+    look: Callable[[], Awaitable[list[PciBus]]],
+    wait: Callable[[float], Awaitable[None]],
+    hint: str,
+) -> None:
+    """Return when a guest has taken a device, however its QEMU is asked.
+
+    :param label: How messages name the guest.
+    :param device: The id of the device in QEMU.
+    :param end: When this has ended, in the event loop's time.
+    :param look: Asks ``query-pci``, until then.
+    :param wait: Waits for so many seconds.
+    :param hint: What to do about a guest that does not take it.
+    :raise DeadlineError: It has not taken it, and may or may not do so yet.
+    """
+    loop = asyncio.get_running_loop()
+    pause = FIRST_LOOK_SECONDS
+    buses: list[PciBus] = []
+    found = None
+    while (left := end - loop.time()) > 0:
+        try:
+            buses = await look()
+        except errors.DeadlineError:
+            if buses:
+                break  # the last question came too late to be answered
+            raise
+        found = next((one for one in _functions(buses) if one[0].qdev_id == device), None)
+        if found and taken(found[0].regions):
+            return
+        await wait(min(pause, left))
+        pause = min(1.5 * pause, LOOK_SECONDS)
     if found and found[1] and (homeless := without_place(found[0].regions, found[1].bus)):
         bars = " and ".join(f"BAR {bar.bar} ({format_size(bar.size)})" for bar in homeless)
         windows = f"{found[1].bus.memory_range} and {found[1].bus.prefetchable_range}"
         raise errors.DeadlineError(
-            f"{qmp.label} could not give {bars} of {device} an address: the memory windows of its "
+            f"{label} could not give {bars} of {device} an address: the memory windows of its "
             f"port are {windows}; it stays plugged",
             "start the guest with a larger --hotplug-window; its own log may say more",
-            subject=qmp.label,
+            subject=label,
         )
     raise errors.DeadlineError(
-        f"{qmp.label} has not taken {device} in time; it stays plugged",
-        "the guest may still boot or lack a driver; see mdo guest console, or detach",
-        subject=qmp.label,
+        f"{label} has not taken {device} in time; it stays plugged",
+        hint,
+        subject=label,
     )
 
 
-def _functions(buses: Sequence[_PciBus]) -> Iterator[tuple[_PciDevice, _Bridge | None]]:
+def _functions(buses: Sequence[PciBus]) -> Iterator[tuple[_PciDevice, _Bridge | None]]:
     """All functions of a ``query-pci`` answer, and the bridges that they are behind."""
     pending: list[tuple[_PciDevice, _Bridge | None]]
     pending = [(device, None) for bus in buses for device in bus.devices]

@@ -404,10 +404,13 @@ async def wait_ended(guest: RunningGuest, seconds: float | None = None) -> bool:
 
 def is_stopped(guest: RunningGuest) -> bool:
     """Whether the guest's process is stopped, by SIGSTOP or a debugger: it answers nothing then."""
-    if guest.record is None:
-        return False
+    return guest.record is not None and is_process_stopped(guest.record.pid)
+
+
+def is_process_stopped(pid: int, proc: str = "/proc") -> bool:
+    """Whether a process is stopped, by SIGSTOP or a debugger."""
     try:
-        stat = Path(f"/proc/{guest.record.pid}/stat").read_bytes()
+        stat = Path(proc, str(pid), "stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(b")")[2].split()[0] in {b"T", b"t"}

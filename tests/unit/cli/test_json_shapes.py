@@ -18,6 +18,7 @@ from mdev_orchestrator.cli import apply, guest, hotplug, output, restore, watch
 from mdev_orchestrator.cli.context import machine
 from mdev_orchestrator.engine.attach import Attached
 from mdev_orchestrator.engine.diff import Changes
+from mdev_orchestrator.engine.foreign import ForeignGuest
 from mdev_orchestrator.engine.restore import PoweredDown, Restored
 from mdev_orchestrator.errors import BusyError, DeadlineError, Outcome
 from mdev_orchestrator.host.events import MdevEvent, NodeEvent, ParentEvent, Rescan
@@ -180,7 +181,7 @@ def test_doctor(mdo: CommandLine) -> None:
 
 
 def test_export(mdo: CommandLine) -> None:
-    compare(of(mdo, "export", FOREIGN), "mdo import, mdo export")
+    compare(of(mdo, "export", FOREIGN), "mdo import, mdo export", 1)
 
 
 def test_qemu(mdo: CommandLine) -> None:
@@ -214,6 +215,11 @@ def test_guests(tmp_path: Path, damaged: bool) -> None:
         Report(found, "running", (plugged,), running=True), Host(mdevs=(mdev,)), {UUID(int=1): "g"}
     )
     compare({"guests": [shape]}, "mdo guest list")
+
+
+def test_guests_of_others() -> None:
+    found = ForeignGuest("web", UUID(int=3), 42, "libvirt", (UUID(U1),))
+    compare({"guests": [guest.foreign_shape(found, Host(), {})]}, "mdo guest list")
 
 
 def test_stopped_guests() -> None:

@@ -63,6 +63,7 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     shown = json.loads(out)
     assert shown | {"pid": 0, "created": ""} == {
         "name": "g",
+        "manager": "mdo",
         "state": "paused",
         "status": "prelaunch",
         "uuid": uuid,
@@ -77,7 +78,8 @@ def test_start_list_stop(qemu: str, mdo: Mdo, place: Path) -> None:
     code, out, err = mdo("guest", "list", "--json")
     assert json.loads(out) == {"guests": [shown]}
     code, out, err = mdo("guest", "list")
-    assert out.split()[-7:] == ["g", "paused", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
+    row = ["g", "mdo", "paused", "prelaunch", str(shown["pid"]), "64M", "1", "0"]
+    assert out.split()[-8:] == row
     code, out, err = mdo("guest", "stop", "g", "--deadline", "0.2")
     assert (code, out) == (4, "")
     assert "did not power down within 0.2 s \u2014 it still runs" in err
