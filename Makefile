@@ -13,6 +13,7 @@
 # make test-fresh     make demo and make test, on a clean Debian 12 and a clean
 #                     Debian 13
 # make check          linters only
+# make dist           a wheel and Debian packages, into build/dist
 # make bench          speeds beside those of others, and docs/benchmarks.md
 # make lab-shell      a shell in a lab that stays up until 'mdo lab down'
 # make clean          forget what was built; the cache stays
@@ -21,7 +22,7 @@ MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
-.PHONY: test-qemu-own test-fresh check bench lab-shell clean
+.PHONY: test-qemu-own test-fresh check dist bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -63,6 +64,11 @@ test-fresh:
 
 check: setup
 	@.venv/bin/python tools/run-tests check
+
+# WITH=qemu also has the source package of the patched QEMU
+dist:
+	@tools/setup dist
+	@tools/dist $(WITH)
 
 # ROUNDS=2 is a quick try of all
 bench:
