@@ -12,6 +12,8 @@
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make test-fresh     make demo and make test, on a clean Debian 12 and a clean
 #                     Debian 13
+# make test-dist      the packages, installed and purged on a clean Debian 12 and
+#                     a clean Debian 13
 # make check          linters only
 # make dist           a wheel and Debian packages, into build/dist
 # make bench          speeds beside those of others, and docs/benchmarks.md
@@ -22,7 +24,7 @@ MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
-.PHONY: test-qemu-own test-fresh check dist bench lab-shell clean
+.PHONY: test-qemu-own test-fresh test-dist check dist bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -61,6 +63,9 @@ test-fresh:
 		echo "== $$suite"; \
 		tools/fresh $$suite || failed=1; \
 	done; [ -z "$$failed" ]
+
+test-dist: setup
+	@.venv/bin/python tools/run-tests dist
 
 check: setup
 	@.venv/bin/python tools/run-tests check
