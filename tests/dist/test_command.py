@@ -12,6 +12,7 @@ import pytest
 
 from dist.roots import DIST, Root
 from mdev_orchestrator import __version__
+from mdev_orchestrator.cli.tree import COMMANDS
 
 RELEASES = {"bookworm": "deb12", "trixie": "deb13"}
 
@@ -30,7 +31,7 @@ def before(root: Root) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def installed(root: Root, before: set[str]) -> Root:  # noqa: ARG001 - its order
+def installed(root: Root, before: set[str]) -> Root:
     """The root with the package, which apt has installed without a network."""
     root.sh("apt-get install -qq -y --no-install-recommends libudev1")
     root.apt_get("install", *packages(root, "mdev-orchestrator_*.deb"), net=False)
@@ -68,6 +69,13 @@ def test_an_empty_host_is_shown_as_that(installed: Root) -> None:
     assert done.stderr.startswith("mdo: this host has no mdev bus")
     done = installed.run("mdo", "host", "--json")
     assert json.loads(done.stdout)["parents"] == []
+
+
+def test_no_command_needs_what_is_not_there(installed: Root) -> None:
+    """There is no systemd, no QEMU, and no library of Python but Debian's least."""
+    done = installed.sh(f"for name in {' '.join(COMMANDS)}; do mdo $name --help; done")
+    assert done.stdout.count("Usage: mdo") == len(COMMANDS)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("page", ["mdo", "mdo-guest-start", "mdo-doctor"])

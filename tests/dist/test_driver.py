@@ -31,10 +31,22 @@ def test_headers_are_missing(root: Root) -> None:
     assert root.files() == before
 
 
+def test_the_kernel_loads_signed_modules_only(root: Root) -> None:
+    """As with secure boot; the file of the kernel is one of ours here."""
+    (package,) = root.packages.glob("mvgpu-dkms_*.deb")
+    done = root.sh(f"""
+        mount -t tmpfs lockdown /sys/kernel/security
+        echo 'none [integrity] confidentiality' >/sys/kernel/security/lockdown
+        apt-get install -q -y --no-install-recommends {DIST}/{package.name}
+    """)
+    assert "mvgpu-dkms: this kernel loads modules only that are signed" in done.stderr
+    assert "mokutil --import /var/lib/dkms/mok.pub" in done.stderr
+    root.apt_get("purge", "mvgpu-dkms")
+
+
 def test_it_is_built_for_the_kernel_of_the_release(root: Root) -> None:
     root.apt_get("install", "linux-headers-amd64")
-    mdo, driver = (root.packages.glob(f"{name}_*.deb") for name in ("mdev-orchestrator", "mvgpu-dkms"))
-    root.apt_get("install", *(f"{DIST}/{path.name}" for path in [*mdo, *driver]))
+    root.apt_get("install", *(f"{DIST}/{path.name}" for path in root.packages.glob("*.deb")))
     built = {path.name.partition(".")[0] for path in root.path.glob("lib/modules/*/updates/dkms/*")}
     assert built == {"mvgpu", "mvgpu-uio"}
     # it is not for the kernel that runs
