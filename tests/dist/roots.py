@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pty
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ class Root:
     def apt_get(self, *words: str, net: bool = True) -> subprocess.CompletedProcess[str]:
         """Run apt-get, without packages that are only recommended."""
         options = ["-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0"]
+        # the root need not outlive a power cut
+        options += ["-o", "Dpkg::Options::=--force-unsafe-io"]
         return self.run("apt-get", *options, *words, net=net)
 
     def environment(self) -> dict[str, str]:
@@ -132,6 +135,7 @@ class Root:
                 while awaited not in shown and time.monotonic() < end:
                     with contextlib.suppress(BlockingIOError):
                         shown += os.read(ours, 65536).decode(errors="replace")
+                        shown = re.sub(r"[^\b]\x08", "", shown)  # zsh takes a space back
                     time.sleep(0.1)
                 if awaited != until:
                     os.write(ours, keys.encode())
@@ -149,7 +153,9 @@ def new(suite: str, packages: Path) -> Iterator[Root]:
         with fresh.base(suite, cache) as tar:
             fresh.run("tar", "-C", path, "-xf", tar)
         fresh.furnish(path, sudo=False)
-        yield Root(path, cache / "apt", packages)
+        root = Root(path, cache / "apt", packages)
+        root.apt_get("update")
+        yield root
 
 
 def build(suite: str) -> Path:

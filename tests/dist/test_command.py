@@ -81,7 +81,7 @@ def test_no_command_needs_what_is_not_there(installed: Root) -> None:
 @pytest.mark.parametrize("page", ["mdo", "mdo-guest-start", "mdo-doctor"])
 def test_man_shows_a_page(installed: Root, page: str) -> None:
     done = installed.run("man", "-P", "cat", page)
-    assert f"{page} - " in done.stdout
+    assert f"NAME {page} - " in " ".join(done.stdout.split())
     assert done.stderr == ""
 
 
@@ -99,7 +99,7 @@ def test_tab_completes(installed: Root, shell: tuple[str, ...]) -> None:
 
 
 def test_fish_completes(installed: Root) -> None:
-    done = installed.run("fish", "-c", "complete -C 'mdo guest st'")
+    done = installed.run("env", "HOME=/tmp", "fish", "-c", "complete -C 'mdo guest st'")
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["start", "stop"]
 
 
@@ -133,7 +133,7 @@ def test_a_purge_lets_a_guest_run_and_keeps_what_is_known_of_it(root: Root) -> N
         apt-get purge -q -y mdev-orchestrator
         grep -l '^qemu-system' /proc/[0-9]*/comm
     """)
-    assert f"mdev-orchestrator: {STATE} stays, since it holds guests" in done.stderr
+    assert f"mdev-orchestrator: {STATE} stays, since it holds guests" in done.stdout
     assert (root.path / STATE[1:] / "guests/render-1").is_dir()
     assert not (root.path / "usr/bin/mdo").exists()
 
@@ -145,7 +145,8 @@ def test_pipx_installs_the_wheel(root: Root) -> None:
     assert root.run("mdo", "host").stderr.startswith("mdo: this host has no mdev bus")
     assert "has the device vfio-pci" in root.run("mdo", "doctor", code=5).stdout
     (page,) = (root.path / "root/.local").glob("**/venvs/mdev-orchestrator/share/man/man1/mdo.1")
-    assert "mdo - " in root.run("man", "-P", "cat", f"/{page.relative_to(root.path)}").stdout
+    shown = root.run("man", "-P", "cat", f"/{page.relative_to(root.path)}").stdout
+    assert "NAME mdo - " in " ".join(shown.split())
     script = 'eval "$(mdo --show-completion bash)"; complete -p mdo'
     assert "_mdo_completion" in root.run("bash", "-c", script).stdout
     root.run("pipx", "uninstall", "mdev-orchestrator")
