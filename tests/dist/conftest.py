@@ -12,7 +12,7 @@ import pytest
 from dist import roots
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+@pytest.fixture(scope="session", params=["bookworm", "trixie"])
 def suite(request: pytest.FixtureRequest) -> str:
     if os.geteuid():
         pytest.skip("only root can make a root directory")
@@ -20,7 +20,7 @@ def suite(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def packages(suite: str) -> Path:
     return roots.build(suite)
 
