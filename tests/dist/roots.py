@@ -148,12 +148,14 @@ class Root:
 def new(suite: str, packages: Path) -> Iterator[Root]:
     """Make a root for the block, in which apt has read its lists."""
     cache = fresh.cache_dir() / "fresh" / suite
-    (cache / "apt").mkdir(parents=True, exist_ok=True)
+    # not tools/fresh's own: apt locks it, and a program may be at work in a root of that
+    apt = cache / "dist-apt"
+    apt.mkdir(parents=True, exist_ok=True)
     with fresh.new_root(cache) as path:
         with fresh.base(suite, cache) as tar:
             fresh.run("tar", "-C", path, "-xf", tar)
         fresh.furnish(path, sudo=False)
-        root = Root(path, cache / "apt", packages)
+        root = Root(path, apt, packages)
         root.apt_get("update")
         yield root
 
