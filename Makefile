@@ -13,7 +13,10 @@
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make test-fresh     make demo and make test, on a clean Debian 12 and a clean
 #                     Debian 13
+# make test-dist      the packages, installed and purged on a clean Debian 12 and
+#                     a clean Debian 13
 # make check          linters only
+# make dist           a wheel and Debian packages, into build/dist
 # make bench          speeds beside those of others, and docs/benchmarks.md
 # make lab-shell      a shell in a lab that stays up until 'mdo lab down'
 # make clean          forget what was built; the cache stays
@@ -22,7 +25,7 @@ MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-libvirt test-soak test-fuzz
-.PHONY: test-fuzz-driver test-qemu-own test-fresh check bench lab-shell clean
+.PHONY: test-fuzz-driver test-qemu-own test-fresh test-dist check dist bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -67,8 +70,16 @@ test-fresh:
 		tools/fresh $$suite || failed=1; \
 	done; [ -z "$$failed" ]
 
+test-dist: setup
+	@.venv/bin/python tools/run-tests dist
+
 check: setup
 	@.venv/bin/python tools/run-tests check
+
+# WITH=qemu also has the source package of the patched QEMU
+dist:
+	@tools/setup dist
+	@tools/dist $(WITH)
 
 # ROUNDS=2 is a quick try of all
 bench:

@@ -14,7 +14,7 @@ from mdev_lab import checkout, kernel_modules, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-PYTHON = ["python", "tests", "benches", "tools/fresh", "tools/run-tests"]
+PYTHON = ["python", "tests", "benches", "packaging", "tools/fresh", "tools/run-tests"]
 
 LINTERS = {
     "ruff": ["ruff", "check", "--quiet", *PYTHON],

@@ -78,6 +78,14 @@ def test_it_has_the_patches_and_nothing_of_the_lab(wheel: Path) -> None:
     assert not [name for name in names if "/lab" in name or "mvgpu" in name]
 
 
+def test_it_has_man_pages_and_completion_of_its_own_commands(environment: Path) -> None:
+    share = environment.parent / "share"
+    assert {"mdo.1", "mdo-guest-start.1"} <= {path.name for path in share.glob("man/man1/*")}
+    assert not list(share.glob("man/man1/mdo-lab*"))
+    for name in ("bash-completion/completions/mdo", "zsh/site-functions/_mdo"):
+        assert "_mdo_completion" in (share / name).read_text()
+
+
 def test_the_package_is_imported(environment: Path) -> None:
     done = run(environment / "python", "-c", "import mdev_orchestrator as m; print(m.__file__)")
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,8 +22,9 @@ from mdev_orchestrator.qemu import doctor as qemu_doctor
 def doctor(
     *,
     qemu: Annotated[
-        str, typer.Option(metavar="PROGRAM", help="QEMU binary to examine.")
-    ] = qemu_doctor.QEMU,
+        str | None,
+        typer.Option(metavar="PROGRAM", help="QEMU binary to examine instead of those here."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Look at modules, nodes, permissions and QEMU; every fault is shown with its remedy."""
@@ -41,10 +42,17 @@ def doctor(
     return HostError.exit_code if faulty else 0
 
 
-async def _examine(machine: Machine, qemu: str) -> list[Finding]:
+async def _examine(machine: Machine, qemu: str | None) -> list[Finding]:
     host = await scan(machine)
-    return [
-        *host_doctor.examine(machine, host),
-        *await qemu_doctor.examine(qemu, host.mdevs),
-        *foreign.examine(machine),
-    ]
+    found = list(host_doctor.examine(machine, host))
+    for program in [qemu] if qemu else [qemu_doctor.QEMU, *_built()]:
+        found += await qemu_doctor.examine(program, host.mdevs)
+    return [*found, *foreign.examine(machine)]
+
+
+def _built() -> list[str]:
+    """The QEMUs of ``mdo qemu build``."""
+    from mdev_orchestrator.qemu_build import builds, patches
+
+    found = [builds.find(series) for series in patches.series_known()]
+    return [str(build.binary) for build in found if build]

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
 
-from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.host import dkms, sysfs
 from mdev_orchestrator.host.readiness import PERMISSION_REMEDY, group_name, may_open
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
@@ -40,6 +42,7 @@ def examine(machine: Machine, host: Host) -> tuple[Finding, ...]:
     :param host: The host as it was scanned.
     """
     return (
+        _user(),
         *_mdev(machine, host),
         *_vfio(machine),
         *_nodes(machine, host),
@@ -47,12 +50,28 @@ def examine(machine: Machine, host: Host) -> tuple[Finding, ...]:
     )
 
 
+def _user() -> Finding:
+    user = os.geteuid()
+    try:
+        name = pwd.getpwuid(user).pw_name
+        groups = ", ".join(sorted(grp.getgrgid(number).gr_name for number in os.getgroups()))
+    except KeyError:  # a container need not have them
+        name, groups = str(user), ", ".join(map(str, os.getgroups()))
+    return Finding(
+        "ok", "user", f"this is {name}, in the groups {groups}" if user else "this is root"
+    )
+
+
 def _mdev(machine: Machine, host: Host) -> Iterator[Finding]:
+    level: Level = "warning" if host.parents else "fault"
+    drivers = [Finding(level, *lack) for lack in dkms.lacking(machine)]
     if not host.mdev_bus:
         yield Finding("fault", "mdev", "the kernel has no mdev bus", _module(machine, "mdev"))
+        yield from drivers
         return
     yield Finding("ok", "mdev", "the mdev bus is there")
-    if not host.parents:
+    yield from drivers
+    if not host.parents and not drivers:
         yield Finding("fault", "parents", "no device offers mdevs", "modprobe the vendor's driver")
         return
     for parent in host.parents:
@@ -132,10 +151,10 @@ def _module(machine: Machine, name: str) -> str:
     try:
         known = f"/{name}.ko" in listed.read_text(errors="replace")
     except OSError:
-        known = True  # no list: let modprobe say it
+        known = directory.exists()  # no list: let modprobe say it
     if known:
         return f"modprobe {name}"
     return (
-        f"kernel {release} has no module {name}: "
-        "apt-get install linux-image-amd64 and boot it, or try mdo lab up"
+        f"kernel {release} has no module {name} here: "
+        "apt-get install linux-image-amd64 and boot it, or try make demo in a checkout"
     )
