@@ -39,6 +39,10 @@ Options = Annotated[
         help="Parameters of the driver, for instance 'igd_parents=4'.",
     ),
 ]
+Iommufd = Annotated[
+    bool,
+    typer.Option("--iommufd", help="Build VFIO with iommufd, which Debian's kernels lack."),
+]
 Command = Annotated[
     list[str],
     typer.Argument(metavar="COMMAND...", help="The command and its arguments."),
@@ -76,6 +80,7 @@ def up(
     series: Series = "6.12",
     memory: Memory = "4G",
     mvgpu: Options = "",
+    iommufd: Iommufd = False,
     systemd: Annotated[
         Path | None,
         typer.Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
@@ -89,6 +94,7 @@ def up(
         series=series,
         memory=memory,
         module_options=mvgpu,
+        iommufd=iommufd,
         disk=systemd,
         progress=_progress,
     )
@@ -114,6 +120,7 @@ def run(
     series: Series = "6.12",
     memory: Memory = "4G",
     mvgpu: Options = "",
+    iommufd: Iommufd = False,
 ) -> int:
     """Run one command in a lab of its own, which ends with it."""
     from mdev_lab import l1
@@ -121,7 +128,12 @@ def run(
     with (
         _signals_unwind(),
         l1.running(
-            name, series=series, memory=memory, module_options=mvgpu, progress=_progress
+            name,
+            series=series,
+            memory=memory,
+            module_options=mvgpu,
+            iommufd=iommufd,
+            progress=_progress,
         ) as lab,
     ):
         return l1.execute(lab, command)

@@ -30,10 +30,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mdev_lab import client, debug_kernel, initramfs, l2, sample_drivers, systemd
+from mdev_lab import client, debug_kernel, initramfs, iommufd_kernel, l2, sample_drivers, systemd
 from mdev_lab.checkout import ROOT
 from mdev_lab.kernel_modules import build_modules
-from mdev_lab.kernels import DEFAULT_SERIES, Kernel, fetch_kernel, series_of
+from mdev_lab.kernels import DEFAULT_SERIES, IOMMUFD, Kernel, fetch_kernel, series_of
 from mdev_lab.labs import (
     RECORD,
     STOP_SECONDS,
@@ -100,6 +100,7 @@ def up(
     series: str = DEFAULT_SERIES,
     memory: str = "4G",
     module_options: str = "",
+    iommufd: bool = False,
     bound: bool = False,
     disk: Path | None = None,
     progress: Progress = lambda _: None,
@@ -109,6 +110,7 @@ def up(
     :param series: Kernel of L1.
     :param memory: Of L1, in QEMU's notation.
     :param module_options: Parameters of mvgpu, as insmod takes them.
+    :param iommufd: Whether L1 has ``/dev/iommu`` and the devices' own nodes.
     :param bound: Whether L1 ends with this process, even if that is killed.
     :param disk: File that L1 boots systemd with, see :mod:`.systemd`; it is made if needed.
     :raise MdoError: The lab cannot be brought up; nothing of it is left.
@@ -123,12 +125,16 @@ def up(
             raise RequestError(
                 f"lab {name} is up with kernel {lab.release}", f"'mdo lab down --name {name}'"
             )
+        if lab.iommufd != iommufd:
+            state = "with" if lab.iommufd else "without"
+            raise RequestError(f"lab {name} is up {state} iommufd", f"'mdo lab down --name {name}'")
         return lab
     source = ROOT / "kernel"
-    kernel = debug_kernel.fetch(series, progress)
+    fetch = iommufd_kernel.build if iommufd else debug_kernel.fetch
+    kernel = fetch(series, progress)
     modules = build_modules(source, kernel, progress)
-    # Only L1 boots the kernel with checkers: guests stay quick.
-    guest = fetch_kernel(kernel.base, progress) if kernel.checked else kernel
+    # Guests boot Debian's kernel: without checkers they are quick.
+    guest = kernel if kernel.series == kernel.base else fetch_kernel(kernel.base, progress)
     guest_modules = build_modules(source, guest, progress)
     files = {
         "MDO_LAB_KERNEL": str(guest.image),
@@ -265,6 +271,7 @@ def _boot(boot: _Boot, accel: str) -> Lab:
             accel=accel,
             created=time.time(),
             files=boot.files,
+            iommufd=boot.kernel.series.endswith(IOMMUFD),
             ready=False,
         )
         write_record(directory, lab)  # QEMU runs only after this
