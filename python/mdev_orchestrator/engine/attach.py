@@ -12,6 +12,7 @@ from uuid import UUID
 
 from msgspec import Struct
 
+from mdev_orchestrator.engine import guest_iommu
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.devices import place, removal_of
 from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
@@ -22,7 +23,7 @@ from mdev_orchestrator.engine.steps import Attach, Create, Detach, Remove
 from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import is_uuid, parse_uuid
+from mdev_orchestrator.model import IommuChoice, is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import device_id
 
@@ -46,6 +47,7 @@ async def attach(
     what: UUID | str,
     *,
     parent: str | None = None,
+    iommu: IommuChoice = "auto",
     wait_guest: bool = False,
     deadline: float = hotplug.ATTACH_SECONDS,
     observe: Observer = ignore,
@@ -54,10 +56,12 @@ async def attach(
 
     :param what: A device by its UUID, or a type to create one of.
     :param parent: For a type that several parents offer.
+    :param iommu: How it is opened; ``auto`` is as the guest's other devices are.
     :param wait_guest: Return when the guest has taken it.
     :param deadline: Seconds for the whole: to create the device, to plug it in, and for the guest
         to take it. An undo has its own time.
     :raise BusyError: Another process has the device.
+    :raise HostError: It shall be opened by iommufd, and that cannot be.
     :raise DeadlineError: The guest has not taken it: then it stays plugged, and the message says
         so; or it was not plugged in time, and all was undone.
     :raise MdoError: It cannot be; all was undone.
@@ -72,6 +76,7 @@ async def attach(
 
     async def look(_: Managed) -> Plan[tuple[process.RunningGuest, UUID]]:
         found = process.find_running(machine, guest)
+        guest_iommu.check_host(machine, iommu)
         plan = []
         if creating:
             host = await sysfs.scan(machine)
@@ -80,9 +85,9 @@ async def attach(
             plan.append(PlannedStep(Create(device=device)))
         else:
             uuid = parse_uuid(name)
-            await usable_mdev(machine, uuid, deadline)
+            await usable_mdev(machine, uuid, deadline, iommu)
         context.deadline = context.seconds(deadline)
-        step = Attach(guest=_record(found), uuid=uuid, deadline=deadline)
+        step = Attach(guest=_record(found), uuid=uuid, deadline=deadline, iommu=iommu)
         plan.append(PlannedStep(step, tuple(range(len(plan)))))
         return Plan((found, uuid), plan)
 
