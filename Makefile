@@ -38,7 +38,7 @@ test:
 	@.venv/bin/python tools/run-tests
 
 test-qemu: setup
-	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1
+	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1 iommufd-6.12
 
 test-crash: setup
 	@.venv/bin/python tools/run-tests crash-6.12

@@ -15,6 +15,7 @@
 
 #include "qemu/osdep.h"
 #include <sys/mman.h>
+#include <sys/sysmacros.h>
 
 #include "mdev.h"
 #include "mdev-lifecycle.h"
@@ -468,7 +469,7 @@ static bool attach_begin(VFIODevice *vbasedev, Error **errp)
     g_autofree char *path = NULL;
 
     if (!vbasedev->sysfsdev) {
-        return true;            /* its descriptor was passed, or vfio-user */
+        return true;            /* passed and no mdev, or vfio-user */
     }
     if (!vfio_device_is_mdev(vbasedev)) {
         if (vbasedev->mdev_start == ON_OFF_AUTO_ON) {
@@ -498,6 +499,32 @@ static bool attach_begin(VFIODevice *vbasedev, Error **errp)
         return false;
     }
     return true;
+}
+
+void vfio_mdev_find_by_fd(VFIODevice *vbasedev)
+{
+    g_autofree char *link = NULL;
+    g_autofree char *path = NULL;
+    struct stat st;
+
+    if (vbasedev->sysfsdev || fstat(vbasedev->fd, &st) < 0 ||
+        !S_ISCHR(st.st_mode)) {
+        return;
+    }
+
+    /* Its node in /dev/vfio/devices is of a child of the device. */
+    link = g_strdup_printf("/sys/dev/char/%u:%u/device", major(st.st_rdev),
+                           minor(st.st_rdev));
+    path = realpath(link, NULL);
+    if (!path) {
+        return;
+    }
+    vbasedev->sysfsdev = g_strdup(path);
+    if (!vfio_device_is_mdev(vbasedev)) {
+        g_clear_pointer(&vbasedev->sysfsdev, g_free);
+        return;
+    }
+    trace_vfio_mdev_fd(vbasedev->fd, path);
 }
 
 bool vfio_mdev_attach_begin(VFIODevice *vbasedev, Error **errp)

@@ -38,6 +38,12 @@ void vfio_mdev_attach_end(VFIODevice *vbasedev, bool opened, Error **errp);
 /* After a device was closed: stop its group if it was the last member. */
 void vfio_mdev_detach(VFIODevice *vbasedev);
 
+/*
+ * A device whose descriptor was passed and that has no sysfsdev: set sysfsdev
+ * if it is an mdev.
+ */
+void vfio_mdev_find_by_fd(VFIODevice *vbasedev);
+
 /* The kernel has asked for the device back. */
 void vfio_mdev_release_requested(VFIODevice *vbasedev);
 

@@ -17,6 +17,7 @@ l2.py              the L2 guest: its files, and a client of the program in it
 initramfs.py       the initramfs of L1 and of L2
 kernels.py         kernels from the machine's own Debian mirror
 debug_kernel.py    a kernel with checkers, built from Debian's source
+iommufd_kernel.py  Debian's kernel with VFIO built for iommufd
 kernel_modules.py  modules built for a kernel
 sample_drivers.py  the kernel's sample drivers, for tests with drivers not ours
 qemus.py           QEMU with and without our patches, for comparisons

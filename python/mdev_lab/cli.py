@@ -49,6 +49,10 @@ Pci = Annotated[
         help="Parents of each kind that are PCI functions, up to 2; the others are left out.",
     ),
 ]
+Iommufd = Annotated[
+    bool,
+    typer.Option("--iommufd", help="Build VFIO with iommufd, which Debian's kernels lack."),
+]
 Command = Annotated[
     list[str],
     typer.Argument(metavar="COMMAND...", help="The command and its arguments."),
@@ -87,6 +91,7 @@ def up(
     memory: Memory = "4G",
     mvgpu: Options = "",
     pci: Pci = 0,
+    iommufd: Iommufd = False,
     systemd: Annotated[
         Path | None,
         typer.Option(metavar="DISK", help="L1 boots systemd; what is written stays in this file."),
@@ -101,6 +106,7 @@ def up(
         memory=memory,
         module_options=mvgpu,
         pci=pci,
+        iommufd=iommufd,
         disk=systemd,
         progress=_progress,
     )
@@ -127,6 +133,7 @@ def run(
     memory: Memory = "4G",
     mvgpu: Options = "",
     pci: Pci = 0,
+    iommufd: Iommufd = False,
 ) -> int:
     """Run one command in a lab of its own, which ends with it."""
     from mdev_lab import l1
@@ -134,7 +141,13 @@ def run(
     with (
         _signals_unwind(),
         l1.running(
-            name, series=series, memory=memory, module_options=mvgpu, pci=pci, progress=_progress
+            name,
+            series=series,
+            memory=memory,
+            module_options=mvgpu,
+            pci=pci,
+            iommufd=iommufd,
+            progress=_progress,
         ) as lab,
     ):
         return l1.execute(lab, command)

@@ -118,7 +118,7 @@ def _make(package: str, version: str, work: Path, progress: Progress) -> Path:
         if work.exists():
             shutil.rmtree(work)
         work.mkdir()
-        _unpack(package, version, source, progress)
+        kernels.unpack_source(package, source, progress, version=version)
         mark.write_text(version)
     if root.exists():
         shutil.rmtree(root)
@@ -139,19 +139,6 @@ def _make(package: str, version: str, work: Path, progress: Progress) -> Path:
     run([*make, "run-command", install])
     (root / "release").write_text(release + "\n")
     return root
-
-
-def _unpack(package: str, version: str, source: Path, progress: Progress) -> None:
-    progress(f"downloading {package} {version}")
-    work = source.parent
-    run(["apt-get", "download", "-o", "APT::Sandbox::User=", f"{package}={version}"], cwd=work)
-    (archive,) = work.glob("*.deb")
-    progress(f"unpacking {package}")
-    run(["dpkg-deb", "-x", archive, work / "package"])
-    archive.unlink()
-    run(["nice", "-n", "19", "tar", "-xf", work / f"package/usr/src/{package}.tar.xz"], cwd=work)
-    shutil.rmtree(work / "package")
-    (work / package).rename(source)
 
 
 def check_taken(wanted: str, taken: str) -> None:

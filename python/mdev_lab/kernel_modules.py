@@ -19,12 +19,14 @@ from mdev_orchestrator.system.progress import Progress
 def build_modules(source: Path, kernel: Kernel, progress: Progress = lambda _: None) -> Path:
     """Build a kbuild directory once for each kernel and source; return the modules' directory.
 
-    The build runs on a copy, so that the source tree stays as it is.
+    The build runs on a copy, so that the source tree stays as it is. Two kernels of one release may
+    export other symbols, see :mod:`.iommufd_kernel`.
 
     :raise MdoError: It does not compile; quotes the compiler.
     """
     files = sorted(path for path in source.iterdir() if path.suffix in {".c", ".h", ""})
-    place = cache_dir() / "modules" / f"{source.name}-{kernel.release}-{digest(files)}"
+    inputs = digest([*files, kernel.headers / "Module.symvers"])
+    place = cache_dir() / "modules" / f"{source.name}-{kernel.release}-{inputs}"
     with locked(place):
         if not place.exists():
             progress(f"building {source.name}/ for {kernel.release}")

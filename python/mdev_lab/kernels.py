@@ -12,6 +12,7 @@ import contextlib
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ DEFAULT_SERIES = "6.12"
 
 #: Suffix of the series of a kernel with checkers, see :mod:`.debug_kernel`.
 DEBUG = "-debug"
+
+#: Suffix of the series of a kernel with iommufd, see :mod:`.iommufd_kernel`.
+IOMMUFD = "-iommufd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,8 @@ class Kernel:
 
     @property
     def base(self) -> str:
-        """Its series without the suffix of one with checkers."""
-        return self.series.removesuffix(DEBUG)
+        """The series of Debian's kernel that it was made from; its own for Debian's."""
+        return self.series.partition("-")[0]
 
     @property
     def source(self) -> str:
@@ -98,6 +102,36 @@ def resolve(series: str) -> str:
     raise UnknownError(
         f"the Debian mirror offers no kernel {series}", "run 'apt-get update', or name another"
     )
+
+
+def unpack_source(
+    package: str,
+    target: Path,
+    progress: Progress = lambda _: None,
+    *,
+    version: str = "",
+    paths: Sequence[str] = (),
+) -> None:
+    """Download a package of kernel source and unpack it.
+
+    :param target: The directory that becomes the root of the source; its parent is used meanwhile.
+    :param version: The newest one without it.
+    :param paths: What to unpack, by its place in the source; all of it without them.
+    :raise MdoError: The mirror does not have it, or the download failed.
+    """
+    progress(f"downloading {package}{version and ' '}{version}")
+    work = target.parent
+    wanted = f"{package}={version}" if version else package
+    run(["apt-get", "download", "-o", "APT::Sandbox::User=", wanted], cwd=work)
+    (archive,) = work.glob("*.deb")
+    progress(f"unpacking {package}")
+    run(["dpkg-deb", "-x", archive, work / "package"])
+    archive.unlink()
+    members = [f"{package}/{path}" for path in paths]
+    tar = work / f"package/usr/src/{package}.tar.xz"
+    run(["nice", "-n", "19", "tar", "-xf", tar, *members], cwd=work)
+    shutil.rmtree(work / "package")
+    (work / package).rename(target)
 
 
 def fetch_kernel(series: str = DEFAULT_SERIES, progress: Progress = lambda _: None) -> Kernel:

@@ -30,10 +30,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mdev_lab import client, debug_kernel, initramfs, l2, sample_drivers, systemd
+from mdev_lab import client, debug_kernel, initramfs, iommufd_kernel, l2, sample_drivers, systemd
 from mdev_lab.checkout import ROOT
 from mdev_lab.kernel_modules import build_modules
-from mdev_lab.kernels import DEFAULT_SERIES, Kernel, fetch_kernel, series_of
+from mdev_lab.kernels import DEFAULT_SERIES, IOMMUFD, Kernel, fetch_kernel, series_of
 from mdev_lab.labs import (
     RECORD,
     STOP_SECONDS,
@@ -105,6 +105,7 @@ def up(
     memory: str = "4G",
     module_options: str = "",
     pci: int = 0,
+    iommufd: bool = False,
     bound: bool = False,
     disk: Path | None = None,
     progress: Progress = lambda _: None,
@@ -116,6 +117,7 @@ def up(
     :param module_options: Parameters of mvgpu, as insmod takes them.
     :param pci: How many parents of each kind are PCI functions, up to 2. With any, there are no
         others, unless ``module_options`` ask for them.
+    :param iommufd: Whether L1 has ``/dev/iommu`` and the devices' own nodes.
     :param bound: Whether L1 ends with this process, even if that is killed.
     :param disk: File that L1 boots systemd with, see :mod:`.systemd`; it is made if needed.
     :raise MdoError: The lab cannot be brought up; nothing of it is left.
@@ -130,12 +132,16 @@ def up(
             raise RequestError(
                 f"lab {name} is up with kernel {lab.release}", f"'mdo lab down --name {name}'"
             )
+        if lab.iommufd != iommufd:
+            state = "with" if lab.iommufd else "without"
+            raise RequestError(f"lab {name} is up {state} iommufd", f"'mdo lab down --name {name}'")
         return lab
     source = ROOT / "kernel"
-    kernel = debug_kernel.fetch(series, progress)
+    fetch = iommufd_kernel.build if iommufd else debug_kernel.fetch
+    kernel = fetch(series, progress)
     modules = build_modules(source, kernel, progress)
-    # Only L1 boots the kernel with checkers: guests stay quick.
-    guest = fetch_kernel(kernel.base, progress) if kernel.checked else kernel
+    # Guests boot Debian's kernel: without checkers they are quick.
+    guest = kernel if kernel.series == kernel.base else fetch_kernel(kernel.base, progress)
     guest_modules = build_modules(source, guest, progress)
     files = {
         "MDO_LAB_KERNEL": str(guest.image),
@@ -146,10 +152,8 @@ def up(
         files["MDO_LAB_CHECKERS"] = str(build_modules(debug_kernel.FAULTS, kernel, progress))
     if (drivers := sample_drivers.built(kernel)) is not None:
         files["MDO_LAB_SAMPLES"] = str(drivers)
-    insmod = ["insmod", str(modules / "mvgpu.ko")]
-    if pci:
-        insmod += ["grid_parents=0", "igd_parents=0"]
-    insmod += shlex.split(module_options)
+    others = ["grid_parents=0", "igd_parents=0"] if pci else []
+    insmod = ["insmod", str(modules / "mvgpu.ko"), *others, *shlex.split(module_options)]
     private_dir(labs_dir())
     claim(directory)
     try:
@@ -275,6 +279,7 @@ def _boot(boot: _Boot, accel: str) -> Lab:
             accel=accel,
             created=time.time(),
             files=boot.files,
+            iommufd=boot.kernel.series.endswith(IOMMUFD),
             ready=False,
         )
         write_record(directory, lab)  # QEMU runs only after this

@@ -39,6 +39,7 @@ class Lab:
     :ivar created: Seconds since the epoch.
     :ivar files: Paths of built files for commands in L1, by the environment variable that names
         each.
+    :ivar iommufd: Whether it has ``/dev/iommu``.
     :ivar ready: Whether its agent has answered. Until then it belongs to the command that brings it
         up.
     """
@@ -50,6 +51,7 @@ class Lab:
     accel: str
     created: float
     files: dict[str, str] = field(default_factory=dict)
+    iommufd: bool = False
     ready: bool = True
 
     @property

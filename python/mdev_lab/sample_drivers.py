@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 
 from mdev_lab import debug_kernel, kernel_modules
-from mdev_lab.kernels import DEFAULT_SERIES, Kernel
+from mdev_lab.kernels import DEFAULT_SERIES, Kernel, unpack_source
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.state import cache_dir
-from mdev_orchestrator.system.children import run
 from mdev_orchestrator.system.files import locked
 from mdev_orchestrator.system.progress import Progress
 
@@ -60,14 +59,8 @@ def _source(kernel: Kernel, progress: Progress) -> Path:
 
 def _unpack(package: str, work: Path, progress: Progress) -> Path:
     """Download a package of kernel source; return a kbuild directory with the three drivers."""
-    progress(f"downloading {package}")
-    run(["apt-get", "download", "-o", "APT::Sandbox::User=", package], cwd=work)
-    (archive,) = work.glob("*.deb")
-    progress(f"unpacking {PLACE} of {package}")
-    run(["dpkg-deb", "-x", archive, work])
-    archive.unlink()
-    run(["tar", "-xf", work / "usr/src" / f"{package}.tar.xz", f"{package}/{PLACE}"], cwd=work)
-    source = work / package / PLACE
+    unpack_source(package, work / "source", progress, paths=(str(PLACE),))
+    source = work / "source" / PLACE
     (source / "Makefile").unlink()  # it asks for the kernel's own configuration
     (source / "Kbuild").write_text(f"obj-m := {' '.join(f'{name}.o' for name in NAMES)}\n")
     return source

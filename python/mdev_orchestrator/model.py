@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 from uuid import UUID, uuid5
 
 from msgspec import Struct, convert
@@ -184,6 +185,19 @@ class Parent(Struct, frozen=True):
     numa_node: int | None = None
 
 
+IommuKind = Literal["iommufd", "container"]
+"""How VFIO gives a device memory of the process that opens it: by ``/dev/iommu`` and the device's
+own node, or by a container and the node of its IOMMU group."""
+
+IommuChoice = Literal["auto", "iommufd", "container"]
+"""What a user asks for: ``auto`` is ``iommufd`` where that can be used."""
+
+GROUP_NODES = "dev/vfio"
+"""Directory of the nodes of IOMMU groups, below the root."""
+CDEV_NODES = "dev/vfio/devices"
+"""Directory of the devices' own nodes, below the root."""
+
+
 class Mdev(Struct, frozen=True):
     """One mediated device: an entry of ``/sys/bus/mdev/devices``.
 
@@ -193,6 +207,8 @@ class Mdev(Struct, frozen=True):
     :ivar type_id: Id of its type, ``None`` while the kernel has not linked it yet.
     :ivar device_api: As its type says.
     :ivar iommu_group: Number of its VFIO group, ``None`` without one.
+    :ivar cdev: Name of its own VFIO node, for instance ``vfio3``; ``None`` on kernels without such
+        nodes.
     :ivar group_uuid: The start group that it was put into, ``None`` for none.
     :ivar online: Whether its resources are committed; ``None`` when its driver does not say.
     :ivar params: The vendor's parameters as they are, ``None`` when its driver has none.
@@ -204,6 +220,7 @@ class Mdev(Struct, frozen=True):
     type_id: str | None
     device_api: str | None = None
     iommu_group: int | None = None
+    cdev: str | None = None
     group_uuid: UUID | None = None
     online: bool | None = None
     params: str | None = None
@@ -213,6 +230,16 @@ class Mdev(Struct, frozen=True):
     def path(self) -> Path:
         """Its ``directory``."""
         return Path(self.directory)
+
+    @property
+    def nodes(self) -> dict[IommuKind, str]:
+        """The nodes by which a process can open it."""
+        found: dict[IommuKind, str] = {}
+        if self.cdev is not None:
+            found["iommufd"] = f"/{CDEV_NODES}/{self.cdev}"
+        if self.iommu_group is not None:
+            found["container"] = f"/{GROUP_NODES}/{self.iommu_group}"
+        return found
 
 
 class StartGroup(Struct, frozen=True):

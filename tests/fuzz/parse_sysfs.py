@@ -79,7 +79,7 @@ def _look() -> None:
         explain(MACHINE, group)
     uuid = UUID(DEV)
     sysfs.read_mdev(MACHINE, uuid)
-    sysfs.vfio_node(MACHINE, uuid)
+    sysfs.vfio_nodes(MACHINE, uuid)
     for name in sysfs.writable_files(MACHINE, uuid):
         sysfs.leads_out(MACHINE, uuid, name)
         try:

@@ -77,9 +77,9 @@ def free(parent: str) -> dict[str, int | None]:
 @asynccontextmanager
 async def held(uuid: UUID) -> AsyncIterator[asyncio.subprocess.Process]:
     """A device in the hands of a process that does not let go."""
-    node = sysfs.vfio_node(machine(), uuid)
+    node = sysfs.vfio_nodes(machine(), uuid)["container"]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-S", "-c", HOLDER, str(node), str(uuid)),
+        *(sys.executable, "-S", "-c", HOLDER, node, str(uuid)),
         stdout=asyncio.subprocess.PIPE,
     )
     try:
@@ -199,7 +199,7 @@ async def test_events_of_a_creation() -> None:
         # udev works on unrelated devices at the same time, so either may come first
         wanted = {
             MdevEvent("add", uuid, "igd0"),
-            NodeEvent("add", str(sysfs.vfio_node(machine(), uuid))),
+            *(NodeEvent("add", node) for node in sysfs.vfio_nodes(machine(), uuid).values()),
         }
         while wanted:
             wanted.discard(await anext(stream))

@@ -47,6 +47,8 @@ class FakeSystem:
 
     root: Path
     groups: int = 0
+    iommufd: bool = False
+    """Whether devices have nodes of their own, see :meth:`load_iommufd`."""
     refuse: dict[str, int] = field(default_factory=dict)
     """UUID, or ``UUID/FILE`` for another file than ``create``, to the errno that a write gives."""
     block: dict[str, Gate] = field(default_factory=dict)
@@ -84,6 +86,15 @@ class FakeSystem:
         self.parents.mkdir(parents=True, exist_ok=True)
         (self.root / "dev/vfio").mkdir(parents=True, exist_ok=True)
         (self.root / "proc").mkdir(exist_ok=True)
+        return self
+
+    def load_iommufd(self) -> FakeSystem:
+        """From now on there is ``/dev/iommu``, and devices have nodes of their own."""
+        self.load_mdev()
+        self.iommufd = True
+        for node in ("iommu", "vfio/vfio"):
+            (self.root / "dev" / node).write_text("")
+        (self.root / "dev/vfio/devices").mkdir()
         return self
 
     def parent(self, name: str, bus: str = "virtual/fake") -> Path:
@@ -130,6 +141,11 @@ class FakeSystem:
         group.mkdir(parents=True)
         link(path / "iommu_group", group)
         (self.root / "dev/vfio" / str(self.groups)).write_text("")
+        own = f"vfio{self.groups}"
+        (path / "vfio-dev" / own).mkdir(parents=True)  # a name, on kernels without the node as well
+        if self.iommufd:
+            (path / "vfio-dev" / own / "dev").write_text(f"511:{self.groups}\n")
+            (self.root / "dev/vfio/devices" / own).write_text("")
         link(self.types(parent) / type_id / "devices" / uuid, path)
         link(self.bus / uuid, path)
         return path

@@ -12,7 +12,7 @@ import typer
 
 from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import machine, run
-from mdev_orchestrator.cli.params import Json, complete_device, complete_guest, seconds
+from mdev_orchestrator.cli.params import Iommu, Json, complete_device, complete_guest, seconds
 from mdev_orchestrator.cli.tree import noun
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def start(
             autocompletion=complete_device,
         ),
     ] = None,
+    iommu: Iommu = "auto",
     hotplug_ports: Annotated[
         int, typer.Option(metavar="N", help="Root ports kept free for attach.")
     ] = 4,
@@ -141,7 +142,7 @@ def start(
 ) -> None:
     """Start a guest; it goes on running when this command ends."""
     from mdev_orchestrator.model import parse_uuid
-    from mdev_orchestrator.qemu.command import parse_accel
+    from mdev_orchestrator.qemu.command import parse_accel, parse_iommu
     from mdev_orchestrator.qemu.process import qemu_words
     from mdev_orchestrator.spec import GuestConfig, parse_size
     from mdev_orchestrator.spec.sizes import Size
@@ -156,6 +157,7 @@ def start(
         append=append if append is not None else "console=ttyS0" if kernel else "",
         disk=_absolute(disk),
         disk_format=disk_format,
+        iommu=parse_iommu(iommu),
         hotplug_ports=hotplug_ports,
         hotplug_window=Size(parse_size(hotplug_window)),
         accel=parse_accel(accel),
@@ -371,6 +373,7 @@ def guest_shape(report: Report, host: Host, names: Mapping[UUID, str]) -> dict[s
                 "device": plugged.device_id,
                 "driver": plugged.driver,
                 "port": plugged.port,
+                "iommu": plugged.iommu,
             }
             for plugged in report.mdevs
         ],
@@ -404,6 +407,7 @@ def _mdev_shape(uuid: UUID, host: Host, names: Mapping[UUID, str]) -> dict[str, 
         "device": None,
         "driver": None,
         "port": None,
+        "iommu": None,
         "group_uuid": mdev and mdev.group_uuid and str(mdev.group_uuid),
         "group": mdev and mdev.group_uuid and names.get(mdev.group_uuid),
         "online": mdev and mdev.online,

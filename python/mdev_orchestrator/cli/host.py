@@ -119,6 +119,7 @@ def mdev_shape(mdev: Mdev, held: Holders | None = None) -> dict[str, Any]:
         "type": mdev.type_id,
         "device_api": mdev.device_api,
         "iommu_group": mdev.iommu_group,
+        "cdev": mdev.cdev,
         "group_uuid": None if mdev.group_uuid is None else str(mdev.group_uuid),
         "online": mdev.online,
         "params": mdev.params,
@@ -234,7 +235,7 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
                 str(mdev.uuid),
                 mdev.parent,
                 _line(mdev.type_id),
-                _line(mdev.iommu_group),
+                _iommu(mdev),
                 STATES[mdev.online],
                 _group(mdev, names),
                 _owner(mdev, owned),
@@ -261,6 +262,11 @@ def _show(found: Host, held: Holders, owned: Managed | None) -> None:
         output.remark(
             f"{held.unseen} processes of other users may hold devices too \u2014 run as root"
         )
+
+
+def _iommu(mdev: Mdev) -> str:
+    """The names of its VFIO nodes."""
+    return " ".join([_line(mdev.iommu_group), *filter(None, [mdev.cdev])])
 
 
 def _group(mdev: Mdev, names: Mapping[UUID, str]) -> str:

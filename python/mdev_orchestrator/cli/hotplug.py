@@ -12,6 +12,7 @@ from mdev_orchestrator.cli import output
 from mdev_orchestrator.cli.context import run
 from mdev_orchestrator.cli.guest import reclaim_groups
 from mdev_orchestrator.cli.params import (
+    Iommu,
     Json,
     ParentOfType,
     complete_device,
@@ -42,6 +43,7 @@ def attach(
     ],
     *,
     parent: ParentOfType = None,
+    iommu: Iommu = "auto",
     wait_guest: Annotated[
         bool, typer.Option("--wait-guest", help="Return when the guest has taken the device.")
     ] = False,
@@ -50,11 +52,20 @@ def attach(
 ) -> None:
     """Plug a device into a running guest."""
     from mdev_orchestrator.engine import attach
+    from mdev_orchestrator.qemu.command import parse_iommu
+
+    choice = parse_iommu(iommu)
 
     async def work(machine: Machine) -> Attached:
         await reclaim_groups(machine)
         return await attach.attach(
-            machine, guest, what, parent=parent, wait_guest=wait_guest, deadline=deadline
+            machine,
+            guest,
+            what,
+            parent=parent,
+            iommu=choice,
+            wait_guest=wait_guest,
+            deadline=deadline,
         )
 
     done = run(work)

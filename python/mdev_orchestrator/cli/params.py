@@ -26,6 +26,15 @@ Json = Annotated[
 ]
 
 
+Iommu = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|iommufd|container",
+        help="How devices are opened; auto: by /dev/iommu where that can be.",
+    ),
+]
+
+
 def seconds(help: str, *, least: float = 0.0) -> Any:  # noqa: A002, ANN401 - typer's own types
     """An option that is a number of seconds, at least ``least``."""
     return typer.Option(min=least, metavar="SECONDS", callback=_number, help=help)

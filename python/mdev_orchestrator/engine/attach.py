@@ -12,7 +12,7 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from mdev_orchestrator.engine import domain_ops
+from mdev_orchestrator.engine import domain_ops, guest_iommu
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.devices import detach_domain, place, removal_of
 from mdev_orchestrator.engine.executor import Observer, PlannedStep, ignore
@@ -32,7 +32,7 @@ from mdev_orchestrator.errors import RequestError, UnknownError
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop.libvirt import Domain
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import is_uuid, parse_uuid
+from mdev_orchestrator.model import IommuChoice, is_uuid, parse_uuid
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import device_id
 
@@ -57,6 +57,7 @@ async def attach(
     what: UUID | str,
     *,
     parent: str | None = None,
+    iommu: IommuChoice = "auto",
     wait_guest: bool = False,
     deadline: float = hotplug.ATTACH_SECONDS,
     observe: Observer = ignore,
@@ -66,10 +67,12 @@ async def attach(
     :param guest: Its name; or that of a domain of libvirt, if no guest here is called so.
     :param what: A device by its UUID, or a type to create one of.
     :param parent: For a type that several parents offer.
+    :param iommu: How it is opened; ``auto`` is as the guest's other devices are.
     :param wait_guest: Return when the guest has taken it.
     :param deadline: Seconds for the whole: to create the device, to plug it in, and for the guest
         to take it. An undo has its own time.
     :raise BusyError: Another process has the device.
+    :raise HostError: It shall be opened by iommufd, and that cannot be.
     :raise DeadlineError: The guest has not taken it: then it stays plugged, and the message says
         so; or it was not plugged in time, and all was undone.
     :raise MdoError: It cannot be; all was undone.
@@ -84,6 +87,13 @@ async def attach(
 
     async def look(_: Managed) -> Plan[tuple[process.RunningGuest | Domain, UUID]]:
         found = await _find(machine, guest)
+        if isinstance(found, Domain) and iommu == "iommufd":
+            raise RequestError(
+                f"domain {found.name} is libvirt's, which opens devices by their group",
+                "--iommu container, or without it",
+                subject=f"guest {guest}",
+            )
+        guest_iommu.check_host(machine, iommu)
         plan = []
         if creating:
             host = await sysfs.scan(machine)
@@ -94,8 +104,11 @@ async def attach(
         else:
             uuid = parse_uuid(name)
             # libvirt opens a device as root, or gives its QEMU the permission
-            user = "root" if isinstance(found, Domain) else None
-            device_api = (await usable_mdev(machine, uuid, deadline, user=user)).device_api
+            if isinstance(found, Domain):
+                mdev = await usable_mdev(machine, uuid, deadline, "container", user="root")
+            else:
+                mdev = await usable_mdev(machine, uuid, deadline, iommu)
+            device_api = mdev.device_api
         context.deadline = context.seconds(deadline)
         step: AnyStep
         if isinstance(found, Domain):
@@ -107,7 +120,7 @@ async def attach(
                 deadline=deadline,
             )
         else:
-            step = Attach(guest=_record(found), uuid=uuid, deadline=deadline)
+            step = Attach(guest=_record(found), uuid=uuid, deadline=deadline, iommu=iommu)
         plan.append(PlannedStep(step, tuple(range(len(plan)))))
         return Plan((found, uuid), plan)
 

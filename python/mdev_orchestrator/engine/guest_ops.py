@@ -14,8 +14,10 @@ from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from uuid import UUID
 
+from msgspec.structs import replace
+
 from mdev_orchestrator import errors
-from mdev_orchestrator.engine import start_groups
+from mdev_orchestrator.engine import guest_iommu, start_groups
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.records import Change, GuestRecord
 from mdev_orchestrator.engine.start_groups import START_SECONDS, Starter
@@ -24,7 +26,7 @@ from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.readiness import wait_ready
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import Host, StartGroup
+from mdev_orchestrator.model import Host, IommuChoice, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import Ended, RunningGuest
@@ -155,9 +157,13 @@ class _PlugStep(Step, frozen=True):
 
 
 class Attach(_PlugStep, frozen=True, tag="attach"):
-    """Plug an mdev into a running guest."""
+    """Plug an mdev into a running guest.
+
+    :ivar iommu: How the device shall be opened.
+    """
 
     deadline: float = hotplug.ATTACH_SECONDS
+    iommu: IommuChoice = "auto"
     undo_deadline: float = hotplug.DETACH_SECONDS
 
     def __str__(self) -> str:
@@ -181,7 +187,9 @@ class Attach(_PlugStep, frozen=True, tag="attach"):
                 return
             mdev = _usable(self.uuid, context)
         seconds = context.seconds(self.deadline)
-        context.ports[self.uuid] = await attach(context.machine, found, mdev, deadline=seconds)
+        context.ports[self.uuid] = await attach(
+            context.machine, found, mdev, iommu=self.iommu, deadline=seconds
+        )
 
     def inverse(self) -> Detach:
         """What undoes it."""
@@ -233,6 +241,7 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
         disk_format=guest.disk_format,
         hotplug_window=int(guest.hotplug_window),
         mdevs=tuple(mdevs),
+        iommu=guest.iommu,
         hotplug_ports=guest.hotplug_ports,
         accel=guest.accel,
         machine=guest.machine,
@@ -278,15 +287,23 @@ def _alive(own: GuestRecord, context: Context) -> RunningGuest | None:
 
 
 async def usable_mdev(
-    machine: Machine, uuid: UUID, deadline: float, *, user: str | None = None
+    machine: Machine,
+    uuid: UUID,
+    deadline: float,
+    iommu: IommuChoice = "auto",
+    *,
+    user: str | None = None,
 ) -> GuestMdev:
     """Wait until an mdev of the host can be opened; which process has it open is checked later.
 
     :param deadline: Seconds; at most :data:`READY_SECONDS` of them.
+    :param iommu: How it shall be opened.
     :param user: The user that will open it; the caller's without one.
     :raise UnknownError: There is no such mdev.
+    :raise HostError: The host has no iommufd, which was asked for.
     :raise DeadlineError: It cannot be opened; says why.
     """
+    guest_iommu.check_host(machine, iommu)
     mdev = sysfs.read_mdev(machine, uuid)
     if mdev is None:
         raise errors.UnknownError(
@@ -294,7 +311,7 @@ async def usable_mdev(
             "mdo host lists them; mdo create makes one",
             subject=f"mdev {uuid}",
         )
-    await wait_ready(machine, uuid, min(deadline, READY_SECONDS), user=user)
+    await wait_ready(machine, uuid, min(deadline, READY_SECONDS), user=user, choice=iommu)
     return GuestMdev(uuid, mdev.path, mdev.device_api or "vfio-pci")
 
 
@@ -307,11 +324,13 @@ async def launch(
         :data:`.start_groups.START_SECONDS` of them before that.
     :raise BusyError: Another process has a member of a group open.
     :raise RequestError: A group is not complete.
+    :raise HostError: The guest shall have its mdevs by iommufd, and that cannot be.
     :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
         or what :func:`mdev_orchestrator.qemu.process.start` raises.
     """
     with errors.before_acting():
         await start_groups.reclaim_groups(machine)
+        spec = replace(spec, iommu=await guest_iommu.for_launch(machine, spec))
         found = await sysfs.scan(machine, types=False) if spec.mdevs else Host()
         given = {mdev.uuid: mdev.device_api for mdev in spec.mdevs}
         wanted = start_groups.groups_of(found, given)
@@ -355,13 +374,17 @@ async def attach(
     guest: RunningGuest,
     mdev: GuestMdev,
     *,
+    iommu: IommuChoice = "auto",
     deadline: float = hotplug.ATTACH_SECONDS,
 ) -> str | None:
     """Plug an mdev into a running guest, and start its group before that if it is offline.
 
+    :param iommu: How it shall be opened.
     :param deadline: Seconds for the whole.
     :return: The root port that it is in; ``None`` for a device that needs none.
     :raise BusyError: Another process has a member of the group open.
+    :raise RequestError: The guest's devices are opened in another way.
+    :raise HostError: It shall be opened by iommufd, and that cannot be.
     :raise MdoError: The group did not come online; or what
         :func:`mdev_orchestrator.qemu.hotplug.plug_by` raises.
     """
@@ -374,6 +397,7 @@ async def attach(
             qmp = await stack.enter_async_context(
                 connect(guest.qmp_socket, guest.label, deadline=deadline)
             )
+            kind = await guest_iommu.for_attach(machine, guest, qmp, mdev, iommu)
             found = await sysfs.scan(machine, types=False)
             wanted = start_groups.groups_of(found, [mdev.uuid])
             own = None if guest.record is None else guest.record.pid
@@ -391,7 +415,10 @@ async def attach(
                 start_groups.online(machine, guest.started, group, by, left)
             )
             await stack.enter_async_context(start_groups.explained(machine, [group]))
-        return await hotplug.plug_by(qmp, hotplug.device_for(mdev), end)
+        iommufd = None
+        if kind == "iommufd":
+            iommufd = await stack.enter_async_context(hotplug.iommufd_object(machine, qmp))
+        return await hotplug.plug_by(qmp, hotplug.device_for(mdev, iommufd), end)
 
 
 async def detach(

@@ -40,6 +40,7 @@ async def start_guest(
     :raise RequestError: The configuration is faulty, or an mdev is named twice.
     :raise BusyError: The guest runs already, or another process has one of the devices open.
     :raise UnknownError: One of the devices is not there.
+    :raise HostError: The configuration wants iommufd, and the host or QEMU does not have it.
     :raise QemuError: QEMU did not start; the message has its own words.
     :raise MdoError: A start group did not come online; all was undone.
     """
@@ -53,7 +54,7 @@ async def start_guest(
 
     async def look(_: Managed) -> Plan[None]:
         for mdev in mdevs:
-            await usable_mdev(machine, mdev, deadline)
+            await usable_mdev(machine, mdev, deadline, config.iommu)
         step = Launch(guest=record, devices=tuple(mdevs), deadline=deadline, unrecorded=True)
         return Plan(None, [PlannedStep(step)])
 

@@ -7,13 +7,11 @@ import grp
 import os
 import pwd
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
 
-from mdev_orchestrator.host import dkms, sysfs
-from mdev_orchestrator.host.readiness import PERMISSION_REMEDY, group_name, may_open
+from mdev_orchestrator.host import dkms, iommu
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 
@@ -99,36 +97,40 @@ def _mdev(machine: Machine, host: Host) -> Iterator[Finding]:
 
 
 def _vfio(machine: Machine) -> Iterator[Finding]:
-    node = machine.root / "dev/vfio/vfio"
-    if not node.exists():
-        yield Finding("fault", "vfio", f"{node} is not there", _module(machine, "vfio_iommu_type1"))
-    elif not may_open(node):
-        yield Finding("fault", "vfio", f"no permission to open {node}", f"chmod 0666 {node}")
+    lack = iommu.lack_of_iommufd(machine)
+    iommufd, container = (machine.root / iommu.HOST_NODES[k] for k in ("iommufd", "container"))
+    if lack is None:
+        yield Finding("ok", "iommufd", f"{iommufd} opens")
+    elif iommufd.exists():
+        yield Finding("warning", "iommufd", f"{lack[0]}: guests use the container", lack[1])
     else:
-        yield Finding("ok", "vfio", f"{node} opens")
+        yield Finding("ok", "iommufd", f"no {iommufd}: guests use the container")
     # without the type 1 driver the node is there and no container can be set up
     module = machine.root / "sys/module/vfio_iommu_type1"
-    if node.exists() and not module.exists():
-        yield Finding("fault", "vfio", "vfio_iommu_type1 is not loaded", VFIO_REMEDY)
+    level: Level = "fault" if lack else "warning"
+    if not container.exists():
+        remedy = _module(machine, "vfio_iommu_type1")
+        yield Finding(level, "vfio", f"{container} is not there", remedy)
+    elif not iommu.may_open(container):
+        remedy = f"chmod 0666 {container}"
+        yield Finding(level, "vfio", f"no permission to open {container}", remedy)
+    elif not module.exists():
+        yield Finding(level, "vfio", "vfio_iommu_type1 is not loaded", VFIO_REMEDY)
+    else:
+        yield Finding("ok", "vfio", f"{container} opens")
     if (machine.root / "sys/bus/mdev").exists() and not (machine.root / "sys/module/vfio").exists():
         yield Finding("warning", "vfio", "the vfio module is not loaded", "modprobe vfio")
 
 
 def _nodes(machine: Machine, host: Host) -> Iterator[Finding]:
+    """Devices that this process cannot open: a fault if in no way, else a warning."""
+    kinds = iommu.kinds(machine)
     for mdev in host.mdevs:
-        node = sysfs.vfio_node(machine, mdev.uuid)
-        subject = str(mdev.uuid)
-        if node is None:
-            yield Finding("fault", subject, "it has no IOMMU group", VFIO_REMEDY)
-        elif not Path(node).exists():
-            yield Finding("fault", subject, f"{node} is not there", "udevadm trigger -s vfio")
-        elif not may_open(node):
-            yield Finding(
-                "fault",
-                subject,
-                f"no permission to open {node} (group {group_name(node)})",
-                PERMISSION_REMEDY,
-            )
+        lacks = [iommu.lack_of_node(machine, mdev.uuid, kind) for kind in kinds]
+        level: Level = "warning" if None in lacks else "fault"
+        for lack in lacks:
+            if lack is not None:
+                yield Finding(level, str(mdev.uuid), *lack)
 
 
 def _kvm(machine: Machine) -> Finding:
@@ -137,7 +139,7 @@ def _kvm(machine: Machine) -> Finding:
         return Finding(
             "warning", "kvm", "no /dev/kvm: guests are emulated", "modprobe kvm_intel or kvm_amd"
         )
-    if not may_open(node):
+    if not iommu.may_open(node):
         return Finding("warning", "kvm", f"no permission to open {node}", "adduser $USER kvm")
     # that it opens does not prove that guests boot; only booting one does
     return Finding("ok", "kvm", f"{node} opens")
@@ -145,16 +147,9 @@ def _kvm(machine: Machine) -> Finding:
 
 def _module(machine: Machine, name: str) -> str:
     """How to get a module: load it, or first a kernel that has it."""
-    release = os.uname().release
-    directory = machine.root / "lib/modules" / release
-    listed = directory / "modules.dep"
-    try:
-        known = f"/{name}.ko" in listed.read_text(errors="replace")
-    except OSError:
-        known = directory.exists()  # no list: let modprobe say it
-    if known:
+    if iommu.module_is_known(machine, name):
         return f"modprobe {name}"
     return (
-        f"kernel {release} has no module {name} here: "
+        f"kernel {os.uname().release} has no module {name} here: "
         "apt-get install linux-image-amd64 and boot it, or try make demo in a checkout"
     )

@@ -24,6 +24,7 @@ ERROR = "group_error"
 """Optional file: why the driver refused the last start."""
 OWNER = "group_owner"
 """Optional file: the process that has the group, or 0."""
+_DENIED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 async def find(machine: Machine, uuid: UUID) -> tuple[Host, StartGroup] | None:
@@ -96,6 +97,8 @@ async def stop(machine: Machine, uuid: UUID, deadline: float) -> bool:
         raise sysfs.writer_killed(path, f"mdev {uuid} is offline", f"mdev {uuid}")
     if result.errno == errno.EBUSY:
         return False
+    if result.errno in _DENIED and _offline(machine, uuid):
+        return True  # its driver, or QEMU, has stopped it
     if result.errno and result.errno not in sysfs.GONE:
         message = f"mdev {uuid} does not go offline: {os.strerror(result.errno)}"
         raise _with_owner(machine, message, result.errno, uuid)
@@ -223,7 +226,7 @@ def _with_owner(
 ) -> errors.MdoError:
     kind: type[errors.MdoError] = errors.MdoError
     hint = "the driver's own words are in the kernel log (dmesg)"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number in _DENIED:
         kind = errors.HostError
         message, hint = f"{message}: {file_and_owner(machine, uuid)}", "run as root"
     return kind(

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Finds the processes that have an mdev open, and so block its removal.
 
-The kernel does not tell. ``/proc/PID/fd`` does: a process that uses an mdev has ``/dev/vfio/GROUP``
-open, or ``/dev/vfio/devices/vfioN`` with the newer interface. To read it takes long on a host with
-many processes, so coroutines have it done in a thread.
+The kernel does not tell. ``/proc/PID/fd`` does: a process that uses an mdev has one of its VFIO
+nodes open. To read it takes long on a host with many processes, so coroutines have it done in a
+thread.
+
+A device that is being removed has no name of its own node any more, so a process that has it open
+by that node is not found.
 """
 
 from __future__ import annotations
@@ -15,13 +18,10 @@ from uuid import UUID
 
 from msgspec import Struct, field
 
-from mdev_orchestrator.host.sysfs import vfio_cdev
 from mdev_orchestrator.host.tree import CLASS, TYPES
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import Mdev, as_uuid
+from mdev_orchestrator.model import GROUP_NODES, Mdev, as_uuid
 
-_GROUP = "/dev/vfio/"
-_CDEV = "/dev/vfio/devices/"
 _CMDLINE_LIMIT = 1 << 20  # bytes; QEMU's command lines are long, but not that long
 
 
@@ -79,17 +79,12 @@ def read_holders(machine: Machine, mdevs: Iterable[Mdev]) -> Holders:
     mdevs = tuple(mdevs)
     if not mdevs:
         return Holders()
-    by_node, unseen = _open_files(machine.path("proc"), _GROUP, opened=True)
+    by_node, unseen = _open_files(machine.path("proc"), f"/{GROUP_NODES}/", opened=True)
     if not by_node:
         return Holders(unseen=unseen)
-    with_cdev = any(node.startswith(_CDEV) for node in by_node)
     found: dict[UUID, tuple[Holder, ...]] = {}
     for mdev in mdevs:
-        pids = set[int]()
-        if mdev.iommu_group is not None:
-            pids |= by_node.get(f"{_GROUP}{mdev.iommu_group}", set())
-        if with_cdev and (name := vfio_cdev(machine, mdev.uuid)) is not None:
-            pids |= by_node.get(_CDEV + name, set())
+        pids = set[int]().union(*(by_node.get(node, set()) for node in mdev.nodes.values()))
         if pids:
             found[mdev.uuid] = tuple(_holder(machine, pid) for pid in sorted(pids))
     return Holders(found, unseen)

@@ -1,38 +1,42 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Waits until an mdev that was just created can be opened by a guest.
 
-That is when the kernel has linked its type and its IOMMU group, its node in ``/dev/vfio`` is there,
-and the user that will open the node may do so. The last is done by udev's rules, some time later.
+That is when the kernel has linked its type and named its VFIO nodes, the nodes are there, and the
+user that will open them may do so. The last is done by udev's rules, some time later.
 """
 
 from __future__ import annotations
 
 import asyncio
-import grp
 import os
-import pwd
-from pathlib import Path
+from functools import partial
 from uuid import UUID
 
-from mdev_orchestrator.errors import DeadlineError, HostError
-from mdev_orchestrator.host import sysfs
+from mdev_orchestrator.errors import DeadlineError
+from mdev_orchestrator.host import iommu, sysfs
 from mdev_orchestrator.host.events import wait_until
+from mdev_orchestrator.host.iommu import Lack
 from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.model import IommuChoice
 
-PERMISSION_REMEDY = (
-    'udev rule: SUBSYSTEM=="vfio", OWNER="root", GROUP="kvm", MODE="0660" in '
-    "/etc/udev/rules.d/10-vfio.rules, and the user in group kvm"
-)
-
-
-_READ_WRITE = 0o6
+EVERY_SECONDS = 2.0
+"""For all nodes of a device to be ready, on a host that offers both kinds. Then one is enough: an
+administrator may have given a permission for one kind only."""
 
 
-def missing(machine: Machine, uuid: UUID, user: str | None = None) -> tuple[str, str] | None:
+def missing(
+    machine: Machine,
+    uuid: UUID,
+    user: str | None = None,
+    *,
+    choice: IommuChoice = "auto",
+    every: bool = True,
+) -> Lack | None:
     """Say what an mdev lacks to be opened by ``user``, and the remedy.
 
     :param user: This process without one.
-
+    :param choice: How it shall be opened; in each way that this host offers for ``auto``.
+    :param every: Whether ``auto`` means that it can be opened in every such way, not only in one.
     :return: ``None`` when it is ready.
     :raise HostError: There is no such user.
     """
@@ -41,67 +45,47 @@ def missing(machine: Machine, uuid: UUID, user: str | None = None) -> tuple[str,
             remedy = "see the kernel log: its driver may have taken it back"
             return "it is not on the mdev bus", remedy
         return "the kernel has not linked its type", "see the kernel log"
-    node = sysfs.vfio_node(machine, uuid)
-    if node is None:
-        return "it has no IOMMU group", "modprobe vfio_iommu_type1, then see the kernel log"
-    if may_open(node, user):
+    kinds = iommu.kinds(machine, user) if choice == "auto" else (choice,)
+    lacks = [iommu.lack_of_node(machine, uuid, kind, user) for kind in kinds]
+    if not every and None in lacks:
         return None
-    if not os.path.exists(node):
-        return f"{node} is not there", "is udev running, or /dev a devtmpfs?"
-    return f"{user or 'this user'} may not read and write {node}", PERMISSION_REMEDY
-
-
-def may_open(path: str | Path, user: str | None = None) -> bool:
-    """Whether ``user`` may read and write a node; this process without one.
-
-    For another user only the permission bits count, not access control lists.
-
-    :raise HostError: There is no such user.
-    """
-    if user is None:
-        return os.access(path, os.R_OK | os.W_OK, effective_ids=True)
-    try:
-        account = pwd.getpwnam(user)
-    except KeyError:
-        raise HostError(f"there is no user {user!r}") from None
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    groups = os.getgrouplist(user, account.pw_gid)
-    shift = 6 if status.st_uid == account.pw_uid else 3 if status.st_gid in groups else 0
-    return account.pw_uid == 0 or (status.st_mode >> shift) & _READ_WRITE == _READ_WRITE
+    return next((lack for lack in lacks if lack is not None), None)
 
 
 async def wait_ready(
-    machine: Machine, uuid: UUID, deadline: float, *, user: str | None = None
+    machine: Machine,
+    uuid: UUID,
+    deadline: float,
+    *,
+    user: str | None = None,
+    choice: IommuChoice = "auto",
 ) -> None:
     """Return when the mdev can be opened by ``user``, or by this process without one.
 
     :param deadline: Seconds.
+    :param choice: How it shall be opened. For ``auto``, on a host that offers both ways, one of
+        them is enough after :data:`EVERY_SECONDS`.
     :raise DeadlineError: Something is still missing; says what, and how to mend it.
     :raise HostError: There is no such user.
     """
-    if missing(machine, uuid, user) is None:
+
+    def is_ready(*, every: bool) -> bool:
+        return missing(machine, uuid, user, choice=choice, every=every) is None
+
+    if is_ready(every=True):
         return
-    try:
-        async with asyncio.timeout(deadline):
-            await wait_until(machine, lambda: missing(machine, uuid, user) is None)
-    except TimeoutError:
-        lack = missing(machine, uuid, user)
-        if lack is None:
-            return
+    patience = min(deadline, EVERY_SECONDS)
+    for seconds, every in ((patience, True), (deadline - patience, False)):
+        try:
+            async with asyncio.timeout(seconds):
+                await wait_until(machine, partial(is_ready, every=every))
+        except TimeoutError:
+            continue
+        return
+    lack = missing(machine, uuid, user, choice=choice, every=False)
+    if lack is not None:
         raise DeadlineError(
             f"mdev {uuid} is not usable after {deadline:g} s: {lack[0]}",
             lack[1],
             subject=f"mdev {uuid}",
-        ) from None
-
-
-def group_name(path: str | Path) -> str:
-    """Name or number of the group that a node belongs to."""
-    number = os.stat(path).st_gid
-    try:
-        return grp.getgrgid(number).gr_name
-    except KeyError:
-        return str(number)
+        )

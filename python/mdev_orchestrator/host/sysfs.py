@@ -11,6 +11,7 @@ effect. A writer that is killed, or given up at a deadline, leaves the outcome u
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from mdev_orchestrator.host.tree import (
     ONLINE_FILE,
     PARAMS_FILES,
     TYPES,
+    cdev_name,
     directory,
     parent_links,
     read_host,
@@ -41,7 +43,7 @@ from mdev_orchestrator.host.values import (
     shown,
 )
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import GROUP_FILE
+from mdev_orchestrator.model import CDEV_NODES, GROUP_FILE, GROUP_NODES, IommuKind
 
 if TYPE_CHECKING:
     from mdev_orchestrator.system.writer import WriteResult
@@ -68,8 +70,7 @@ __all__ = [
     "remove",
     "scan",
     "taken",
-    "vfio_cdev",
-    "vfio_node",
+    "vfio_nodes",
     "writable_files",
     "write_file",
     "writer_killed",
@@ -96,24 +97,19 @@ def parent_of(machine: Machine, uuid: UUID) -> str:
     return "" if path is None else os.path.basename(os.path.dirname(os.path.realpath(path)))
 
 
-def vfio_node(machine: Machine, uuid: UUID) -> str | None:
-    """The device node that a user of this mdev opens; ``None`` until the kernel has named it.
+def vfio_nodes(machine: Machine, uuid: UUID) -> dict[IommuKind, str]:
+    """The nodes by which a process can open this mdev, by the kind of IOMMU that it uses then.
 
-    ``/dev/vfio/GROUP`` where there is an IOMMU group, ``/dev/vfio/devices/vfioN`` otherwise. The
-    node itself need not be there yet.
+    A node need not be there yet. A kind is left out until the kernel has named its node.
     """
-    try:
+    found: dict[IommuKind, str] = {}
+    cdev = cdev_name(file(machine, uuid, ""))
+    if cdev is not None:
+        found["iommufd"] = machine.path(CDEV_NODES, cdev)
+    with contextlib.suppress(OSError):
         group = last_part(link_target(file(machine, uuid, "iommu_group")))
-    except OSError:
-        name = vfio_cdev(machine, uuid)
-        return None if name is None else machine.path("dev/vfio/devices", name)
-    return machine.path("dev/vfio", group)
-
-
-def vfio_cdev(machine: Machine, uuid: UUID) -> str | None:
-    """Name of the mdev's VFIO character device (``vfio0``), on kernels that have those."""
-    names = list_names(file(machine, uuid, "vfio-dev"))
-    return names[0] if names else None
+        found["container"] = machine.path(GROUP_NODES, group)
+    return found
 
 
 def read_file(machine: Machine, uuid: UUID, name: str) -> str | None:

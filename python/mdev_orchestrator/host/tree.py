@@ -9,6 +9,10 @@ The layout is the kernel's (Documentation/ABI/testing/sysfs-bus-vfio-mdev)::
     devices/…/PARENT/UUID/{mdev_type -> ../mdev_supported_types/TYPE, iommu_group -> …, remove}
     class/vfio/N, a group that VFIO users can open
     kernel/iommu_groups/N/devices/UUID -> ../../../../devices/…/PARENT/UUID
+    devices/…/PARENT/UUID/vfio-dev/vfioN/dev
+
+The last file is there when the kernel gives the device a node of its own,
+``/dev/vfio/devices/vfioN``.
 
 What a vendor's driver adds is optional: ``group_uuid``, ``online`` and ``vgpu_params`` of an mdev,
 ``p2p_links`` and ``p2p_links_free`` of a parent (kernel/ABI.rst).
@@ -22,6 +26,7 @@ and waits for the same processes: then only their groups lead to the devices.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -39,6 +44,7 @@ from mdev_orchestrator.host.values import (
 )
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import (
+    CDEV_NODES,
     GROUP_FILE,
     Host,
     Mdev,
@@ -74,8 +80,9 @@ _Kind = tuple[str, str | None]
 """Parent and type of an mdev."""
 _Like = tuple[str | None, frozenset[str]]
 """What mdevs of a kind have in common: ``device_api``, and which of ``_LIFECYCLE_FILES``."""
-_Links = tuple[str | OSError, str | OSError]
-"""What an mdev's ``mdev_type`` and ``iommu_group`` lead to."""
+_Links = tuple[str | OSError, str | OSError, str | None]
+"""What an mdev's ``mdev_type`` and ``iommu_group`` lead to, and the name of its own node."""
+_CDEV = re.compile(r"vfio\d+")
 _NO_LIFECYCLE = None, None, None
 _LINKS_FILES = ("p2p_links", "p2p_links_free")
 
@@ -115,14 +122,12 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
         (type_.parent, type_.id): type_.device_api for p in parents for type_ in p.types
     }
     # All links at once: one at a time between other work takes a fifth more.
-    links = {
-        name: (_link(f"{path}/mdev_type"), _link(f"{path}/iommu_group"))
-        for name, (_, _, path) in homes.items()
-    }
+    with_cdev = _has_cdevs(machine)
+    links = {name: _links(path, with_cdev=with_cdev) for name, (_, _, path) in homes.items()}
     linked = set(mdev_names or ())
-    held = _in_groups(machine, {group for _, group in links.values()}, linked.union(homes))
+    held = _in_groups(machine, {group for _, group, _ in links.values()}, linked.union(homes))
     homes |= held
-    links |= {name: _links(path) for name, (_, _, path) in held.items()}
+    links |= {name: _links(path, with_cdev=with_cdev) for name, (_, _, path) in held.items()}
     found: dict[str, list[Mdev]] = {}
     kinds: dict[_Kind, _Like] = {}
     for name in sorted(linked.union(homes)):
@@ -136,7 +141,7 @@ def read_host(machine: Machine, *, types: bool = True) -> Host:
             elif not os.path.lexists(link):  # else it came after the bus was listed
                 mdev = _leaving(uuid, parent_name, path)
         elif (unhoused := as_uuid(name)) is not None:
-            mdev = _linked_mdev(unhoused, link, kinds, apis)
+            mdev = _linked_mdev(unhoused, link, kinds, apis, with_cdev=with_cdev)
         else:
             damage.append(f"{shown(name)} on the mdev bus is not a UUID")
         if mdev is not None:
@@ -160,7 +165,7 @@ def read_mdev(machine: Machine, uuid: UUID) -> Mdev | None:
     where = os.path.dirname(path)
     if where != machine.path(BUS):
         return _leaving(uuid, os.path.basename(where), path)
-    return _linked_mdev(uuid, path, {}, None)
+    return _linked_mdev(uuid, path, {}, None, with_cdev=_has_cdevs(machine))
 
 
 def directory(machine: Machine, uuid: UUID) -> str | None:
@@ -323,7 +328,12 @@ def _attribute(directory: str, name: str, into: dict[str, str], damage: list[str
 
 
 def _linked_mdev(
-    uuid: UUID, link: str, kinds: dict[_Kind, _Like], apis: Mapping[_Kind, str | None] | None
+    uuid: UUID,
+    link: str,
+    kinds: dict[_Kind, _Like],
+    apis: Mapping[_Kind, str | None] | None,
+    *,
+    with_cdev: bool,
 ) -> Mdev | None:
     """Read an mdev of which only the link on the bus is known; see :func:`_mdev`."""
     try:
@@ -332,13 +342,32 @@ def _linked_mdev(
         return None
     except OSError as error:
         reason = f"has no link to its parent: {os.strerror(error.errno or 0)}"
-        return _mdev(uuid, link, "", link, _links(link), kinds, apis, (reason,))
+        links = _links(link, with_cdev=with_cdev)
+        return _mdev(uuid, link, "", link, links, kinds, apis, (reason,))
     parent = os.path.basename(os.path.dirname(path))
-    return _mdev(uuid, link, parent, path, _links(path), kinds, apis)
+    links = _links(path, with_cdev=with_cdev)
+    return _mdev(uuid, link, parent, path, links, kinds, apis)
 
 
-def _links(path: str) -> _Links:
-    return _link(f"{path}/mdev_type"), _link(f"{path}/iommu_group")
+def _has_cdevs(machine: Machine) -> bool:
+    """Whether any device has a node of its own: without one none has to be asked for it."""
+    return os.path.isdir(machine.path(CDEV_NODES))
+
+
+def _links(path: str, *, with_cdev: bool) -> _Links:
+    cdev = cdev_name(path) if with_cdev else None
+    return _link(f"{path}/mdev_type"), _link(f"{path}/iommu_group"), cdev
+
+
+def cdev_name(path: str) -> str | None:
+    """The name of a device's own VFIO node; ``None`` if the kernel gives it none.
+
+    :param path: The device's directory.
+    """
+    for name in list_names(f"{path}/vfio-dev") or ():
+        if _CDEV.fullmatch(name) and os.path.exists(f"{path}/vfio-dev/{name}/dev"):
+            return name
+    return None
 
 
 def _link(path: str) -> str | OSError:
@@ -369,7 +398,7 @@ def _mdev(
     """
     damage = list(damaged)
     type_id = None
-    type_link, group_link = links
+    type_link, group_link, cdev = links
     if isinstance(type_link, str):
         type_id = type_link
     elif isinstance(type_link, FileNotFoundError):
@@ -402,6 +431,7 @@ def _mdev(
         type_id=type_id,
         device_api=api,
         iommu_group=group,
+        cdev=cdev,
         group_uuid=start_group,
         online=online,
         params=params,

@@ -16,6 +16,8 @@ What a guest looks like
   for more if the windows of all ports together are less than :data:`WINDOWS`.
 * An mdev is a device with the id ``mdev-UUID``, opened by ``sysfsdev``. vfio-ccw and vfio-ap
   devices are not PCI and sit on no port.
+* With ``iommufd`` all mdevs refer to one object (:data:`IOMMUFD_ID`), which has ``/dev/iommu``
+  open, and QEMU opens the device's own node. Without, it opens the group's, and a container.
 * Four listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
   (questions, so that a listing need not wait for an unplug that takes a minute), ``watch`` (events,
   for a client that stays connected) and ``console`` (first serial port, whose output is kept in a
@@ -60,6 +62,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from mdev_orchestrator.errors import RequestError
+from mdev_orchestrator.model import IommuChoice
 
 Accel = Literal["auto", "kvm", "tcg"]
 
@@ -67,6 +70,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 MAX_CPUS = 288
 PORTS_PER_SLOT = 8
+IOMMUFD_ID = "iommufd0"
+"""The id of the object that has ``/dev/iommu`` open."""
 FIRST_SLOT = 0x0F
 """Slots 1 to 14 are left to devices without an address; 0x1f is the chipset's own on q35."""
 MAX_PORTS = 128
@@ -115,6 +120,8 @@ class GuestSpec(Struct, frozen=True):
     :ivar kernel: Linux image to boot directly; ``initrd`` and ``append`` need it.
     :ivar disk: Image for the first virtio disk, in ``disk_format`` (never probed: a guest that
         writes a qcow2 header into its raw disk could otherwise name a file of the host).
+    :ivar iommu: How its mdevs are opened. ``auto``, which :func:`engine.guest_ops.launch` decides,
+        is the container here.
     :ivar hotplug_ports: Free root ports beside those of ``mdevs``.
     :ivar hotplug_window: Bytes of 64-bit prefetchable memory that a port reserves at least, a power
         of two.
@@ -133,6 +140,7 @@ class GuestSpec(Struct, frozen=True):
     disk: Path | None = None
     disk_format: str = "raw"
     mdevs: tuple[GuestMdev, ...] = ()
+    iommu: IommuChoice = "auto"
     hotplug_ports: int = 4
     hotplug_window: int = 256 * MIB
     accel: Accel = "auto"
@@ -171,6 +179,17 @@ def parse_accel(text: str) -> Accel:
         if text == name:
             return cast(Accel, name)
     raise RequestError(f"{text!r} is no accelerator", f"use {', '.join(get_args(Accel))}")
+
+
+def parse_iommu(text: str) -> IommuChoice:
+    """Read how devices shall be opened.
+
+    :raise RequestError: It is no such way.
+    """
+    for name in get_args(IommuChoice):
+        if text == name:
+            return cast(IommuChoice, name)
+    raise RequestError(f"{text!r} is no kind of IOMMU", f"use {', '.join(get_args(IommuChoice))}")
 
 
 def escape(value: object) -> str:
@@ -360,8 +379,13 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
         for number in range(ports_in_use(spec) + spec.hotplug_ports):
             argv += root_port(number, port_window(spec))
     port = 0
+    by_iommufd = spec.iommu == "iommufd" and spec.mdevs
+    if by_iommufd:
+        argv += ["-object", option("iommufd", id=IOMMUFD_ID)]
     for mdev in spec.mdevs:
         properties: dict[str, object] = {"id": mdev.device_id, "sysfsdev": mdev.path}
+        if by_iommufd:
+            properties["iommufd"] = IOMMUFD_ID
         if mdev.device_api == "vfio-pci" and has_ports(spec):
             properties["bus"] = port_id(port)
             port += 1

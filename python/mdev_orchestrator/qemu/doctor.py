@@ -41,7 +41,10 @@ async def examine(qemu: str = QEMU, mdevs: Iterable[Mdev] = ()) -> tuple[Finding
     if any(finding.level == "fault" for finding in found):
         return found
     properties = await features.properties(path, "vfio-pci")
-    return (*found, judge_start(features.START in properties, mdevs))
+    says = "it has no iommufd: its guests use the container"
+    if features.IOMMUFD in properties:
+        says = "it has iommufd"
+    return (*found, Finding("ok", "qemu", says), judge_start(features.START in properties, mdevs))
 
 
 def judge(path: str, version: str, devices: str) -> Iterator[Finding]:

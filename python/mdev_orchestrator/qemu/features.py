@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 START = "mdev-start"
 """The property of a vfio device in a QEMU that starts groups by itself (docs/qemu.md)."""
 
+IOMMUFD = "iommufd"
+"""The property of a vfio device in a QEMU that can open it by ``/dev/iommu``. Its value is the id
+of an object whose type has the same name."""
+
 PROBE_SECONDS = 30.0
 _DRIVER = re.compile(r"[a-z0-9][a-z0-9-]*")
 _PROPERTY = re.compile(r"^  ([a-z0-9_-]+)=", re.MULTILINE)

@@ -6,7 +6,8 @@ behind every port until the guest's firmware has numbered the buses:
 
 * ``/machine/peripheral`` and ``/machine/peripheral-anon`` list the devices, with and without id;
 * ``/machine/peripheral/PORT/PORT`` is the bus of a root port, its ``child[N]`` are the occupants;
-* a vfio device has a property ``sysfsdev``: the directory that it was opened by.
+* a vfio device has a property ``sysfsdev``: the directory that it was opened by, and in QEMUs that
+  know iommufd a property ``iommufd``: the path of the object that it uses, if it uses one.
 
 **Plugged** means that QEMU has realised the device: it is open and on its bus, and the guest has
 had a hotplug interrupt. It says nothing about the guest.
@@ -24,6 +25,11 @@ be lost, so the question is repeated; the guest may also refuse (``DEVICE_UNPLUG
 question cannot be taken back. While it is open there is a mark in the guest's directory, and a mark
 that is left says that the guest may let go yet.
 
+A guest's devices are opened in one way. QEMU would open one by a container and another by iommufd,
+but then each of the two has all of the guest's memory mapped. The iommufd object is there while a
+device uses it: it is added before the first and deleted after the last. One that no device uses,
+left behind by a command that was killed, has no file open, and the next device uses it.
+
 What is known of ``device_add`` and ``device_del`` after an error is the error's outcome. After an
 unknown one, :func:`await_pending_unplug` finds out, by the monitor that the command was sent to
 (see :mod:`mdev_orchestrator.qemu.monitor`).
@@ -33,8 +39,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -44,9 +50,11 @@ from msgspec import Struct, field
 
 from mdev_orchestrator import errors
 from mdev_orchestrator.errors import Outcome
+from mdev_orchestrator.host.iommu import has_iommufd
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.model import parse_uuid
-from mdev_orchestrator.qemu.command import GuestMdev, device_id
+from mdev_orchestrator.model import IommuKind, parse_uuid
+from mdev_orchestrator.qemu import features
+from mdev_orchestrator.qemu.command import IOMMUFD_ID, GuestMdev, device_id
 from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, time_left
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.spec.sizes import format_size
@@ -70,6 +78,7 @@ FIRST_LOOK_SECONDS = 0.02
 
 PERIPHERAL = "/machine/peripheral"
 ANONYMOUS = "/machine/peripheral-anon"
+OBJECTS = "/objects"
 PORT_TYPE = "pcie-root-port"
 ROM_BAR = 6
 FOUR_GIB = 1 << 32
@@ -154,6 +163,7 @@ class Plugged(Struct, frozen=True):
 
     :ivar device_id: Its id in QEMU; ``None`` for a device that was given none.
     :ivar port: The bus it sits on.
+    :ivar iommufd: Id of the object that it uses; ``None`` if it was opened by a container.
     """
 
     uuid: UUID
@@ -161,6 +171,12 @@ class Plugged(Struct, frozen=True):
     path: str
     device_id: str | None
     port: str | None
+    iommufd: str | None = None
+
+    @property
+    def iommu(self) -> IommuKind:
+        """How it was opened."""
+        return "container" if self.iommufd is None else "iommufd"
 
 
 # ---------------------------------------------------------------- what is there
@@ -217,6 +233,7 @@ async def mdevs(qmp: QmpMonitor) -> tuple[Plugged, ...]:
             except errors.RequestError:
                 continue  # a whole device of the host, no mdev
             bus = await _property(qmp, f"{directory}/{name}", "parent_bus")
+            used = await _property(qmp, f"{directory}/{name}", features.IOMMUFD)
             found.append(
                 Plugged(
                     uuid=uuid,
@@ -224,6 +241,7 @@ async def mdevs(qmp: QmpMonitor) -> tuple[Plugged, ...]:
                     path=path or "",
                     device_id=name if directory == PERIPHERAL else None,
                     port=PurePosixPath(bus).name if bus else None,
+                    iommufd=PurePosixPath(used).name if used else None,
                 )
             )
     return tuple(found)
@@ -288,14 +306,51 @@ async def _id_of(qmp: QmpMonitor, uuid: UUID) -> str:
 # ---------------------------------------------------------------- attach
 
 
-def device_for(mdev: GuestMdev) -> Device:
-    """The device that opens an mdev."""
+def device_for(mdev: GuestMdev, iommufd: str | None = None) -> Device:
+    """The device that opens an mdev.
+
+    :param iommufd: Id of the object that it uses.
+    """
+    properties = {"sysfsdev": str(mdev.path)}
+    if iommufd is not None:
+        properties[features.IOMMUFD] = iommufd
     return Device(
         id=mdev.device_id,
         driver=mdev.device_api,
-        properties={"sysfsdev": str(mdev.path)},
+        properties=properties,
         needs_port=mdev.device_api == "vfio-pci",
     )
+
+
+@asynccontextmanager
+async def iommufd_object(machine: Machine, qmp: QmpMonitor) -> AsyncIterator[str]:
+    """The id of the guest's iommufd object, which is added if it has none.
+
+    One that was added is deleted if the block fails, unless a device may use it.
+
+    :raise CommandError: QEMU has no such objects.
+    """
+    there = await _children(qmp, OBJECTS)
+    for name, kind in there.items():
+        if kind == features.IOMMUFD:
+            yield name
+            return
+    await qmp.execute("object-add", object, {"qom-type": features.IOMMUFD, "id": IOMMUFD_ID})
+    try:
+        yield IOMMUFD_ID
+    except errors.MdoError as error:
+        if error.outcome is Outcome.NO_EFFECT:
+            await drop_iommufd(machine, qmp)
+        raise
+
+
+async def drop_iommufd(machine: Machine, qmp: QmpMonitor) -> None:
+    """Delete the iommufd object of a guest that has no device for it, if that can be done."""
+    if not has_iommufd(machine):
+        return  # then it has none
+    with contextlib.suppress(errors.MdoError):  # QEMU refuses while a device uses it
+        if IOMMUFD_ID in await _children(qmp, OBJECTS):
+            await qmp.execute("object-del", object, {"id": IOMMUFD_ID})
 
 
 async def plug_by(
@@ -542,9 +597,11 @@ async def detach(
                 device = await _id_of(qmp, uuid)
             except errors.UnknownError:
                 _mark(guest, uuid).unlink(missing_ok=True)  # if it was asked, it has let go
+                await drop_iommufd(machine, qmp)
                 raise
         with _asking(guest, uuid) as mark:
             await _unplug(qmp, device, end, deadline, mark)
+        await drop_iommufd(machine, qmp)
 
 
 def _mark(guest: RunningGuest, uuid: UUID) -> Path:

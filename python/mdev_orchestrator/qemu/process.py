@@ -53,6 +53,7 @@ from mdev_orchestrator import errors
 from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host.service import scope
 from mdev_orchestrator.machine import Machine
+from mdev_orchestrator.model import IommuChoice
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
     GuestSpec,
@@ -133,6 +134,7 @@ class ProcessRecord(msgspec.Struct, frozen=True):
     :ivar boot_id: Which boot of the host that was.
     :ivar created: Seconds since the epoch.
     :ivar mdevs: Those of the command line; what was plugged later only QEMU knows.
+    :ivar iommu: How the guest's devices are opened: ``auto`` if it had none when it was started.
     :ivar ready: Its monitor has answered once.
     """
 
@@ -146,6 +148,7 @@ class ProcessRecord(msgspec.Struct, frozen=True):
     mdevs: list[UUID]
     memory: int
     cpus: int
+    iommu: IommuChoice = "auto"
     ready: bool = False
     version: int = 1
 
@@ -859,6 +862,7 @@ async def _start(
                 mdevs=[mdev.uuid for mdev in spec.mdevs],
                 memory=spec.memory,
                 cpus=spec.cpus,
+                iommu=spec.iommu,
             )
             await _write_record(directory, record)
             os.write(opener, b"\n")

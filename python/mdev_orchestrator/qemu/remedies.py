@@ -11,11 +11,11 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "the vendor driver refused to start the mdev; its reason is in the kernel log: dmesg",
     ),
     (
-        r"(/dev/vfio/\d+|group \d+).*Device or resource busy",
+        r"(/dev/vfio/\d+|group \d+|to iommufd=\d+).*Device or resource busy",
         "another process holds the mdev; mdo guest list shows which guest",
     ),
     (
-        r"/dev/vfio/\d+.*Permission denied",
+        r"(/dev/vfio/\d+|/dev/iommu).*Permission denied|Failed to open /dev/vfio/devices/",
         "you may not open the device's node; mdo doctor tells how to allow it",
     ),
     (

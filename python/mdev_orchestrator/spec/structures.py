@@ -153,6 +153,10 @@ class GuestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             extra_json_schema={"default": "256M"},
         ),
     ] = field(default_factory=lambda: Size(256 * MIB))
+    iommu: Annotated[
+        Literal["auto", "iommufd", "container"],
+        Meta(description="How its mdevs are opened; auto is iommufd where there is one."),
+    ] = "auto"
     accel: Annotated[
         Literal["auto", "kvm", "tcg"], Meta(description="How QEMU runs the processors.")
     ] = "auto"

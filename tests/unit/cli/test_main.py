@@ -50,6 +50,7 @@ def shape_of_first(system: FakeSystem) -> dict[str, object]:
         "type": "grid-12",
         "device_api": "vfio-pci",
         "iommu_group": 1,
+        "cdev": None,
         "group_uuid": None,
         "online": None,
         "params": None,

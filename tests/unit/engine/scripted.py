@@ -41,6 +41,9 @@ class ScriptedGuest:
     :ivar asked: The commands that change something, as they came.
     :ivar stops_at: The command at which it stops to answer, until :ivar:`goes_on` is set.
     :ivar refuses: Its words when it refuses a device.
+    :ivar objects: Types of its objects by their ids.
+    :ivar by_iommufd: The object that a device uses.
+    :ivar knows_iommufd: Whether its QEMU can open devices by iommufd.
     """
 
     def __init__(self, system: FakeSystem, name: str, pid: int) -> None:
@@ -59,6 +62,9 @@ class ScriptedGuest:
         self.asked: list[str] = []
         self.stops_at = ""
         self.refuses = ""
+        self.objects = {"ram0": "memory-backend-ram"}
+        self.by_iommufd: dict[str, str] = {}
+        self.knows_iommufd = True
         self._serving = {socket: asyncio.Lock() for socket in (process.QMP, process.QUERY)}
 
     def has(self, uuid: UUID) -> bool:
@@ -74,16 +80,19 @@ class ScriptedGuest:
     def _unplug(self, id_: str) -> None:
         self.devices.pop(id_, None)
         self.sysfsdev.pop(id_, None)
+        self.by_iommufd.pop(id_, None)
         self._show()
 
     def _show(self) -> None:
         """Show in ``/proc`` what it has open."""
         shutil.rmtree(self.system.root / "proc" / str(self.pid), ignore_errors=True)
-        links = [
-            self.system.bus / PurePosixPath(path).name / "iommu_group"
-            for path in self.sysfsdev.values()
-        ]
-        nodes = [f"/dev/vfio/{link.readlink().name}" for link in links if link.is_symlink()]
+        nodes = []
+        for id_, path in self.sysfsdev.items():
+            group = self.system.bus / PurePosixPath(path).name / "iommu_group"
+            if group.is_symlink():
+                own = f"devices/vfio{group.readlink().name}"
+                node = own if id_ in self.by_iommufd else group.readlink().name
+                nodes.append(f"/dev/vfio/{node}")
         self.system.process(self.pid, "qemu-system-x86", ["qemu", "-name", self.name], nodes)
 
     async def end(self) -> None:
@@ -112,12 +121,17 @@ class ScriptedGuest:
         found: dict[str, str] = {}
         if path == "/machine/peripheral":
             found = {name: f"child<{kind}>" for name, kind in self.devices.items()}
+        elif path == "/objects":
+            found = {name: f"child<{kind}>" for name, kind in self.objects.items()}
         return {"return": [{"name": name, "type": kind} for name, kind in found.items()]}
 
     async def qom_get(self, _: Peer, path: str, property: str) -> dict[str, object]:  # noqa: A002
         name = path.rsplit("/", 1)[1]
         if property == "sysfsdev" and name in self.sysfsdev:
             return {"return": self.sysfsdev[name]}
+        if property == "iommufd" and name in self.sysfsdev and self.knows_iommufd:
+            used = self.by_iommufd.get(name)
+            return {"return": f"/objects/{used}" if used else ""}
         return {"error": {"class": "GenericError", "desc": "no property"}}
 
     async def query_status(self, _: Peer) -> dict[str, object]:
@@ -130,7 +144,23 @@ class ScriptedGuest:
             refusal = "no such host device"
         if refusal:
             return {"error": {"class": "GenericError", "desc": refusal}}
+        if "iommufd" in arguments:
+            self.by_iommufd[arguments["id"]] = arguments["iommufd"]
         self.plug(uuid)
+        return {"return": {}}
+
+    async def device_list_properties(self, _: Peer, typename: str) -> dict[str, object]:
+        names = ["sysfsdev", *(["iommufd"] if self.knows_iommufd else [])]
+        return {"return": [{"name": name, "type": "str"} for name in names]}
+
+    async def object_add(self, _: Peer, **arguments: str) -> dict[str, object]:
+        self.objects[arguments["id"]] = arguments["qom-type"]
+        return {"return": {}}
+
+    async def object_del(self, _: Peer, id: str) -> dict[str, object]:  # noqa: A002
+        if id in self.by_iommufd.values():
+            return {"error": {"class": "GenericError", "desc": f"object '{id}' is in use"}}
+        del self.objects[id]
         return {"return": {}}
 
     async def device_del(self, peer: Peer, id: str) -> dict[str, object]:  # noqa: A002

@@ -10,6 +10,7 @@ import pwd
 import socket
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID
 
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdev_orchestrator.errors import DeadlineError, HostError
+from mdev_orchestrator.host import readiness
 from mdev_orchestrator.host.events import (
     MdevEvent,
     NodeEvent,
@@ -27,7 +29,8 @@ from mdev_orchestrator.host.events import (
     interpret,
     wait_until,
 )
-from mdev_orchestrator.host.readiness import may_open, missing, wait_ready
+from mdev_orchestrator.host.iommu import may_open
+from mdev_orchestrator.host.readiness import missing, wait_ready
 from mdev_orchestrator.machine import Machine
 from unit.fakesys import FakeSystem
 
@@ -234,6 +237,58 @@ async def test_a_node_that_never_comes(made: FakeSystem, machine: Machine) -> No
     (made.root / "dev/vfio/1").unlink()
     with pytest.raises(DeadlineError, match=r"not usable after 0.05 s: .*vfio/1 is not there"):
         await wait_ready(machine, U1, 0.05)
+
+
+# ---- readiness, where devices have nodes of their own ----
+
+
+@pytest.fixture
+def cdev(system: FakeSystem) -> Path:
+    """A device's own node."""
+    system.load_iommufd().parent("p")
+    system.type("p", "t")
+    system.mdev("p", "t", str(U1))
+    return system.root / "dev/vfio/devices/vfio1"
+
+
+async def test_both_nodes_are_waited_for(cdev: Path, machine: Machine) -> None:
+    await wait_ready(machine, U1, 0.01)
+    cdev.unlink()
+    asyncio.get_running_loop().call_later(0.1, cdev.touch)
+    await wait_ready(machine, U1, 5)
+    assert cdev.exists()
+
+
+async def test_one_node_is_enough_after_a_while(
+    cdev: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "EVERY_SECONDS", 0.1)
+    cdev.unlink()
+    await wait_ready(machine, U1, 5)
+    await wait_ready(machine, U1, 0.05, choice="container")
+    with pytest.raises(DeadlineError, match=r"devices/vfio1 is not there \(.*udevadm trigger"):
+        await wait_ready(machine, U1, 0.05, choice="iommufd")
+    (machine.root / "dev/vfio/1").unlink()
+    with pytest.raises(DeadlineError, match=r"devices/vfio1 is not there"):
+        await wait_ready(machine, U1, 0.05)
+
+
+def test_a_permission_for_one_kind(cdev: Path, machine: Machine) -> None:
+    other = pwd.getpwuid(65534).pw_name
+    for node in (cdev, machine.root / "dev/vfio/1"):
+        node.chmod(0o600)
+    lack = missing(machine, U1, other)  # it may not open /dev/iommu either
+    assert lack is not None
+    assert 'SUBSYSTEM=="vfio"' in lack[1]
+    (machine.root / "dev/iommu").chmod(0o666)
+    lack = missing(machine, U1, other)
+    assert lack is not None
+    assert lack[0].startswith(f"{other} may not read and write {cdev}")
+    assert 'SUBSYSTEM=="vfio-dev"' in lack[1]
+    cdev.chmod(0o666)
+    assert missing(machine, U1, other) is not None
+    assert missing(machine, U1, other, every=False) is None
+    assert missing(machine, U1, other, choice="iommufd") is None
 
 
 async def test_a_node_that_comes_late(made: FakeSystem, machine: Machine) -> None:

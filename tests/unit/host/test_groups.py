@@ -114,6 +114,16 @@ async def test_start_and_stop(pair: FakeSystem, machine: Machine) -> None:
     assert sysfs.read_host(machine).groups[0].online is False
 
 
+async def test_what_is_offline_needs_no_permission_to_be_stopped(
+    pair: FakeSystem, machine: Machine
+) -> None:
+    pair.refuse[f"{A}/online"] = errno.EACCES
+    assert await groups.stop(machine, UUID(A), 5) is True
+    put(pair.bus / A / "online", "1\n")
+    with pytest.raises(errors.HostError, match="does not go offline: Permission denied"):
+        await groups.stop(machine, UUID(A), 5)
+
+
 async def test_links_that_lack_are_told(pair: FakeSystem, machine: Machine) -> None:
     put(pair.parents / "card0" / "p2p_links_free", "0\n")
     group = sysfs.read_host(machine).groups[0]

@@ -16,6 +16,7 @@ from unit.fakesys import FakeSystem, link
 
 U1 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 U2 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
+U3 = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003"
 
 
 @pytest.fixture
@@ -50,10 +51,11 @@ def test_any_other_process_by_its_short_name(two: FakeSystem) -> None:
 
 
 def test_a_holder_of_the_newer_character_device(two: FakeSystem) -> None:
-    (two.bus / U1 / "vfio-dev" / "vfio3").mkdir(parents=True)
-    two.process(5, "qemu", ["qemu", "-name", "g"], ["/dev/vfio/devices/vfio3"])
-    assert found(two, U1) == ["guest 'g' (pid 5)"]
-    assert found(two, U2) == []
+    two.load_iommufd().mdev("p", "t", U3)
+    two.process(5, "qemu", ["qemu", "-name", "g"], ["/dev/iommu", "/dev/vfio/devices/vfio3"])
+    two.process(6, "spdk", ["spdk"], ["/dev/vfio/vfio", "/dev/vfio/3"])
+    assert found(two, U3) == ["guest 'g' (pid 5)", "spdk (pid 6)"]
+    assert found(two, U1) == []
 
 
 def test_a_process_that_only_names_a_node_does_not_hold_it(two: FakeSystem) -> None:

@@ -191,7 +191,20 @@ def test_a_device_without_an_iommu_group(system: FakeSystem, machine: Machine) -
     system.type("p", "t")
     (system.mdev("p", "t", U1) / "iommu_group").unlink()
     (mdev,) = read_host(machine).mdevs
-    assert (mdev.iommu_group, mdev.damage) == (None, ())
+    assert (mdev.iommu_group, mdev.nodes, mdev.damage) == (None, {}, ())
+
+
+def test_a_device_with_a_node_of_its_own(system: FakeSystem, machine: Machine) -> None:
+    system.load_iommufd().parent("p")
+    system.type("p", "t")
+    path = system.mdev("p", "t", U1)
+    (mdev,) = read_host(machine).mdevs
+    assert mdev == read_mdev(machine, UUID(U1))
+    assert mdev.cdev == "vfio1"
+    assert mdev.nodes == {"iommufd": "/dev/vfio/devices/vfio1", "container": "/dev/vfio/1"}
+    (path / "vfio-dev/vfio1/dev").unlink()  # a kernel whose VFIO has no such nodes
+    (mdev,) = read_host(machine).mdevs
+    assert list(mdev.nodes) == ["container"]
 
 
 def test_an_iommu_group_that_is_no_number_is_damage(system: FakeSystem, machine: Machine) -> None:

@@ -24,6 +24,7 @@ from mdev_orchestrator.qemu.command import (
     guest_argv,
     option,
     parse_accel,
+    parse_iommu,
     port_window,
 )
 from mdev_orchestrator.spec import parse_size
@@ -90,6 +91,25 @@ def test_mdevs_take_the_first_ports_and_free_ones_follow() -> None:
         f"-device vfio-pci,id=mdev-{M1},sysfsdev=/sys/bus/mdev/devices/{M1},bus=port0",
         f"-device vfio-pci,id=mdev-{M2},sysfsdev=/sys/bus/mdev/devices/{M2},bus=port1",
     ]
+
+
+def test_mdevs_that_are_opened_by_iommufd_share_one_object() -> None:
+    lines = added(mdevs=(mdev(M1), mdev(M2)), iommu="iommufd")
+    assert [line for line in lines if "mmu" in line] == [
+        "-object iommufd,id=iommufd0",
+        *(
+            f"-device vfio-pci,id=mdev-{uuid},sysfsdev=/sys/bus/mdev/devices/{uuid}"
+            f",iommufd=iommufd0,bus=port{number}"
+            for number, uuid in enumerate((M1, M2))
+        ),
+    ]
+    assert added(iommu="iommufd") == []  # the object comes with the first device
+
+
+def test_kinds_of_iommu() -> None:
+    assert parse_iommu("iommufd") == "iommufd"
+    with pytest.raises(RequestError, match="is no kind of IOMMU"):
+        parse_iommu("smmu")
 
 
 def test_what_is_not_pci_sits_on_no_port() -> None:

@@ -117,9 +117,17 @@ def test_patches_are_hooks_with_three_lines_of_context(series: str) -> None:
             assert len(context) - len(context.rstrip(" ")) <= 3
 
 
+FAULTS = {"10.2": ["0009-vfio-iommufd-a-device-opens-though-live-update-canno.patch"]}
+"""Patches for a fault that only one series has, the last ones of that."""
+
+
 def test_both_series_hook_the_same_way() -> None:
-    names = [[path.name for path in patches.patches(s)] for s in patches.series_known()]
-    assert all(each == names[0] for each in names)
+    names = {
+        series: [path.name for path in patches.patches(series)] for series in patches.series_known()
+    }
+    for series, faults in FAULTS.items():
+        assert [names[series].pop() for _ in faults] == faults[::-1]
+    assert names["10.0"] == names["10.2"]
 
 
 def test_meson_knows_every_suite() -> None:
