@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mdev_lab import debug_kernel, kernel_modules
+from mdev_lab import debug_kernel, kernel_modules, kernels
 from mdev_lab.kernels import DEFAULT_SERIES, Kernel
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.state import cache_dir
@@ -54,14 +54,15 @@ def _source(kernel: Kernel, progress: Progress) -> Path:
     with locked(place):
         if not place.exists():
             with tempfile.TemporaryDirectory(dir=place.parent) as name:
-                _unpack(kernel.source, Path(name), progress).rename(place)
+                _unpack(kernel, Path(name), progress).rename(place)
     return place
 
 
-def _unpack(package: str, work: Path, progress: Progress) -> Path:
-    """Download a package of kernel source; return a kbuild directory with the three drivers."""
+def _unpack(kernel: Kernel, work: Path, progress: Progress) -> Path:
+    """Download a kernel's source; return a kbuild directory with the three drivers."""
+    package = kernel.source
     progress(f"downloading {package}")
-    run(["apt-get", "download", "-o", "APT::Sandbox::User=", package], cwd=work)
+    kernels.download([package], work, kernels.apt_options(kernel.base))
     (archive,) = work.glob("*.deb")
     progress(f"unpacking {PLACE} of {package}")
     run(["dpkg-deb", "-x", archive, work])

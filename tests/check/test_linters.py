@@ -54,7 +54,11 @@ def kbuild(series: str, work: Path, *variables: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("series", ["6.12", "6.1"])
+#: The kernels of this machine's release.
+SERIES = kernels.RELEASES.get(kernels.codename(), {kernels.DEFAULT_SERIES: ""})
+
+
+@pytest.mark.parametrize("series", SERIES)
 def test_driver_builds_without_a_warning_of_gcc_or_sparse(series: str, tmp_path: Path) -> None:
     said = kbuild(series, tmp_path, "W=1", "C=2", "CF=-Wbitwise -Wcontext")
     ours = [
