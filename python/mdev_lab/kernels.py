@@ -93,11 +93,12 @@ def series_of(release: str) -> str:
 
 
 def codename() -> str:
-    """Return the codename of this machine's release, as Debian has it; empty if it has none."""
+    """Return the codename of this machine's Debian; empty on another system."""
     try:
-        return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+        words = platform.freedesktop_os_release()
     except OSError:
         return ""
+    return words.get("VERSION_CODENAME", "") if words["ID"] == "debian" else ""
 
 
 def lacks(series: str) -> str | None:

@@ -107,7 +107,7 @@ def test_the_release_says_which_kernels_it_lacks_and_not_its_mirror(
     trixie(release)
     assert kernels.lacks("6.1") == "Debian 13 has no kernel 6.1"
     assert [kernels.lacks(series) for series in ("6.12", "6.12-debug", "7.3")] == [None] * 3
-    release.update(ID="fedora", VERSION_ID="41", VERSION_CODENAME="")
+    release.update(ID="ubuntu", VERSION_CODENAME="trixie")
     assert kernels.lacks("6.1") is None
 
 
