@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """tools/setup on systems that it was not tried on.
 
-Where ``/etc/os-release`` is another file, in a mount namespace, the machine is another system to it.
+In a mount namespace ``/etc/os-release`` is another file, and so the machine another system.
 """
 
 import os
