@@ -186,7 +186,7 @@ def _unpack_kernel(
     series: str, release: str, place: Path, apt: Sequence[str], progress: Progress
 ) -> None:
     image, headers = f"linux-image-{release}", f"linux-headers-{release}"
-    # From 6.19 on the image's package is empty and depends on these.
+    # from 6.19 on the image's package is empty, and depends on these
     parts = tuple(f"linux-{part}-{release}" for part in ("binary", "modules", "base"))
     packages = [image, *(name for name in depends(image, apt) if name in parts), headers]
     packages += [
@@ -204,12 +204,15 @@ def _unpack_kernel(
             run(["dpkg-deb", "-x", package, root])
         if not (root / "lib").exists():  # packages of a release whose /lib is a link
             (root / "lib").symlink_to("usr/lib")
-        # Debian's headers include each other by absolute path; here they are side by side.
+        bootable = Kernel(series, release, root).image
+        if not bootable.exists():  # from 6.19 on it is beside the modules
+            bootable.parent.mkdir(exist_ok=True)
+            bootable.symlink_to(f"../lib/modules/{release}/vmlinuz")
+        # Debian's headers name each other by absolute path; here they are side by side.
+        beside = "$(dir $(realpath $(lastword $(MAKEFILE_LIST))))../"
         for makefile in root.glob("usr/src/linux-headers-*/Makefile"):
-            text = makefile.read_text()
-            makefile.write_text(
-                text.replace("include /usr/src/", "include $(dir $(lastword $(MAKEFILE_LIST)))../")
-            )
+            text = makefile.read_text().replace("include /usr/src/", f"include {beside}")
+            makefile.write_text(text.replace("=/usr/src/", f":={beside}"))
         progress("indexing modules")
         run(["depmod", "-b", root, release])
         (root / "release").write_text(release + "\n")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels from a Debian mirror: the mirror is a few shell scripts here."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -127,9 +128,23 @@ case "$*" in
 *download*) touch linux-binary.deb;;
 esac""",
     )
-    script(programs, "dpkg-deb", "mkdir -p $3/usr/lib/modules/7.3.4+deb13-amd64")
+    script(
+        programs,
+        "dpkg-deb",
+        """
+modules=$3/usr/lib/modules/7.3.4+deb13-amd64 headers=$3/usr/src/linux-headers-7.3.4+deb13-amd64
+mkdir -p $modules $headers $3/usr/src/linux-headers-7.3.4+deb13-common
+echo image >$modules/vmlinuz
+echo KBUILD_OUTPUT=/usr/src/linux-headers-7.3.4+deb13-amd64 >$headers/Makefile
+echo include /usr/src/linux-headers-7.3.4+deb13-common/Makefile >>$headers/Makefile
+echo 'x:; @echo $(KBUILD_OUTPUT)' >$3/usr/src/linux-headers-7.3.4+deb13-common/Makefile""",
+    )
     script(programs, "depmod", "")
-    assert kernels.fetch_kernel("7.3").release == "7.3.4+deb13-amd64"
+    kernel = kernels.fetch_kernel("7.3")
+    assert kernel.release == "7.3.4+deb13-amd64"
+    assert kernel.image.read_text() == "image\n"
+    where = subprocess.check_output(["make", "-sC", kernel.headers], text=True)
+    assert Path(where.strip()).resolve() == kernel.headers
     private = tmp_path / "cache/kernels/apt"
     assert (private / "sources.list").read_text().split()[-3:] == [
         "uri",
