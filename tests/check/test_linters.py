@@ -60,7 +60,8 @@ SERIES = kernels.RELEASES.get(kernels.codename(), {kernels.DEFAULT_SERIES: ""})
 
 @pytest.mark.parametrize("series", SERIES)
 def test_driver_builds_without_a_warning_of_gcc_or_sparse(series: str, tmp_path: Path) -> None:
-    said = kbuild(series, tmp_path, "W=1", "C=2", "CF=-Wbitwise -Wcontext")
+    # What C=2 sets: the headers of 7.3 lack the script that C=2 looks for sparse with.
+    said = kbuild(series, tmp_path, "W=1", "KBUILD_CHECKSRC=2", "CF=-Wbitwise -Wcontext")
     ours = [
         line for line in said.splitlines() if re.search(r"mvgpu\S*:\d+:.*(warning|error)", line)
     ]
