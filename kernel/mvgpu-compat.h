@@ -12,6 +12,7 @@
 #include <linux/mm.h>
 #include <linux/pci.h>
 #include <linux/shmem_fs.h>
+#include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <linux/vfio.h>
 
@@ -42,6 +43,10 @@ static inline int mvgpu_vfs_mmap(struct file *file, struct vm_area_struct *vma)
 	return call_mmap(file, vma);
 #endif
 }
+
+#ifndef kzalloc_obj
+#define kzalloc_obj(obj, gfp) kzalloc(sizeof(obj), gfp)
+#endif
 
 /* Without a reservation of memory. */
 static inline struct file *mvgpu_shmem_file_setup(const char *name, loff_t size)
