@@ -158,7 +158,9 @@ class Program:
 
 
 @contextlib.asynccontextmanager
-async def program(name: str, console: Path, seconds: float = BOOT_SECONDS) -> AsyncIterator[Program]:
+async def program(
+    name: str, console: Path, seconds: float = BOOT_SECONDS
+) -> AsyncIterator[Program]:
     """Connect to the program in a guest, and wait until it answers.
 
     :param console: The guest's console socket.
