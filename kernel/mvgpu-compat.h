@@ -11,6 +11,8 @@
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/pci.h>
+#include <linux/shmem_fs.h>
+#include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <linux/vfio.h>
 
@@ -39,6 +41,20 @@ static inline int mvgpu_vfs_mmap(struct file *file, struct vm_area_struct *vma)
 	return vfs_mmap(file, vma);
 #else
 	return call_mmap(file, vma);
+#endif
+}
+
+#ifndef kzalloc_obj
+#define kzalloc_obj(obj, gfp) kzalloc(sizeof(obj), gfp)
+#endif
+
+/* Without a reservation of memory. */
+static inline struct file *mvgpu_shmem_file_setup(const char *name, loff_t size)
+{
+#ifdef MVGPU_HAVE_SHMEM_VMA_FLAGS
+	return shmem_file_setup(name, size, mk_vma_flags(VMA_NORESERVE_BIT));
+#else
+	return shmem_file_setup(name, size, VM_NORESERVE);
 #endif
 }
 

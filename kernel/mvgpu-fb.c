@@ -11,7 +11,6 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
-#include <linux/shmem_fs.h>
 
 #include "mvgpu-compat.h"
 #include "mvgpu-priv.h"
@@ -21,8 +20,7 @@ int mvgpu_fb_open(struct mvgpu_dev *mv)
 	struct file *fb;
 
 	/* No reservation: sixteen idle instances cost nothing. */
-	fb = shmem_file_setup(MVGPU_NAME, mv->type->desc->framebuffer,
-			      VM_NORESERVE);
+	fb = mvgpu_shmem_file_setup(MVGPU_NAME, mv->type->desc->framebuffer);
 	if (IS_ERR(fb))
 		return PTR_ERR(fb);
 

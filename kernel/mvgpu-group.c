@@ -23,6 +23,7 @@
 #include <linux/sysfs.h>
 #include <linux/wait.h>
 
+#include "mvgpu-compat.h"
 #include "mvgpu-priv.h"
 
 /* Groups, their members, and the links of parents. */
@@ -44,7 +45,7 @@ static struct mvgpu_group *mvgpu_group_alloc(struct mvgpu_parent *parent,
 {
 	struct mvgpu_group *group;
 
-	group = kzalloc(sizeof(*group), GFP_KERNEL);
+	group = kzalloc_obj(*group, GFP_KERNEL);
 	if (!group)
 		return NULL;
 

@@ -7,6 +7,7 @@
 #include <linux/eventfd.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
+#include <linux/shmem_fs.h>
 #include <linux/vfio.h>
 
 #if defined(PROBE_EVENTFD_SIGNAL_1)
@@ -28,6 +29,13 @@ static inline void mvgpu_probe(struct vm_area_struct *vma)
 static inline int mvgpu_probe(struct file *file, struct vm_area_struct *vma)
 {
 	return vfs_mmap(file, vma);
+}
+
+#elif defined(PROBE_SHMEM_VMA_FLAGS)
+
+static inline struct file *mvgpu_probe(vma_flags_t flags)
+{
+	return shmem_file_setup("", 0, flags);
 }
 
 #elif defined(PROBE_VFIO_FREE_DEVICE)

@@ -27,7 +27,7 @@ Series = Annotated[
     typer.Option(
         "--kernel",
         metavar="SERIES",
-        help="Kernel series of L1: 6.12, 6.1, or 6.12-debug with checkers.",
+        help="Kernel series of L1: 6.12; 6.1 or 7.3, as Debian has it; 6.12-debug with checkers.",
     ),
 ]
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory of L1.")]

@@ -38,6 +38,8 @@ APPEND = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust
 MARK = b"@mvgpu "
 MAX_LINE = 64 * 1024
 PING_SECONDS = 2.0
+BOOT_SECONDS = 300.0
+"""It takes 13 s on a quiet machine; beside six other labs on two processors 120 s were seen."""
 
 
 def image(kernel: Kernel, modules: Path, progress: Progress = lambda _: None) -> Path:
@@ -156,7 +158,9 @@ class Program:
 
 
 @contextlib.asynccontextmanager
-async def program(name: str, console: Path, seconds: float = 120.0) -> AsyncIterator[Program]:
+async def program(
+    name: str, console: Path, seconds: float = BOOT_SECONDS
+) -> AsyncIterator[Program]:
     """Connect to the program in a guest, and wait until it answers.
 
     :param console: The guest's console socket.

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from mdev_lab import debug_kernel, kernel_modules
-from mdev_lab.kernels import DEFAULT_SERIES, Kernel, unpack_source
+from mdev_lab.kernels import DEFAULT_SERIES, Kernel, apt_options, unpack_source
 from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.state import cache_dir
 from mdev_orchestrator.system.files import locked
@@ -53,14 +53,15 @@ def _source(kernel: Kernel, progress: Progress) -> Path:
     with locked(place):
         if not place.exists():
             with tempfile.TemporaryDirectory(dir=place.parent) as name:
-                _unpack(kernel.source, Path(name), progress).rename(place)
+                _unpack(kernel, Path(name), progress).rename(place)
     return place
 
 
-def _unpack(package: str, work: Path, progress: Progress) -> Path:
-    """Download a package of kernel source; return a kbuild directory with the three drivers."""
-    unpack_source(package, work / "source", progress, paths=(str(PLACE),))
-    source = work / "source" / PLACE
+def _unpack(kernel: Kernel, work: Path, progress: Progress) -> Path:
+    """Download a kernel's source; return a kbuild directory with the three drivers."""
+    target, apt = work / "source", apt_options(kernel.base)
+    unpack_source(kernel.source, target, progress, paths=(str(PLACE),), apt=apt)
+    source = target / PLACE
     (source / "Makefile").unlink()  # it asks for the kernel's own configuration
     (source / "Kbuild").write_text(f"obj-m := {' '.join(f'{name}.o' for name in NAMES)}\n")
     return source

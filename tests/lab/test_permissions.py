@@ -86,7 +86,7 @@ def victim() -> Iterator[tuple[int, str]]:
     uuid = str(uuid4())
     with subprocess.Popen(["sh", "-c", "sleep 600; exit", "sh", "-uuid", uuid]) as running:
         yield running.pid, uuid
-        subprocess.run(["kill", str(running.pid)], check=False)
+        running.kill()
 
 
 def plant(place: Path, pid: int, uuid: str) -> None:

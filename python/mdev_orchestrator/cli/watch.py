@@ -31,7 +31,7 @@ from mdev_orchestrator.qemu.events import (
 )
 
 GARBAGE = (700, 10, 10)
-"""Thresholds of garbage collection: Python's own, because this command runs for long."""
+"""Thresholds of garbage collection: those of Python 3.11, because this command runs for long."""
 
 
 def watch(

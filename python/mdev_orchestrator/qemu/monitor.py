@@ -315,7 +315,7 @@ async def _close(client: QMPClient, sock: socket.socket) -> BaseException | None
         await run_to_completion(client.disconnect())
     except Exception as error:  # noqa: BLE001 - whatever the reader or the writer died of
         _forget_frames(error)
-        return error
+        return error.with_traceback(None)  # this frame names the client, and cannot be emptied yet
     finally:
         guard.cancel()
     return None

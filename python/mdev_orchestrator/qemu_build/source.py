@@ -15,14 +15,13 @@ from pathlib import Path
 from mdev_orchestrator.errors import HostError, MdoError, UnknownError
 from mdev_orchestrator.qemu_build.patches import sync
 from mdev_orchestrator.state import cache_dir
+from mdev_orchestrator.system.apt import private_apt
 from mdev_orchestrator.system.children import run
 from mdev_orchestrator.system.files import remove
 from mdev_orchestrator.system.progress import Progress
 
 #: Debian suites that a series is looked for in.
 SUITES = ("trixie", "sid")
-
-KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 
 _VERSION = re.compile(r"^Version: (?:\d+:)?((\d+\.\d+)\S*)$", re.MULTILINE)
 
@@ -89,7 +88,10 @@ def fetch_source(series: str, work: Path, tree: Path, progress: Progress) -> str
     :raise UnknownError: The mirror has none.
     :raise MdoError: The download failed.
     """
-    apt = private_apt(place_of("apt"))
+    try:
+        apt = private_apt(place_of("apt"), "deb-src", SUITES)
+    except HostError as error:
+        raise HostError(error.message, "name a source tree with --source") from error
     progress("reading the mirror's lists of source packages")
     run(["apt-get", "-q", *apt, "update"])
     text = run(["apt-cache", *apt, "showsrc", "qemu"])
@@ -129,44 +131,3 @@ def full_version(showsrc: str, version: str) -> str:
     """Return the version as it is listed, with its epoch."""
     match = re.search(rf"^Version: ((?:\d+:)?{re.escape(version)})$", showsrc, re.MULTILINE)
     return match[1] if match else version
-
-
-def private_apt(place: Path) -> list[str]:
-    """Return options with which apt sees the source packages of :data:`SUITES` and nothing else.
-
-    :param place: Directory for apt's lists and cache.
-    :raise HostError: apt knows no Debian mirror.
-    """
-    for name in ("lists/partial", "cache/archives/partial"):
-        (place / name).mkdir(parents=True, exist_ok=True)
-    keyrings = [Path("/usr/share/keyrings") / name for name in KEYRINGS]
-    keyring = next((path for path in keyrings if path.exists()), None)
-    signed = f"[signed-by={keyring}] " if keyring else ""
-    sources = place / "sources.list"
-    uri = mirror()
-    sources.write_text("".join(f"deb-src {signed}{uri} {suite} main\n" for suite in SUITES))
-    options = {
-        "Dir::Etc::sourcelist": sources,
-        "Dir::Etc::sourceparts": "/dev/null",
-        "Dir::State::lists": place / "lists",
-        "Dir::Cache": place / "cache",
-        "APT::Sandbox::User": "",
-    }
-    return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-
-
-def mirror() -> str:
-    """Return the URI of the mirror that the machine's own Debian comes from.
-
-    :raise HostError: apt knows none.
-    """
-    fields = ("REPO_URI", "RELEASE", "ORIGIN", "LABEL")
-    text = run(["apt-get", "indextargets", "--format", "|".join(f"$({name})" for name in fields)])
-    for line in text.splitlines():
-        uri, release, origin, label = line.split("|")
-        # without lists (no 'apt-get update' yet) the last two stay unresolved
-        if "-" not in release and origin in {"Debian", "$(ORIGIN)"} and label != "Debian-Security":
-            return uri
-    raise HostError(
-        "apt knows no Debian mirror to take QEMU's source from", "name a tree with --source"
-    )

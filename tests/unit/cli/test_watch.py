@@ -66,6 +66,6 @@ def test_it_runs_for_long_and_collects_garbage(monkeypatch: pytest.MonkeyPatch) 
     try:
         monkeypatch.setattr(watch, "run", lambda _: None)
         watch.watch()
-        assert gc.get_threshold() == before
+        assert gc.get_threshold() <= before
     finally:
         gc.set_threshold(*before)

@@ -553,7 +553,8 @@ async def test_a_journal_on_a_read_only_directory_can_be_looked_at(path: Path) -
     with Journal.open(path) as journal:
         await journal.put(Change(devices={U1: DEVICE}))
     if os.geteuid() == 0:  # root may write everywhere
-        assert journal_db.connect(path, "immutable").execute("SELECT uuid FROM device").fetchall()
+        with contextlib.closing(journal_db.connect(path, "immutable")) as other:
+            assert other.execute("SELECT uuid FROM device").fetchall()
     else:
         path.parent.chmod(0o500)
         assert read_managed(Machine(state=path.parent)).devices == {U1: DEVICE}

@@ -14,6 +14,7 @@ from mdev_lab import qemus
 from mdev_lab.checkout import ROOT
 from mdev_orchestrator.errors import MdoError, UnknownError
 from mdev_orchestrator.qemu_build import builds, patches, source
+from mdev_orchestrator.system import apt
 from mdev_orchestrator.system.files import remove
 
 HUNK = re.compile(r"^@@ -[\d,]+ \+[\d,]+ @@", re.MULTILINE)
@@ -156,12 +157,12 @@ def test_versions_of_a_series_newest_first() -> None:
 def test_mirror_is_the_machines_own(
     targets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apt = tmp_path / "apt-get"
-    apt.write_text(f"#!/bin/sh\ncat <<'END'\n{targets}\nEND\n")
-    apt.chmod(0o755)
+    program = tmp_path / "apt-get"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{targets}\nEND\n")
+    program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert source.mirror() == "uri"
-    options = source.private_apt(tmp_path / "private")
+    assert apt.mirror() == "uri"
+    options = apt.private_apt(tmp_path / "private", "deb-src", ["trixie"])
     sources = (tmp_path / "private/sources.list").read_text()
     assert re.search(r"^deb-src (\[signed-by=\S+\] )?uri trixie main$", sources, re.MULTILINE)
     assert f"Dir::State::lists={tmp_path}/private/lists" in options
