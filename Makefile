@@ -9,6 +9,7 @@
 # make test-fuzz      every parser fuzzed for ten minutes each
 # make test-fuzz-driver
 #                     mvgpu fuzzed on a kernel with checkers, built first
+# make test-firmware  guests booted with each QEMU and firmware, in the lab
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make test-fresh     make demo and make test, on a clean Debian 12 and a clean
 #                     Debian 13
@@ -21,7 +22,7 @@ MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-soak test-fuzz test-fuzz-driver
-.PHONY: test-qemu-own test-fresh check bench lab-shell clean
+.PHONY: test-firmware test-qemu-own test-fresh check bench lab-shell clean
 
 setup:
 	@tools/setup
@@ -51,6 +52,10 @@ test-fuzz:
 test-fuzz-driver:
 	@tools/setup kernel
 	@.venv/bin/python tools/run-tests fuzz-6.12-debug
+
+test-firmware: setup
+	@$(MDO) qemu build --series 10.0 >/dev/null && $(MDO) qemu build --series 10.2 >/dev/null
+	@.venv/bin/python tools/run-tests firmware-6.12 firmware-6.1
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own

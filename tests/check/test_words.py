@@ -7,7 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = {".py", ".md", ".rst", ".toml", ".c", ".h"}
-PLACES = ("hw", "python", "docs", "tests", "benches", "tools", "kernel", "README.md", "CHANGELOG.md")
+PLACES = (
+    "hw",
+    "python",
+    "docs",
+    "tests",
+    "benches",
+    "tools",
+    "kernel",
+    "README.md",
+    "CHANGELOG.md",
+)
 
 PERSONS = re.compile(
     r"(?<![a-z])(who|whom|whoever|nobody|somebody|someone|anybody)(?![a-z])", re.IGNORECASE
