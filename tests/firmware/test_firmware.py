@@ -54,7 +54,8 @@ class Firmware(GuestTest):
     def setUp(self) -> None:
         super().setUp()
         name = self.params.get("qemu")
-        found = machines.versions() | {machines.packaged().name: machines.packaged()}
+        packaged = machines.packaged()
+        found = machines.versions() | {packaged.name: packaged}
         if name not in found:
             why = PACKAGED.get(name, f"'mdo qemu build --series {name}' makes it")
             self.cancel(f"QEMU {name} is not here: {why}")

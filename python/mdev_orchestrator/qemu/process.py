@@ -820,7 +820,8 @@ async def start(
         check(spec)
         spec = _absolute(spec)
         uefi = await asyncio.to_thread(find_uefi, machine, spec) if spec.uefi else None
-        objects = await features.object_types(spec.qemu, deadline=deadline)
+        # a program that does not answer this question may answer at its monitor
+        objects = await features.object_types(spec.qemu, deadline=deadline / 4)
     async with (
         _claim(machine, spec.name) as directory,
         around(directory) if around else contextlib.nullcontext(),
