@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 
 import guests
 from cells import cells
@@ -35,20 +34,6 @@ PACKAGED = {
 }
 FIRMWARE = {"seabios": (), "uefi": ("--uefi",)}
 
-# UEFI writes CR8. In the lab KVM uses the SVM that the lab's QEMU emulates, and one before 10.2
-# aborts when a guest writes CR8 while KVM waits for the moment to interrupt it: helper_write_crN()
-# calls cpu_interrupt() without QEMU's big lock. It does not come there if KVM asks for every write
-# of CR8, which it does when the APIC is QEMU's. QEMU has one for KVM up to 9.2.
-SAFE_MACHINE = (10, 2)
-WITHOUT_KERNEL_APIC = ("--arg=-machine", "--arg=kernel_irqchip=off")
-WITH_AN_APIC = ("debian-7.2",)
-
-
-def lab_machine() -> tuple[int, ...]:
-    """The version of the machine type that the lab is."""
-    name = Path("/sys/class/dmi/id/product_version").read_text().strip()  # pc-q35-7.2
-    return tuple(map(int, name.rpartition("-")[2].split(".")))
-
 
 class Firmware(GuestTest):
     def setUp(self) -> None:
@@ -60,14 +45,9 @@ class Firmware(GuestTest):
             why = PACKAGED.get(name, f"'mdo qemu build --series {name}' makes it")
             self.cancel(f"QEMU {name} is not here: {why}")
         self.version = found[name]
-        self.extra = FIRMWARE[self.params.get("firmware")]
-        if self.extra and lab_machine() < SAFE_MACHINE:
-            if name not in WITH_AN_APIC:
-                self.cancel("the QEMU that the lab runs in would abort; one from 10.2 on does not")
-            self.extra += WITHOUT_KERNEL_APIC
 
     @cells(qemu=(*PACKAGED, *machines.PATCHED), firmware=FIRMWARE)
-    async def test_devices_come_and_go(self) -> None:
+    async def test_devices_come_and_go(self, firmware: str) -> None:
         async with unchanged(), mdevs(TYPE, 2) as (cold, hot):
             started = await mdo(
                 *("guest", "start", NAME, "--memory", "256M", "--mdev", str(cold.uuid)),
@@ -75,7 +55,7 @@ class Firmware(GuestTest):
                 *("--initrd", os.environ["MDO_LAB_INITRD"], "--append", l2.APPEND),
                 *("--qemu", self.version.binary),
                 *(("--firmware", str(self.version.firmware)) if self.version.firmware else ()),
-                *self.extra,
+                *FIRMWARE[firmware],
             )
             assert started.status == 0, started
             running = process.find_running(machine(), NAME)
