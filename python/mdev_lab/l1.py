@@ -142,16 +142,16 @@ def up(
     if (drivers := sample_drivers.built(kernel)) is not None:
         files["MDO_LAB_SAMPLES"] = str(drivers)
     insmod = ["insmod", str(modules / "mvgpu.ko"), *shlex.split(module_options)]
-    cr8 = build_modules(CR8, kernel, progress) / "lab-cr8.ko"
     private_dir(labs_dir())
     claim(directory)
     try:
         needed = run(["modinfo", "-F", "depends", insmod[1]]).strip().split(",")
         initramfs.build(
             directory / "initramfs",
-            init=init_script(kernel, insmod, cr8, with_systemd=disk is not None),
+            init=init_script(kernel, insmod, with_systemd=disk is not None),
             kernel=kernel,
             modules=(*MODULES, *filter(None, needed), *(systemd.MODULES if disk else ())),
+            files={"modules/lab-cr8.ko": build_modules(CR8, kernel, progress) / "lab-cr8.ko"},
         )
         if disk is not None:
             disk = systemd.make_disk(disk)
@@ -369,12 +369,8 @@ def _comma(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def init_script(kernel: Kernel, insmod: list[str], cr8: Path, *, with_systemd: bool = False) -> str:
-    """Return ``/init`` of L1: mounts, then the first process, which is the agent or systemd.
-
-    :param insmod: Command that loads the driver.
-    :param cr8: The module of :data:`CR8`; it needs KVM for AMD.
-    """
+def init_script(kernel: Kernel, insmod: list[str], *, with_systemd: bool = False) -> str:
+    """Return ``/init`` of L1: mounts, then the first process, which is the agent or systemd."""
     q = shlex.quote
     here = str(ROOT)
     venv = str(Path(sys.executable).parent.parent)
@@ -402,12 +398,12 @@ for m in $(b cat /modules/order); do
     esac
     b insmod "/modules/$m" || echo "$m is not for this machine"
 done 2>/dev/null
+b grep -q ^kvm_amd /proc/modules && b insmod /modules/lab-cr8.ko
 b mkdir /lower /memory /new
 b mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /lower
 b mount {memory} /memory
 b mkdir -p /memory/upper /memory/work
 b mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work root /new
-b grep -q ^kvm_amd /proc/modules && b insmod {q(f"/new{cr8}")}
 for d in proc sys dev; do b mount --move /$d /new/$d; done
 b mount -t tmpfs -o mode=0755 run /new/run
 b mkdir -p /new/dev/pts /new/dev/shm /new/run/venv

@@ -15,12 +15,7 @@ KERNEL = kernels.Kernel("6.12", "6.12.1-amd64", Path("/odd place/a,b"))
 
 @pytest.mark.parametrize("with_systemd", [False, True])
 def test_init_is_a_script(with_systemd: bool) -> None:
-    script = l1.init_script(
-        KERNEL,
-        ["insmod", "/odd $place/m.ko"],
-        Path("/odd $place/cr8.ko"),
-        with_systemd=with_systemd,
-    )
+    script = l1.init_script(KERNEL, ["insmod", "/odd $place/m.ko"], with_systemd=with_systemd)
     done = subprocess.run(["sh", "-n"], input=script, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     first = script.splitlines()[-1]
