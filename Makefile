@@ -10,6 +10,7 @@
 # make test-fuzz      every parser fuzzed for ten minutes each
 # make test-fuzz-driver
 #                     mvgpu fuzzed on a kernel with checkers, built first
+# make test-firmware  guests booted with each QEMU and firmware, in the lab
 # make test-qemu-own  QEMU's own tests, patched beside stock: an hour
 # make test-fresh     make demo and make test, on a clean Debian 12 and a clean
 #                     Debian 13
@@ -25,7 +26,8 @@ MDO = .venv/bin/mdo
 BENCHES = planner host_tree guest_start host_scan devices guests registers qemu_startup
 
 .PHONY: setup demo test test-qemu test-crash test-faults test-libvirt test-soak test-fuzz
-.PHONY: test-fuzz-driver test-qemu-own test-fresh test-dist check dist bench lab-shell clean
+.PHONY: test-fuzz-driver test-firmware test-qemu-own test-fresh test-dist check dist bench
+.PHONY: lab-shell clean
 
 setup:
 	@tools/setup
@@ -60,6 +62,10 @@ test-fuzz:
 test-fuzz-driver:
 	@tools/setup kernel
 	@.venv/bin/python tools/run-tests fuzz-6.12-debug
+
+test-firmware: setup
+	@$(MDO) qemu build --series 10.0 >/dev/null && $(MDO) qemu build --series 10.2 >/dev/null
+	@.venv/bin/python tools/run-tests firmware-6.12 firmware-6.1
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own

@@ -66,6 +66,8 @@ CPU = {"tcg": "max,-erms,-fsrm", "kvm": "host"}
 by ``rep movsb``, which TCG carries out byte by byte, in two and a half times the time."""
 CHECKED_FACTOR = 6
 """How many times longer a kernel with checkers may take to boot."""
+CR8 = Path(__file__).with_name("cr8")
+"""Source of a module without which a guest that boots by UEFI ends the lab."""
 SYSTEMD_SECONDS = 120.0
 """Added for what systemd does before the agent starts."""
 
@@ -163,6 +165,7 @@ def up(
             init=init_script(kernel, insmod, with_systemd=disk is not None, pci=pci),
             kernel=kernel,
             modules=(*MODULES, *filter(None, needed), *(systemd.MODULES if disk else ())),
+            files={"modules/lab-cr8.ko": build_modules(CR8, kernel, progress) / "lab-cr8.ko"},
         )
         if disk is not None:
             disk = systemd.make_disk(disk)
@@ -426,6 +429,7 @@ for m in $(b cat /modules/order); do
     b insmod "/modules/$m" || echo "$m is not for this machine"
 done 2>/dev/null
 for f in {spare}; do echo none > "/sys/bus/pci/devices/$f/driver_override"; done
+b grep -q ^kvm_amd /proc/modules && b insmod /modules/lab-cr8.ko
 b mkdir /lower /memory /new
 b mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /lower
 b mount {memory} /memory

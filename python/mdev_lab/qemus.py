@@ -2,7 +2,7 @@
 """QEMU with and without our patches, for tests and benches that compare the two.
 
 ``python -m mdev_lab.qemus [SERIES…]`` builds both of each series and prints the value of
-``MDO_TEST_QEMU``.
+``MDO_TEST_QEMU``. With ``--built`` it builds nothing, and prints what is built and current.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mdev_orchestrator.qemu_build.builds import (
     DEFAULT_SERIES,
     Build,
     build,
+    digest,
     find,
     make,
 )
@@ -66,12 +67,20 @@ def copy_unpatched(place: Path, tree: Path) -> None:
 def main() -> int:
     """Build each series with and without our patches; print where the programs are."""
     found: list[Build] = []
+    if sys.argv[1:] == ["--built"]:
+        built = [find(series) for series in series_known()]
+        found += [done for done in built if done and done.digest == digest(done.series)]
+        return _print(found)
     try:
         for series in sys.argv[1:] or series_known():
             found += [build(series, progress=_say), build_stock(series, progress=_say)]
     except MdoError as error:
         _say(str(error))
         return error.exit_code
+    return _print(found)
+
+
+def _print(found: list[Build]) -> int:
     sys.stdout.write(",".join(f"{qemu.series}={qemu.binary}:{qemu.firmware}" for qemu in found))
     return 0
 

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID, uuid4
@@ -65,6 +66,14 @@ def versions() -> dict[str, Version]:
         binary, _, firmware = paths.partition(":")
         found[name] = Version(name, binary, Path(firmware))
     return found
+
+
+def packaged() -> Version:
+    """The distribution's QEMU, named after its series, such as ``debian-10.0``."""
+    stock = versions()[STOCK]
+    said = subprocess.run([stock.binary, "-version"], capture_output=True, text=True, check=True)
+    series = re.search(r"version (\d+\.\d+)", said.stdout)
+    return replace(stock, name=f"debian-{series[1] if series else '?'}")
 
 
 class QmpError(QemuError):

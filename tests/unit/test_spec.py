@@ -480,6 +480,8 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
     [
         ("disk = 'none.raw'", r"a\.toml:3: guest\[0\]\.disk: .*none\.raw cannot be used: No such"),
         ("kernel = '.'", r"a\.toml:3: guest\[0\]\.kernel: .* is a directory"),
+        ("uefi_variables = 'v.fd'", r"a\.toml:3: guest\[0\]\.uefi_variables: needs UEFI"),
+        ("uefi = 'yes'", r"a\.toml:3: guest\[0\]\.uefi: must be true or false, not text"),
         ("firmware = 'a.toml'", r"a\.toml:3: guest\[0\]\.firmware: .* is no directory"),
     ],
 )

@@ -126,6 +126,13 @@ def start(
             envvar="MDO_QEMU_FIRMWARE", metavar="DIRECTORY", help="Its firmware directory (-L)."
         ),
     ] = None,
+    uefi: Annotated[
+        bool, typer.Option("--uefi", help="Boot by UEFI, not by QEMU's own firmware.")
+    ] = False,
+    uefi_variables: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File that keeps the UEFI variables; made if needed."),
+    ] = None,
     machine_type: Annotated[
         str, typer.Option("--machine", metavar="TYPE", help="QEMU's machine type.")
     ] = "q35",
@@ -164,6 +171,8 @@ def start(
         machine=machine_type,
         qemu=qemu,
         firmware=_absolute(firmware),
+        uefi=uefi,
+        uefi_variables=_absolute(uefi_variables),
         extra=tuple(arg or ()),
     )
     mdevs = [parse_uuid(text) for text in mdev or ()]

@@ -181,6 +181,8 @@ def _definition(guest: GuestConfig) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(str, value)) or "nothing"
     return "nothing" if value in (None, "") else str(value)

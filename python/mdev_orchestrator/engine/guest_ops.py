@@ -247,6 +247,8 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
         machine=guest.machine,
         qemu=guest.qemu,
         firmware=guest.firmware,
+        uefi=guest.uefi,
+        uefi_variables=guest.uefi_variables,
         extra=guest.extra,
     )
 

@@ -21,7 +21,9 @@ What a guest looks like
 * Four listening sockets are handed over as open descriptors: ``qmp`` (changes), ``query``
   (questions, so that a listing need not wait for an unplug that takes a minute), ``watch`` (events,
   for a client that stays connected) and ``console`` (first serial port, whose output is kept in a
-  log as well).
+  log as well). A monitor is an object where QEMU has that type, and made by ``-mon`` elsewhere.
+* Firmware is QEMU's own choice, SeaBIOS on q35; or UEFI: two flash chips, the code read-only and
+  the guest's own variables.
 * ``-uuid`` always: NVIDIA's host plugin reads it from the command line, and it is how a later
   command knows that a process is this guest.
 
@@ -55,6 +57,7 @@ where ``/dev/kvm`` opens but hangs guests, ask for ``tcg``.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, cast, get_args
 from uuid import UUID
@@ -80,6 +83,9 @@ MAX_PORTS = 128
 WINDOWS = 16 * GIB
 """Least sum of the ports' windows: the 12 GiB that firmware has to avoid (see *Windows*), and
 what it may lose by aligning. Address space costs a guest no memory."""
+
+MONITOR = "monitor-qmp"
+"""Type of the object that is a monitor for programs; QEMUs that have it warn of ``-mon``."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 PCIE_MACHINES = re.compile(r"(pc-)?q35(-.*)?|virt(-.*)?")
@@ -127,6 +133,9 @@ class GuestSpec(Struct, frozen=True):
         of two.
     :ivar qemu: Program name or path.
     :ivar firmware: Directory of firmware images, for a QEMU that was built without (``-L``).
+    :ivar uefi: Whether it boots by UEFI; see :mod:`.firmware`.
+    :ivar uefi_variables: File that keeps its UEFI variables, made if it is not there. Without one
+        they are kept for as long as its QEMU runs.
     :ivar extra: Further arguments, as they are.
     """
 
@@ -147,7 +156,22 @@ class GuestSpec(Struct, frozen=True):
     machine: str = "q35"
     qemu: str = "qemu-system-x86_64"
     firmware: Path | None = None
+    uefi: bool = False
+    uefi_variables: Path | None = None
     extra: tuple[str, ...] = ()
+
+
+class Flash(Struct, frozen=True):
+    """The two flash chips that UEFI is in.
+
+    :ivar code: Image of the firmware, which is never written.
+    :ivar variables: Image of the guest's own variables.
+    """
+
+    code: Path
+    code_format: str
+    variables: Path
+    variables_format: str
 
 
 class Sockets(Struct, frozen=True):
@@ -252,6 +276,8 @@ def check(spec: GuestSpec) -> None:
         )
     if (spec.initrd or spec.append) and not spec.kernel:
         raise RequestError(f"{label}: an initrd or kernel parameters need a kernel")
+    if spec.uefi_variables and not spec.uefi:
+        raise RequestError(f"{label}: UEFI variables need UEFI", "add --uefi, or uefi = true")
     parse_accel(spec.accel)
     for word in spec.extra:
         if found := _REFUSED.fullmatch(word):
@@ -259,7 +285,7 @@ def check(spec: GuestSpec) -> None:
             raise RequestError(f"{label}: QEMU's argument {word} cannot be used: {why}")
     _check_mdevs(spec, label)
     strings = [spec.append, spec.disk_format, spec.machine, spec.qemu, *spec.extra]
-    strings += map(str, (spec.kernel, spec.initrd, spec.disk, spec.firmware))
+    strings += map(str, (spec.kernel, spec.initrd, spec.disk, spec.firmware, spec.uefi_variables))
     strings += (str(mdev.path) for mdev in spec.mdevs)
     if any("\0" in string for string in strings):
         raise RequestError(f"{label}: a zero byte cannot be passed to a program")
@@ -327,9 +353,37 @@ def boot_arguments(spec: GuestSpec) -> list[str]:
     return argv
 
 
-def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
+def monitor_arguments(name: str, descriptor: int, *, by_object: bool) -> list[str]:
+    """One monitor for programs, on a listening socket."""
+    return [
+        "-chardev",
+        option("socket", id=name, fd=descriptor, server=True, wait=False),
+        *(
+            ("-object", option(MONITOR, id=f"monitor-{name}", chardev=name))
+            if by_object
+            else ("-mon", option(f"chardev={name}", mode="control"))
+        ),
+    ]
+
+
+def flash_arguments(flash: Flash) -> list[str]:
+    """The flash chips, by which QEMU boots whatever firmware is in the first."""
+    code = option("if=pflash", unit=0, format=flash.code_format, readonly=True, file=flash.code)
+    variables = option("if=pflash", unit=1, format=flash.variables_format, file=flash.variables)
+    return ["-drive", code, "-drive", variables]
+
+
+def guest_argv(
+    spec: GuestSpec,
+    sockets: Sockets,
+    *,
+    flash: Flash | None = None,
+    objects: Collection[str] = (),
+) -> list[str]:
     """Return QEMU's whole argument vector, program first.
 
+    :param flash: What UEFI is in, for a guest that boots by it.
+    :param objects: Types of objects that QEMU makes on request, as far as they are known.
     :raise RequestError: The specification is faulty, see :func:`check`.
     """
     check(spec)
@@ -355,12 +409,7 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
         argv += ["-L", str(spec.firmware)]
     monitors = {"qmp": sockets.qmp, "query": sockets.query, "watch": sockets.watch}
     for name, descriptor in monitors.items():
-        argv += [
-            "-chardev",
-            option("socket", id=name, fd=descriptor, server=True, wait=False),
-            "-mon",
-            option(f"chardev={name}", mode="control"),
-        ]
+        argv += monitor_arguments(name, descriptor, by_object=MONITOR in objects)
     argv += [
         "-chardev",
         option(
@@ -374,6 +423,8 @@ def guest_argv(spec: GuestSpec, sockets: Sockets) -> list[str]:
         "-serial",
         "chardev:console",
     ]
+    if flash:
+        argv += flash_arguments(flash)
     argv += boot_arguments(spec)
     if has_ports(spec):
         for number in range(ports_in_use(spec) + spec.hotplug_ports):

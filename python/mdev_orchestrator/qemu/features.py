@@ -28,6 +28,8 @@ of an object whose type has the same name."""
 PROBE_SECONDS = 30.0
 _DRIVER = re.compile(r"[a-z0-9][a-z0-9-]*")
 _PROPERTY = re.compile(r"^  ([a-z0-9_-]+)=", re.MULTILINE)
+_OBJECT = re.compile(r"^  ([a-z0-9_-]+)$", re.MULTILINE)
+_OBJECTS = ("-object", "help")
 _CACHE = "qemu-properties.json"
 _MAX_ENTRIES = 64
 
@@ -42,44 +44,56 @@ class _Entry(msgspec.Struct, frozen=True):
     """What one binary answered, and how to tell that it is still the same one."""
 
     path: str
+    inode: int
     size: int
     mtime: int
-    driver: str
-    properties: list[str]
+    question: str
+    names: list[str]
 
     def is_of(self, other: _Entry) -> bool:
-        """Whether both are about the same binary and driver."""
-        return (self.path, self.size, self.mtime, self.driver) == (
-            other.path,
-            other.size,
-            other.mtime,
-            other.driver,
-        )
+        """Whether both are the answer of the same binary to the same question."""
+        return msgspec.structs.replace(self, names=other.names) == other
 
 
 async def properties(qemu: str, driver: str, *, deadline: float = PROBE_SECONDS) -> frozenset[str]:
     """Names of the properties that a QEMU binary's device model has (``-device DRIVER,help``).
 
-    The answer is kept in the cache directory until the binary's path, size or time changes. A
-    binary that does not answer has none that could be used.
+    The answer is kept in the cache directory until the binary is another: its path, inode, size or
+    time changes. A binary that does not answer has none that could be used.
 
     :param qemu: Path of the program.
     :param deadline: Seconds.
     """
     if not _DRIVER.fullmatch(driver):
         return frozenset()
-    key = _key(qemu, driver)
+    return await _answer(qemu, ("-device", f"{driver},help"), _PROPERTY, deadline)
+
+
+async def object_types(qemu: str, *, deadline: float = PROBE_SECONDS) -> frozenset[str]:
+    """Types of objects that a QEMU binary makes on request (``-object help``), kept likewise.
+
+    :param qemu: Path of the program.
+    :param deadline: Seconds.
+    """
+    return await _answer(qemu, _OBJECTS, _OBJECT, deadline)
+
+
+async def _answer(
+    qemu: str, question: tuple[str, ...], pattern: re.Pattern[str], deadline: float
+) -> frozenset[str]:
+    """The names in a binary's answer to a question, which is asked once."""
+    key = _key(qemu, " ".join(question))
     if key is None:
         return frozenset()
     known = _read()
     for entry in known:
         if entry.is_of(key):
-            return frozenset(entry.properties)
-    text = await _ask(qemu, driver, deadline)
+            return frozenset(entry.names)
+    text = await _ask(qemu, question, deadline)
     if text is None:
         return frozenset()
-    found = sorted(set(_PROPERTY.findall(text)))
-    fresh = msgspec.structs.replace(key, properties=found)
+    found = sorted(set(pattern.findall(text)))
+    fresh = msgspec.structs.replace(key, names=found)
     _write([fresh, *known][:_MAX_ENTRIES])
     return frozenset(found)
 
@@ -93,18 +107,18 @@ async def has_property(qmp: QmpMonitor, driver: str, name: str) -> bool:
     return any(entry.name == name for entry in found)
 
 
-def _key(qemu: str, driver: str) -> _Entry | None:
+def _key(qemu: str, question: str) -> _Entry | None:
     path = Path(qemu).resolve()
     try:
         status = path.stat()
     except OSError:
         return None
-    return _Entry(str(path), status.st_size, status.st_mtime_ns, driver, [])
+    return _Entry(str(path), status.st_ino, status.st_size, status.st_mtime_ns, question, [])
 
 
-async def _ask(qemu: str, driver: str, deadline: float) -> str | None:
+async def _ask(qemu: str, question: tuple[str, ...], deadline: float) -> str | None:
     try:
-        ended = await run_child(qemu, "-device", f"{driver},help", deadline=deadline)
+        ended = await run_child(qemu, *question, deadline=deadline)
     except OSError:
         return None
     return ended.output if ended is not None and ended.status == 0 else None

@@ -9,6 +9,7 @@ own, ``guests/NAME`` below the state directory (mode 0700)::
     watch.sock     monitor for events         qemu.log       what QEMU itself printed
     console.sock   first serial port          console.log    what the guest printed there
     started/       start groups that came online for this guest, one file each (see engine)
+    uefi-vars.fd   UEFI variables of a guest that has no file of its own for them
 
 Nothing there is believed before it is checked: a process is the guest only if it has the recorded
 pid *and* the recorded start time, in the boot that was recorded, *and* the guest's ``-uuid`` on
@@ -41,6 +42,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -54,6 +56,7 @@ from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host.service import scope
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import IommuChoice
+from mdev_orchestrator.qemu import features
 from mdev_orchestrator.qemu.command import (
     NAME_PATTERN,
     GuestSpec,
@@ -63,6 +66,7 @@ from mdev_orchestrator.qemu.command import (
     escape,
     guest_argv,
 )
+from mdev_orchestrator.qemu.firmware import find_uefi, prepare_flash
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.state import decode, private_dir
 from mdev_orchestrator.system.files import write_atomic
@@ -107,6 +111,7 @@ CONSOLE = "console.sock"
 CONSOLE_LOG = "console.log"
 QEMU_LOG = "qemu.log"
 STARTED = "started"
+UEFI_VARIABLES = "uefi-vars.fd"
 ASKED = "asked"
 """A file in a guest's directory that is touched before its power button is pressed. It goes when it
 is known that the guest runs on: one that is left says that the guest may power down yet."""
@@ -788,6 +793,8 @@ def _absolute(spec: GuestSpec) -> GuestSpec:
             why = "cannot be read" if path.exists() else "does not exist"
             raise errors.RequestError(f"guest {spec.name}: its {field} {path} {why}")
         changes[field] = path.absolute()
+    if spec.uefi_variables:
+        changes["uefi_variables"] = spec.uefi_variables.absolute()
     return replace(spec, **changes)
 
 
@@ -818,15 +825,28 @@ async def start(
     with errors.before_acting():
         check(spec)
         spec = _absolute(spec)
+        uefi = await asyncio.to_thread(find_uefi, machine, spec) if spec.uefi else None
+        # a program that does not answer this question may answer at its monitor
+        objects = await features.object_types(spec.qemu, deadline=deadline / 4)
     async with (
         _claim(machine, spec.name) as directory,
         around(directory) if around else contextlib.nullcontext(),
     ):
-        return await _start(machine, spec, directory, began, deadline)
+        flash = None
+        if uefi:
+            variables = spec.uefi_variables or directory / UEFI_VARIABLES
+            flash = await asyncio.to_thread(prepare_flash, uefi, variables, f"guest {spec.name}")
+        argv = partial(guest_argv, spec, flash=flash, objects=objects)
+        return await _start(machine, spec, argv, directory, began, deadline)
 
 
 async def _start(
-    machine: Machine, spec: GuestSpec, directory: Path, began: float, deadline: float
+    machine: Machine,
+    spec: GuestSpec,
+    argv_for: Callable[[Sockets], list[str]],
+    directory: Path,
+    began: float,
+    deadline: float,
 ) -> RunningGuest:
     label = f"guest {spec.name}"
     with contextlib.ExitStack() as stack:
@@ -842,7 +862,7 @@ async def _start(
                 console=console.fileno(),
                 console_log=directory / CONSOLE_LOG,
             )
-            argv = guest_argv(spec, sockets)
+            argv = argv_for(sockets)
             numbers = [listener.fileno() for listener in listeners]
             pid, opener = _spawn(scope(machine, spec.name) + argv, numbers, directory / QEMU_LOG)
         except OSError as error:

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from msgspec import Struct
 from msgspec.inspect import (
+    BoolType,
     CustomType,
     DictType,
     Field,
@@ -180,6 +181,8 @@ def _scalar(info: Type, raw: object, place: Place, fault: str) -> object:
             return _text(info, raw, place, fault)
         case IntType():
             return _number(info, raw, place)
+        case BoolType():
+            return _truth(raw, place)
         case UUIDType():
             return _uuid(raw, place)
         case LiteralType():
@@ -210,6 +213,12 @@ def _number(info: IntType, raw: object, place: Place) -> int:
         raise DecodingError(place, f"must be at least {info.ge}")
     if info.le is not None and raw > info.le:
         raise DecodingError(place, f"must be at most {info.le}")
+    return raw
+
+
+def _truth(raw: object, place: Place) -> bool:
+    if not isinstance(raw, bool):
+        raise _wrong("true or false", raw, place)
     return raw
 
 

@@ -92,6 +92,8 @@ def _check_guest(document: Document, place: Place, guest: GuestConfig) -> None:
     for name in ("initrd", "append"):
         if getattr(guest, name) and guest.kernel is None:
             raise document.fault((*place, name), "needs a kernel", 'add kernel = "…"')
+    if guest.uefi_variables is not None and not guest.uefi:
+        raise document.fault((*place, "uefi_variables"), "needs UEFI", "add uefi = true")
 
 
 def _check_attributes(document: Document, place: Place, devices: GuestMdev | Pool) -> None:

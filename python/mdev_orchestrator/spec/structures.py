@@ -167,6 +167,10 @@ class GuestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     firmware: Annotated[
         Path | None, Meta(description="Directory of firmware images, QEMU's -L.")
     ] = None
+    uefi: Annotated[bool, Meta(description="Boot by UEFI, not by QEMU's own firmware.")] = False
+    uefi_variables: Annotated[
+        Path | None, Meta(description="File that keeps the UEFI variables; made if needed.")
+    ] = None
     extra: Annotated[
         tuple[
             Annotated[

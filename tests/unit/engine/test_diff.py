@@ -444,11 +444,13 @@ def test_a_guest_that_must_stop_is_only_ended_by_force(world: World, *, force: b
     assert [stop.force for stop in stops] == [force, force]
 
 
-def test_a_restart_names_sizes_as_a_user_writes_them(world: World) -> None:
-    text = ONE.replace("mdev", 'memory = "64M"\nmdev')
+def test_a_restart_names_values_as_a_user_writes_them(world: World) -> None:
+    text = ONE.replace("mdev", 'memory = "64M"\nuefi = false\nmdev')
     world.apply(spec(text))
-    changes = world.diff(spec(text.replace("64M", "96M")))
-    assert changes.restarts == {"a": "memory changes from 64M to 96M"}
+    changes = world.diff(spec(text.replace("64M", "96M").replace("false", "true")))
+    assert changes.restarts == {
+        "a": "memory changes from 64M to 96M, uefi changes from false to true"
+    }
 
 
 @pytest.mark.parametrize("deadline", [None, 5.0])

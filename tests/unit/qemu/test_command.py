@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.qemu.command import (
+    Flash,
     GuestMdev,
     GuestSpec,
     Sockets,
@@ -148,6 +149,25 @@ def test_boot() -> None:
     ]
 
 
+def test_uefi_is_two_flash_chips() -> None:
+    flash = Flash(Path("/code,1.fd"), "raw", Path("/vars.fd"), "qcow2")
+    usual, argv = guest_argv(spec(), SOCKETS), guest_argv(spec(uefi=True), SOCKETS, flash=flash)
+    assert shown(argv).splitlines()[len(shown(usual).splitlines()) :] == [
+        "-drive if=pflash,unit=0,format=raw,readonly=on,file=/code,,1.fd",
+        "-drive if=pflash,unit=1,format=qcow2,file=/vars.fd",
+    ]
+
+
+def test_a_monitor_is_an_object_where_there_is_that_type() -> None:
+    argv = guest_argv(spec(), SOCKETS, objects={"monitor-qmp", "iothread"})
+    monitors = [line for line in shown(argv).splitlines() if "monitor" in line]
+    assert monitors == [
+        f"-object monitor-qmp,id=monitor-{name},chardev={name}"
+        for name in ("qmp", "query", "watch")
+    ]
+    assert "-mon" not in argv
+
+
 @pytest.mark.parametrize("count", [9, 64, 128])
 def test_ports_are_unique(count: int) -> None:
     ports = [line for line in guest_argv(spec(hotplug_ports=count), SOCKETS) if "root-port" in line]
@@ -267,6 +287,7 @@ def test_qemu_reads_it_so(qemu: str, tmp_path: Path) -> None:
         ({"hotplug_window": 0}, "window"),
         ({"initrd": Path("/i")}, "kernel"),
         ({"append": "x"}, "kernel"),
+        ({"uefi_variables": Path("/v")}, "UEFI"),
         ({"mdevs": (mdev(M1), mdev(M1))}, "twice"),
         ({"mdevs": (mdev(M1, "vfio-pci,x-y=on"),)}, "device_api"),
         ({"mdevs": (mdev(M1, "-S"),)}, "device_api"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mdev_orchestrator.qemu.features import START, properties
+from mdev_orchestrator.qemu.features import START, object_types, properties
 
 ANSWER = """\
 #!/bin/sh
@@ -79,6 +79,17 @@ async def test_what_hangs_costs_the_deadline(tmp_path: Path, cache: Path) -> Non
     assert await properties(str(qemu), "vfio-pci", deadline=0.2) == frozenset()
 
 
+async def test_types_of_objects_are_asked_for_likewise(tmp_path: Path, cache: Path) -> None:
+    answer = '#!/bin/sh\necho "$*" >> {log}\necho "List of objects:"\nprintf "  %s\\n" {names}\n'
+    names = "iothread monitor-qmp secret_keyring"
+    qemu = program(tmp_path, answer.replace("{names}", names))
+    for _ in range(2):
+        assert await object_types(str(qemu)) == set(names.split())
+    assert await properties(str(qemu), "vfio-pci") == frozenset()
+    assert questions(tmp_path) == ["-object help", "-device vfio-pci,help"]
+
+
 async def test_the_real_one(qemu: str, cache: Path) -> None:
     found = await properties(qemu, "vfio-pci")
     assert {"sysfsdev", "host"} <= found
+    assert {"iothread", "memory-backend-ram"} <= await object_types(qemu)

@@ -72,9 +72,9 @@ async def started(machine: Machine, what: GuestSpec) -> AsyncIterator[RunningGue
 
 
 def fake_qemu(machine: Machine, body: str) -> str:
-    """A program that is started as if it were QEMU."""
+    """A program that is started as if it were QEMU, and does not answer what it can do."""
     path = machine.state_dir / "fake-qemu"
-    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.write_text(f'#!/bin/sh\n[ "$1" != -object ] || exit 1\n{body}\n')
     path.chmod(0o755)
     return str(path)
 
