@@ -80,6 +80,18 @@ async def test_there_and_back(libvirt: FakeLibvirt, system: FakeSystem, machine:
     assert libvirt.addresses[0].startswith("qemu+unix:///system?socket=")
 
 
+async def test_libvirt_opens_a_device_by_its_group(
+    libvirt: FakeLibvirt, machine: Machine, system: FakeSystem
+) -> None:
+    """On a host with iommufd too: a domain's device needs no node of its own."""
+    with pytest.raises(errors.RequestError, match="opens devices by their group") as caught:
+        await attach(machine, NAME, U1, iommu="iommufd")
+    assert caught.value.hint == "--iommu container, or without it"
+    system.load_iommufd()
+    await attach(machine, NAME, U1)
+    assert libvirt.devices == [str(U1)]
+
+
 async def test_a_removal_takes_it_out(libvirt: FakeLibvirt, machine: Machine) -> None:
     await attach(machine, NAME, U1)
     await attach(machine, NAME, U2)
