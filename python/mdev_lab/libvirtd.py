@@ -35,7 +35,7 @@ def start(place: Path) -> subprocess.Popen[bytes]:
     """Start ``virtlogd``, if it does not run, and ``libvirtd``; gives the latter. They end with L1.
 
     :param place: Directory for what they print.
-    :raise DeadlineError: It does not answer.
+    :raise DeadlineError: It does not answer, or has ended.
     """
     if not is_installed():
         raise HostError("libvirt is not there", "tools/setup libvirt installs it")
@@ -51,7 +51,7 @@ def start(place: Path) -> subprocess.Popen[bytes]:
     _started.append(libvirtd)
     end = time.monotonic() + START_SECONDS
     while subprocess.run(["virsh", "version"], check=False, capture_output=True).returncode:
-        if time.monotonic() > end:
+        if libvirtd.poll() is not None or time.monotonic() > end:
             raise DeadlineError((place / "libvirtd.log").read_text())
         time.sleep(0.2)
     return libvirtd

@@ -240,14 +240,8 @@ async def detach(
                 f"it has: {', '.join(sorted(map(str, has))) or 'none'}",
                 subject=f"mdev {uuid}",
             )
-    mark = _mark(machine, domain.uuid, uuid)
-    try:
+    with hotplug.asking(_mark(machine, domain.uuid, uuid)):
         await _let_go(machine, domain, uuid, device_api, end, deadline)
-    except errors.MdoError as error:
-        if error.outcome is Outcome.NO_EFFECT:
-            mark.unlink(missing_ok=True)
-        raise
-    mark.unlink(missing_ok=True)
 
 
 async def _let_go(

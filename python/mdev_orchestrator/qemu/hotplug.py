@@ -599,7 +599,8 @@ async def detach(
                 _mark(guest, uuid).unlink(missing_ok=True)  # if it was asked, it has let go
                 await drop_iommufd(machine, qmp)
                 raise
-        with _asking(guest, uuid) as mark:
+        mark = _mark(guest, uuid)
+        with asking(mark):
             await _unplug(qmp, device, end, deadline, mark)
         await drop_iommufd(machine, qmp)
 
@@ -615,14 +616,13 @@ def _leave(mark: Path) -> None:
 
 
 @contextmanager
-def _asking(guest: RunningGuest, uuid: UUID) -> Iterator[Path]:
-    """Take the mark away when no question is open any more: the guest has answered, or refused.
+def asking(mark: Path) -> Iterator[None]:
+    """Take a mark away when no question is open any more: the guest has answered, or refused.
 
     It stays after an interruption and after an unknown outcome.
     """
-    mark = _mark(guest, uuid)
     try:
-        yield mark
+        yield
     except errors.MdoError as error:
         if error.outcome is Outcome.NO_EFFECT:
             mark.unlink(missing_ok=True)
