@@ -315,12 +315,7 @@ async def _keeps(machine: Machine, domain: Domain, uuid: UUID, deadline: float) 
     patience = max(min(left or 0, deadline), 0)
     kept = not await _gone(machine, domain, uuid, _end_of(patience))
     if kept and left is not None and patience < left:
-        raise errors.DeadlineError(
-            f"{domain.label} was asked to let go of mdev {uuid} and may do so yet",
-            f"try again in {left - patience:.0f} s",
-            outcome=Outcome.UNKNOWN,
-            subject=domain.label,
-        )
+        raise process.still_asked(domain.label, f"let go of mdev {uuid}", left - patience)
     mark.unlink(missing_ok=True)
     return kept
 

@@ -55,7 +55,7 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import IommuKind, parse_uuid
 from mdev_orchestrator.qemu import features
 from mdev_orchestrator.qemu.command import IOMMUFD_ID, GuestMdev, device_id
-from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, time_left
+from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, still_asked, time_left
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.spec.sizes import format_size
 from mdev_orchestrator.system.waiting import run_to_completion
@@ -677,12 +677,7 @@ async def _keeps(qmp: QmpMonitor, device_id: str, seconds: float, end: float) ->
         except errors.BusyError:
             return True
     if patience < seconds:
-        raise errors.DeadlineError(
-            f"{qmp.label} was asked to let go of {device_id} and may do so yet",
-            f"try again in {seconds - patience:.0f} s",
-            outcome=Outcome.UNKNOWN,
-            subject=qmp.label,
-        )
+        raise still_asked(qmp.label, f"let go of {device_id}", seconds - patience)
     return device_id in await _children(qmp, PERIPHERAL)
 
 

@@ -1041,6 +1041,20 @@ async def stop(
     return Ended(guest.name, how)
 
 
+def still_asked(label: str, what: str, seconds: float) -> errors.DeadlineError:
+    """The error for a guest that was asked for something and may do it yet.
+
+    :param what: What it was asked to do.
+    :param seconds: Until it has had its time to answer.
+    """
+    return errors.DeadlineError(
+        f"{label} was asked to {what} and may do so yet",
+        f"try again in {seconds:.0f} s",
+        outcome=Outcome.UNKNOWN,
+        subject=label,
+    )
+
+
 def time_left(mark: Path, seconds: float) -> float | None:
     """Of so many seconds since a mark was touched, those that are left; ``None`` without a mark."""
     try:
@@ -1067,12 +1081,7 @@ async def await_pending_shutdown(guest: RunningGuest, *, deadline: float = OBEY_
     if await wait_ended(guest, max(min(left, deadline), 0)):
         return True
     if deadline < left:
-        raise errors.DeadlineError(
-            f"{guest.label} was asked to power down and may do so yet",
-            f"try again in {left - deadline:.0f} s",
-            outcome=Outcome.UNKNOWN,
-            subject=guest.label,
-        )
+        raise still_asked(guest.label, "power down", left - deadline)
     asked.unlink(missing_ok=True)
     return False
 
