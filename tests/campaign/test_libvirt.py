@@ -114,9 +114,8 @@ def given_back(place: Path) -> None:
         virsh("detach-device", NAME, str(file), "--live")
 
 
-def test_a_guest_of_libvirts(
-    libvirt: subprocess.Popen[bytes], place: Path, others: Foreign, empty: Look
-) -> None:
+@pytest.mark.usefixtures("libvirt", "empty")
+def test_a_guest_of_libvirts(place: Path, others: Foreign) -> None:
     """It gets a new device, which it takes; it gives it back, and all is as it was."""
     with domain(place, others, boots=True) as pid:
         before = look(others)
@@ -152,9 +151,8 @@ def test_a_guest_of_libvirts(
         assert differences(before, look(others)) == []
 
 
-def test_the_command_that_the_remedy_names(
-    libvirt: subprocess.Popen[bytes], place: Path, others: Foreign, empty: Look
-) -> None:
+@pytest.mark.usefixtures("libvirt", "empty")
+def test_the_command_that_the_remedy_names(place: Path, others: Foreign) -> None:
     """Without the binding a user can do it by virsh; the message says how."""
 
     def no_binding() -> None:
@@ -187,15 +185,9 @@ WORKS: dict[str, tuple[list[Command], Command]] = {
 }
 
 
+@pytest.mark.usefixtures("libvirt", "empty")
 @pytest.mark.parametrize("name", list(WORKS))
-def test_killed(
-    libvirt: subprocess.Popen[bytes],
-    place: Path,
-    others: Foreign,
-    empty: Look,
-    tally: Tally,
-    name: str,
-) -> None:
+def test_killed(place: Path, others: Foreign, tally: Tally, name: str) -> None:
     before, command = WORKS[name]
 
     def prepare() -> Look:
@@ -254,13 +246,13 @@ def stopped_when_asked(pid: int, *, killed: bool = False) -> Change:
     return change
 
 
+@pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("killed", [False, True], ids=["", "and mdo killed"])
 @pytest.mark.parametrize("name", list(WORKS))
 def test_libvirt_stopped(
     libvirt: subprocess.Popen[bytes],
     place: Path,
     others: Foreign,
-    empty: Look,
     tally: Tally,
     name: str,
     killed: bool,
@@ -296,8 +288,9 @@ def test_libvirt_stopped(
         clear(others)
 
 
+@pytest.mark.usefixtures("empty")
 def test_libvirt_stopped_before_it_is_asked(
-    libvirt: subprocess.Popen[bytes], place: Path, others: Foreign, empty: Look, tally: Tally
+    libvirt: subprocess.Popen[bytes], place: Path, others: Foreign, tally: Tally
 ) -> None:
     """What was never asked for has had no effect: nothing is left to libvirt."""
     with domain(place, others):
@@ -312,8 +305,9 @@ def test_libvirt_stopped_before_it_is_asked(
         assert tally.count("libvirt stopped before it is asked", left, str(ended)) == []
 
 
+@pytest.mark.usefixtures("empty")
 def test_libvirt_killed_while_qemu_opens_the_device(
-    libvirt: subprocess.Popen[bytes], place: Path, others: Foreign, empty: Look, tally: Tally
+    libvirt: subprocess.Popen[bytes], place: Path, others: Foreign, tally: Tally
 ) -> None:
     """QEMU then has a device that no libvirt knows of: only the domain's end takes it out."""
 

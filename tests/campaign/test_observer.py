@@ -55,11 +55,10 @@ def last_line(ended: Ended) -> str:
     return re.sub(r"group \d+", "group N", ended.err.splitlines()[-1])
 
 
+@pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("name", list(WORKS))
 @pytest.mark.parametrize("what", list(ERRORS))
-def test_what_is_done(
-    place: Path, others: Foreign, empty: Look, tally: Tally, name: str, what: str
-) -> None:
+def test_what_is_done(place: Path, others: Foreign, tally: Tally, name: str, what: str) -> None:
     work = WORKS[name]
     whole = work.whole(place, others)
     work.prepare(place, others)

@@ -18,7 +18,7 @@ import pytest
 from campaign.command import mdo
 from campaign.conftest import EVERY, Tally
 from campaign.works import WORKS, half_done
-from campaign.world import Foreign, Look, clear, denials, differences, look
+from campaign.world import Foreign, clear, denials, differences, look
 from mdev_orchestrator.system import writer
 
 PATH_BYTES = 256
@@ -62,11 +62,10 @@ class Killer:
         writer._write_file = struck
 
 
+@pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("name", list(WORKS))
-def test_every_write(
-    place: Path, others: Foreign, empty: Look, tally: Tally, name: str, after: bool
-) -> None:
+def test_every_write(place: Path, others: Foreign, tally: Tally, name: str, after: bool) -> None:
     work = WORKS[name]
     whole = work.whole(place, others)
     failures = []

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import os
 import pty
 import re
@@ -13,7 +11,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+
+from programs import load
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DIST = "/dist"
@@ -50,18 +49,8 @@ ALWAYS_CHANGED = (
     "var/log",
 )
 
-
-def load_fresh() -> ModuleType:
-    """Return tools/fresh, which makes such roots."""
-    loader = importlib.machinery.SourceFileLoader("fresh", str(CHECKOUT / "tools/fresh"))
-    spec = importlib.util.spec_from_loader("fresh", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-fresh = load_fresh()
+fresh = load("fresh")
+"""Makes such roots."""
 
 
 class Root:

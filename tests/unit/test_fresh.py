@@ -1,27 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """tools/fresh: its command line, and what it takes from this machine's apt and pip."""
 
-import importlib.machinery
-import importlib.util
 import subprocess
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parents[2] / "tools/fresh"
+from programs import TOOLS, load
+
+PROGRAM = TOOLS / "fresh"
 
 
-def load() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("fresh", str(PROGRAM))
-    spec = importlib.util.spec_from_loader("fresh", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-fresh = load()
+fresh = load("fresh")
 
 
 def test_what_follows_the_suite_is_the_command() -> None:

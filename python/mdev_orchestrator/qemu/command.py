@@ -165,7 +165,7 @@ class Flash(Struct, frozen=True):
     """The two flash chips that UEFI is in.
 
     :ivar code: Image of the firmware, which is never written.
-    :ivar variables: Image of the guest's own variables.
+    :ivar variables: Image of the variables: a guest's own, or those that a new one begins with.
     """
 
     code: Path

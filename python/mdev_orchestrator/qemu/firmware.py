@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from mdev_orchestrator.errors import HostError, RequestError
 from mdev_orchestrator.machine import Machine
@@ -74,21 +75,8 @@ class _Description(Struct, frozen=True, rename="kebab"):
     features: list[str] = []
 
 
-class Uefi(Struct, frozen=True):
-    """An image of UEFI firmware.
-
-    :ivar code: The firmware.
-    :ivar variables: The variables that a new guest begins with.
-    """
-
-    code: Path
-    code_format: str
-    variables: Path
-    variables_format: str
-
-
-def find_uefi(machine: Machine, spec: GuestSpec) -> Uefi:
-    """Return the UEFI firmware for a guest.
+def find_uefi(machine: Machine, spec: GuestSpec) -> Flash:
+    """Return the UEFI firmware for a guest, with the variables that a new guest begins with.
 
     :raise HostError: There is none, or its files are not there.
     """
@@ -110,7 +98,7 @@ def find_uefi(machine: Machine, spec: GuestSpec) -> Uefi:
                     "cannot be read",
                     hint.replace("install", "install --reinstall", 1),
                 )
-        return Uefi(Path(code.filename), code.format, Path(variables.filename), variables.format)
+        return Flash(Path(code.filename), code.format, Path(variables.filename), variables.format)
     raise HostError(
         f"guest {spec.name}: there is no UEFI firmware for the machine {spec.machine} of "
         f"{architecture}",
@@ -118,7 +106,7 @@ def find_uefi(machine: Machine, spec: GuestSpec) -> Uefi:
     )
 
 
-def prepare_flash(uefi: Uefi, variables: Path, label: str) -> Flash:
+def prepare_flash(uefi: Flash, variables: Path, label: str) -> Flash:
     """Return the flash chips of a guest; its variables are made if they are not there.
 
     :param variables: File of the guest's variables.
@@ -142,7 +130,7 @@ def prepare_flash(uefi: Uefi, variables: Path, label: str) -> Flash:
             f"{len(fresh)}",
             "name another file, or delete it: the guest begins with fresh ones then",
         )
-    return Flash(uefi.code, uefi.code_format, variables, uefi.variables_format)
+    return replace(uefi, variables=variables)
 
 
 def _descriptions(machine: Machine) -> list[Path]:

@@ -1143,9 +1143,12 @@ async def _force(guest: RunningGuest, process: int) -> str:
             return "terminated"
     if await _kill(process):
         return "killed"
-    raise errors.DeadlineError(
-        f"{guest.label}: process {guest.record.pid if guest.record else '?'} does not end "
-        f"{KILL_SECONDS:g} s after SIGKILL",
+    raise _does_not_end(guest, guest.record.pid if guest.record else "?")
+
+
+def _does_not_end(guest: RunningGuest, pid: int | str) -> errors.MdoError:
+    return errors.DeadlineError(
+        f"{guest.label}: process {pid} does not end {KILL_SECONDS:g} s after SIGKILL",
         "the kernel holds it, perhaps in a driver; see dmesg",
         outcome=Outcome.UNKNOWN,
         subject=guest.label,
@@ -1174,12 +1177,7 @@ async def _end_strays(machine: Machine, guest: RunningGuest, patience: float = 0
     uuid = guest.record.uuid if guest.record else None
     _, left = await _kill_strays(machine, guest.directory, uuid, patience=patience)
     if left:
-        raise errors.DeadlineError(
-            f"{guest.label}: process {left[0]} does not end {KILL_SECONDS:g} s after SIGKILL",
-            "the kernel holds it, perhaps in a driver; see dmesg",
-            outcome=Outcome.UNKNOWN,
-            subject=guest.label,
-        )
+        raise _does_not_end(guest, left[0])
 
 
 async def _end_damaged(machine: Machine, guest: RunningGuest, *, force: bool) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -33,7 +32,7 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.spec import parse
 from unit.engine.killed import dies_at, killed
-from unit.engine.scripted import ScriptedGuest, scripted_guest
+from unit.engine.scripted import ScriptedGuest
 from unit.fakesys import FakeSystem
 
 U1, U2 = UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{n}") for n in "12"]
@@ -52,12 +51,6 @@ def card(system: FakeSystem) -> FakeSystem:
 @pytest.fixture
 def machine(card: FakeSystem, place: Path) -> Machine:
     return Machine(card.root, state=place)
-
-
-@pytest.fixture
-async def guest(machine: Machine, card: FakeSystem) -> AsyncIterator[ScriptedGuest]:
-    async with scripted_guest(machine, card) as guest:
-        yield guest
 
 
 async def progress(machine: Machine) -> list[list[Progress]]:

@@ -893,18 +893,24 @@ async def test_interrupted_once_it_takes_back_what_it_did(machine: Machine) -> N
     machine.untouched()
 
 
-@pytest.mark.parametrize("turns", [*range(12), 15, 20, 30])
-async def test_interrupted_at_any_turn_it_is_all_or_nothing(machine: Machine, turns: int) -> None:
-    work = asyncio.ensure_future(machine.run([create(0), create(1, 0), create(2)]))
+async def is_undone_after(work: asyncio.Future[None], turns: int) -> bool:
+    """Interrupt work that began some turns of the loop ago, and say whether it was undone."""
     for _ in range(turns):
         await asyncio.sleep(0.001)
     work.cancel()
     try:
         await work
     except asyncio.CancelledError as error:
-        if "all was done already" not in getattr(error, "__notes__", ()):
-            machine.untouched()
-            return
+        return "all was done already" not in getattr(error, "__notes__", ())
+    return False
+
+
+@pytest.mark.parametrize("turns", [*range(12), 15, 20, 30])
+async def test_interrupted_at_any_turn_it_is_all_or_nothing(machine: Machine, turns: int) -> None:
+    work = asyncio.ensure_future(machine.run([create(0), create(1, 0), create(2)]))
+    if await is_undone_after(work, turns):
+        machine.untouched()
+        return
     assert machine.system.uuids() == machine.managed == set(TEXTS[:3])
     assert machine.journal.open_runs() == []
 
@@ -915,16 +921,10 @@ async def test_a_removal_interrupted_at_any_turn_is_all_or_nothing(
 ) -> None:
     await machine.run([create(0), create(1)])
     work = asyncio.ensure_future(machine.run([remove(0), remove(1, 0)], "destroy"))
-    for _ in range(turns):
-        await asyncio.sleep(0.001)
-    work.cancel()
-    try:
-        await work
-    except asyncio.CancelledError as error:
-        if "all was done already" not in getattr(error, "__notes__", ()):
-            assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
-            assert machine.journal.open_runs() == []
-            return
+    if await is_undone_after(work, turns):
+        assert machine.system.uuids() == machine.managed == set(TEXTS[:2])
+        assert machine.journal.open_runs() == []
+        return
     machine.untouched()
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -21,7 +20,7 @@ from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.spec import GuestConfig
 from unit.engine.killed import dies_at, killed
-from unit.engine.scripted import ScriptedGuest, scripted_guest
+from unit.engine.scripted import ScriptedGuest
 from unit.fakesys import FakeSystem
 
 U1, U2 = UUIDS = [UUID(f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{n}") for n in "12"]
@@ -41,12 +40,6 @@ def system(system: FakeSystem) -> FakeSystem:
 @pytest.fixture
 def machine(system: FakeSystem, place: Path) -> Machine:
     return Machine(system.root, state=place)
-
-
-@pytest.fixture
-async def guest(machine: Machine, system: FakeSystem) -> AsyncIterator[ScriptedGuest]:
-    async with scripted_guest(machine, system) as guest:
-        yield guest
 
 
 # ---- a guest that is started ----

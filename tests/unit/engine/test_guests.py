@@ -26,7 +26,7 @@ from mdev_orchestrator.qemu.process import State
 from mdev_orchestrator.spec import GuestConfig
 from unit.engine.broken_journals import Breaker, full_disk, locked
 from unit.engine.killed import dies_at, killed
-from unit.engine.scripted import ScriptedGuest, scripted_guest
+from unit.engine.scripted import ScriptedGuest
 from unit.fakesys import FakeSystem
 
 U1 = UUID("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
@@ -41,12 +41,6 @@ async def machine(system: FakeSystem, place: Path) -> AsyncIterator[Machine]:
     yield machine
     for guest in process.list_guests(machine):
         await process.stop(machine, guest, deadline=0, force=True)
-
-
-@pytest.fixture
-async def guest(machine: Machine, system: FakeSystem) -> AsyncIterator[ScriptedGuest]:
-    async with scripted_guest(machine, system) as guest:
-        yield guest
 
 
 def config(qemu: str, *extra: str) -> GuestConfig:

@@ -7,6 +7,7 @@ import pytest
 
 from mdev_lab import debug_kernel, kernels
 from mdev_orchestrator.errors import HostError, MdoError, UnknownError
+from unit.lab.scripts import stand_before
 
 SERIES = "6.12-debug"
 
@@ -37,16 +38,9 @@ done""",
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of programs that stands before the real ones."""
-    directory = tmp_path / "bin"
-    directory.mkdir()
-    for name, text in SCRIPTS.items():
-        (directory / name).write_text(f"#!/bin/sh\n{text}\n")
-        (directory / name).chmod(0o755)
+    directory = stand_before(monkeypatch, tmp_path, SCRIPTS, "6.12.9-1")
     for name in ("bc", "bison", "flex", "gcc"):
         (directory / name).symlink_to("/bin/true")
-    (directory / "apt-cache.version").write_text("6.12.9-1")
-    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
-    monkeypatch.setenv("MDO_CACHE_DIR", str(tmp_path / "cache"))
     return directory
 
 

@@ -8,6 +8,7 @@ import pytest
 from mdev_lab import iommufd_kernel
 from mdev_lab.kernel_modules import build_modules
 from mdev_orchestrator.errors import MdoError, UnknownError
+from unit.lab.scripts import stand_before
 
 RELEASE = "6.12.9+deb12-amd64"
 SPANS = "#ifdef CONFIG_INTERVAL_TREE_SPAN_ITER\nint span;\n#endif\n"
@@ -36,15 +37,7 @@ printf '0x2\tvfio_open\tdrivers/vfio/vfio\tEXPORT_SYMBOL_GPL\t\n' >Module.symver
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of programs that stands before the real ones."""
-    directory = tmp_path / "bin"
-    directory.mkdir()
-    for name, text in SCRIPTS.items():
-        (directory / name).write_text(f"#!/bin/sh\n{text}\n")
-        (directory / name).chmod(0o755)
-    (directory / "apt-cache.version").write_text("6.12.9-1~deb12u1")
-    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
-    monkeypatch.setenv("MDO_CACHE_DIR", str(tmp_path / "cache"))
-    return directory
+    return stand_before(monkeypatch, tmp_path, SCRIPTS, "6.12.9-1~deb12u1")
 
 
 @pytest.fixture

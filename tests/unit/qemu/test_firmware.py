@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from mdev_orchestrator.errors import HostError, RequestError
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
-from mdev_orchestrator.qemu.command import GuestSpec
-from mdev_orchestrator.qemu.firmware import Uefi, find_uefi, prepare_flash
+from mdev_orchestrator.qemu.command import Flash, GuestSpec
+from mdev_orchestrator.qemu.firmware import find_uefi, prepare_flash
 
 SPEC = GuestSpec("g", uuid4(), qemu="/usr/bin/qemu-system-x86_64", uefi=True)
 PACKAGES, MACHINES = "usr/share/qemu/firmware", "etc/qemu/firmware"
@@ -109,13 +109,14 @@ def test_variables_are_the_guests_own_and_stay(tmp_path: Path) -> None:
 def test_variables_of_other_firmware_are_refused(tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.write_bytes(bytes(SIZE))
+    uefi = Flash(Path("/c"), "raw", template, "raw")
     own = tmp_path / "own.fd"
     own.write_bytes(b"x")
     with pytest.raises(RequestError, match=r"own\.fd have 1 bytes, those of /c have 65536"):
-        prepare_flash(Uefi(Path("/c"), "raw", template, "raw"), own, "guest g")
+        prepare_flash(uefi, own, "guest g")
     assert own.read_bytes() == b"x"
     with pytest.raises(HostError, match=r"none/own\.fd cannot be used: No such file"):
-        prepare_flash(Uefi(Path("/c"), "raw", template, "raw"), tmp_path / "none/own.fd", "guest g")
+        prepare_flash(uefi, tmp_path / "none/own.fd", "guest g")
 
 
 async def test_a_guest_runs_from_them(qemu: str, place: Path) -> None:
