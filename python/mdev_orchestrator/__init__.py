@@ -68,8 +68,9 @@ if TYPE_CHECKING:
     from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host, Mdev, MdevType, Parent, StartGroup
     from mdev_orchestrator.qemu.hotplug import Plugged
-    from mdev_orchestrator.qemu.process import Ended, ProcessRecord, RunningGuest
+    from mdev_orchestrator.qemu.process import ProcessRecord, RunningGuest
     from mdev_orchestrator.qemu.status import GuestState, Report
+    from mdev_orchestrator.qemu.stop import Ended
     from mdev_orchestrator.spec import (
         Document,
         GuestConfig,
@@ -100,7 +101,7 @@ _PLACES = {
     "DetachDomain": "engine.steps",
     "DeviceRecord": "engine.records",
     "Document": "spec",
-    "Ended": "qemu.process",
+    "Ended": "qemu.stop",
     "Event": "host.events",
     "Existing": "engine.device_requests",
     "ForeignGuest": "engine.foreign",

@@ -30,6 +30,7 @@ from mdev_orchestrator.host.holders import read_holders
 from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import connect
+from mdev_orchestrator.qemu.start import start_qemu
 
 SMALL = "mvgpu-128M"
 
@@ -67,7 +68,7 @@ class TwoGuests(GuestTest):
             with refused(QemuError, "Device or resource busy", "another process holds the mdev"):
                 await plug("right", shared)
             with refused(QemuError, "guest third", "Device or resource busy"):
-                await process.start(machine(), spec("third", shared, boots=False))
+                await start_qemu(machine(), spec("third", shared, boots=False))
             assert [found.name for found in process.list_guests(machine())] == ["left", "right"]
             (holder,) = read_holders(machine(), (shared,)).of(shared.uuid)
             assert holder.guest == "left"

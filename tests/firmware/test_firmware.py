@@ -22,6 +22,7 @@ from matrix import machines
 from mdev_lab import l2
 from mdev_orchestrator.engine import guest_ops
 from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.log import qemu_words
 
 TYPE = "mvgpu-128M"
 NAME = "firmware"
@@ -79,7 +80,7 @@ class Firmware(GuestTest):
                         await guest_ops.detach(machine(), NAME, mdev.uuid, guests.GUEST_SECONDS)
                         await disappears(program, mdev)
                     assert await functions(program) == {}
-                said = process.qemu_words(running.qemu_log).split("; ")
+                said = qemu_words(running.qemu_log).split("; ")
                 assert not [words for words in said if "-mon" in words], said
             finally:
                 with contextlib.suppress(Exception):

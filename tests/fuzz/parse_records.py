@@ -14,6 +14,7 @@ from mdev_orchestrator.errors import MdoError
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import features, process
+from mdev_orchestrator.qemu.log import qemu_words
 from mdev_orchestrator.qemu.status import Report
 
 PLACE = harness.scratch()
@@ -50,7 +51,7 @@ def _read() -> None:
     machine = Machine(PLACE, state=PLACE)  # it has no mdevs
     features._read()
     model_cache.load(machine)
-    harness.check_shown([process.qemu_words(GUEST / "qemu.log")])
+    harness.check_shown([qemu_words(GUEST / "qemu.log")])
     for guest in process.list_guests(machine):
         msgspec.json.encode(guest_shape(Report(guest, damage=guest.damage), Host(), {}))
         if guest.record is not None:

@@ -22,6 +22,8 @@ from lab.machine import machine
 from mdev_orchestrator.engine.journal import Journal
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
+from mdev_orchestrator.qemu.start import start_qemu
+from mdev_orchestrator.qemu.stop import stop_qemu
 from mdev_orchestrator.system.processes import boot_id, start_time
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
@@ -46,9 +48,9 @@ async def guest() -> AsyncIterator[process.RunningGuest]:
     before = os.umask(0)
     try:
         spec = GuestSpec("g", uuid4(), memory=32 << 20, hotplug_ports=0, extra=("-S",))
-        found = await process.start(machine(), spec)
+        found = await start_qemu(machine(), spec)
         yield found
-        await process.stop(machine(), found, deadline=0, force=True)
+        await stop_qemu(machine(), found, deadline=0, force=True)
     finally:
         os.umask(before)
 

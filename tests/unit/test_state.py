@@ -17,6 +17,7 @@ from mdev_orchestrator.engine.journal_db import read_managed
 from mdev_orchestrator.errors import HostError
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.start import _listen
 from mdev_orchestrator.state import private_dir, state_dir
 
 STRANGER = 65534
@@ -157,7 +158,7 @@ def test_a_socket_is_for_us_only_from_its_first_moment(place: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fchmod", lambda fd, mode: (seen.append(path.exists()), real(fd, mode)))
-        process._listen(path).close()
+        _listen(path).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert seen == [False]
 

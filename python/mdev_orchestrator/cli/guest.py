@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mdev_orchestrator.engine.restore import PoweredDown
     from mdev_orchestrator.machine import Machine
     from mdev_orchestrator.model import Host
-    from mdev_orchestrator.qemu.process import Ended, RunningGuest
+    from mdev_orchestrator.qemu.process import RunningGuest
     from mdev_orchestrator.qemu.status import Report
+    from mdev_orchestrator.qemu.stop import Ended
     from mdev_orchestrator.spec import GuestConfig
 
 NONE = "-"
@@ -150,7 +151,7 @@ def start(
     """Start a guest; it goes on running when this command ends."""
     from mdev_orchestrator.model import parse_uuid
     from mdev_orchestrator.qemu.command import parse_accel, parse_iommu
-    from mdev_orchestrator.qemu.process import qemu_words
+    from mdev_orchestrator.qemu.log import qemu_words
     from mdev_orchestrator.spec import GuestConfig, parse_size
     from mdev_orchestrator.spec.sizes import Size
 

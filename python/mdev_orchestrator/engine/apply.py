@@ -28,7 +28,7 @@ from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import find_holders
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
-from mdev_orchestrator.qemu.process import STOP_SECONDS
+from mdev_orchestrator.qemu.stop import STOP_SECONDS
 from mdev_orchestrator.spec import Document, parse, to_json
 
 _LISTED = 4  # names in one message

@@ -12,7 +12,7 @@ from uuid import UUID
 from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.host.holders import Holder, Holders, find_holders
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.qemu.process import Ended
+from mdev_orchestrator.qemu.stop import Ended
 
 DEADLINE = 30.0
 """Seconds for one device to be created or removed."""

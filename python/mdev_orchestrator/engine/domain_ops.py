@@ -29,7 +29,8 @@ from mdev_orchestrator.host import sysfs
 from mdev_orchestrator.interop import libvirt
 from mdev_orchestrator.interop.libvirt import Domain
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu import hotplug
+from mdev_orchestrator.qemu.pending import ASKED, still_asked, time_left
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.state import private_dir
 from mdev_orchestrator.system.waiting import run_to_completion
@@ -311,11 +312,11 @@ async def _keeps(machine: Machine, domain: Domain, uuid: UUID, deadline: float) 
     :raise DeadlineError: They were over before the guest had its time to answer.
     """
     mark = _mark(machine, domain.uuid, uuid)
-    left = process.time_left(mark, hotplug.OBEY_SECONDS)
+    left = time_left(mark, hotplug.OBEY_SECONDS)
     patience = max(min(left or 0, deadline), 0)
     kept = not await _gone(machine, domain, uuid, _end_of(patience))
     if kept and left is not None and patience < left:
-        raise process.still_asked(domain.label, f"let go of mdev {uuid}", left - patience)
+        raise still_asked(domain.label, f"let go of mdev {uuid}", left - patience)
     mark.unlink(missing_ok=True)
     return kept
 
@@ -374,7 +375,7 @@ def _explained(domain: Domain, uuid: UUID, device_api: str, verb: str) -> Iterat
 
 
 def _mark(machine: Machine, domain: UUID, uuid: UUID) -> Path:
-    return machine.state_dir / _DOMAINS / f"{process.ASKED}-{domain}-{uuid}"
+    return machine.state_dir / _DOMAINS / f"{ASKED}-{domain}-{uuid}"
 
 
 def _touch(machine: Machine, domain: Domain, uuid: UUID) -> None:

@@ -20,7 +20,7 @@ from mdev_orchestrator import errors
 from mdev_orchestrator.engine import guest_iommu, start_groups
 from mdev_orchestrator.engine.context import Context
 from mdev_orchestrator.engine.records import Change, GuestRecord
-from mdev_orchestrator.engine.start_groups import START_SECONDS, Starter
+from mdev_orchestrator.engine.start_groups import Starter
 from mdev_orchestrator.engine.step import Step
 from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.host import sysfs
@@ -29,7 +29,10 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, IommuChoice, StartGroup
 from mdev_orchestrator.qemu import features, hotplug, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
-from mdev_orchestrator.qemu.process import Ended, RunningGuest
+from mdev_orchestrator.qemu.guest_dir import attaching
+from mdev_orchestrator.qemu.process import RunningGuest
+from mdev_orchestrator.qemu.start import START_SECONDS, start_qemu
+from mdev_orchestrator.qemu.stop import STOP_SECONDS, Ended, await_pending_shutdown, stop_qemu
 from mdev_orchestrator.spec import read_guest
 
 READY_SECONDS = 10.0
@@ -63,7 +66,7 @@ class _GuestStep(Step, frozen=True):
 class Launch(_GuestStep, frozen=True, tag="launch"):
     """Start a guest."""
 
-    deadline: float = process.START_SECONDS
+    deadline: float = START_SECONDS
 
     def __str__(self) -> str:
         """What it does."""
@@ -90,7 +93,7 @@ class Launch(_GuestStep, frozen=True, tag="launch"):
                         f"mdo guest stop {self.guest.name}, or take another name",
                         subject=found.label,
                     )
-                if not await process.await_pending_shutdown(found):
+                if not await await_pending_shutdown(found):
                     return
             mdevs = [_usable(uuid, context) for uuid in self.devices]
             spec = guest_spec(self.guest, mdevs)
@@ -115,7 +118,7 @@ class Stop(_GuestStep, frozen=True, tag="stop"):
     """
 
     force: bool = False
-    deadline: float = process.STOP_SECONDS
+    deadline: float = STOP_SECONDS
 
     def __str__(self) -> str:
         """What it does."""
@@ -318,7 +321,7 @@ async def usable_mdev(
 
 
 async def launch(
-    machine: Machine, spec: GuestSpec, *, deadline: float = process.START_SECONDS
+    machine: Machine, spec: GuestSpec, *, deadline: float = START_SECONDS
 ) -> RunningGuest:
     """Start a guest, and the groups of its mdevs before that; all of it or nothing.
 
@@ -328,7 +331,7 @@ async def launch(
     :raise RequestError: A group is not complete.
     :raise HostError: The guest shall have its mdevs by iommufd, and that cannot be.
     :raise MdoError: A group did not come online, see :func:`mdev_orchestrator.host.groups.start`;
-        or what :func:`mdev_orchestrator.qemu.process.start` raises.
+        or what :func:`mdev_orchestrator.qemu.start.start_qemu` raises.
     """
     with errors.before_acting():
         await start_groups.reclaim_groups(machine)
@@ -347,7 +350,7 @@ async def launch(
     @contextlib.asynccontextmanager
     async def around(directory: Path) -> AsyncIterator[None]:
         place = directory / process.STARTED
-        seconds = min(deadline, START_SECONDS)
+        seconds = min(deadline, start_groups.START_SECONDS)
         async with contextlib.AsyncExitStack() as stack:
             for group, by in starters.items():
                 await stack.enter_async_context(
@@ -356,7 +359,7 @@ async def launch(
             await stack.enter_async_context(start_groups.explained(machine, wanted))
             yield
 
-    return await process.start(machine, spec, deadline=deadline, around=around)
+    return await start_qemu(machine, spec, deadline=deadline, around=around)
 
 
 async def _starter(qemu: str, group: StartGroup, driver: str) -> Starter:
@@ -395,7 +398,7 @@ async def attach(
     end = asyncio.get_running_loop().time() + deadline
     async with contextlib.AsyncExitStack() as stack:
         with errors.before_acting():
-            await stack.enter_async_context(process.attaching(guest))
+            await stack.enter_async_context(attaching(guest))
             qmp = await stack.enter_async_context(
                 connect(guest.qmp_socket, guest.label, deadline=deadline)
             )
@@ -453,13 +456,13 @@ async def end(
     machine: Machine,
     guest: RunningGuest,
     *,
-    deadline: float = process.STOP_SECONDS,
+    deadline: float = STOP_SECONDS,
     force: bool = False,
 ) -> Ended:
     """End a guest, stop what was started for it, and remove its directory.
 
     :param deadline: Seconds for the guest to power down; 0 with ``force`` does not ask it.
-    :raise MdoError: What :func:`mdev_orchestrator.qemu.process.stop` raises; or the guest has ended
+    :raise MdoError: What :func:`.stop.stop_qemu` raises; or the guest has ended
         and a group does not go offline: then its directory stays, and the next command tries again.
     """
 
@@ -476,4 +479,4 @@ async def end(
                     subject=reclaimed.group,
                 )
 
-    return await process.stop(machine, guest, deadline=deadline, force=force, release=release)
+    return await stop_qemu(machine, guest, deadline=deadline, force=force, release=release)

@@ -18,8 +18,10 @@ from mdev_orchestrator.engine.steps import Launch, Stop
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process, status
-from mdev_orchestrator.qemu.process import Ended, RunningGuest
+from mdev_orchestrator.qemu.process import RunningGuest
+from mdev_orchestrator.qemu.start import START_SECONDS
 from mdev_orchestrator.qemu.status import Report
+from mdev_orchestrator.qemu.stop import STOP_SECONDS, Ended
 from mdev_orchestrator.spec import GuestConfig, to_json
 
 
@@ -29,7 +31,7 @@ async def start_guest(
     mdevs: Sequence[UUID] = (),
     *,
     uuid: UUID | None = None,
-    deadline: float = process.START_SECONDS,
+    deadline: float = START_SECONDS,
     observe: Observer = ignore,
 ) -> RunningGuest:
     """Start a guest; it goes on running when the caller ends. It belongs to no spec.
@@ -67,7 +69,7 @@ async def stop_guest(
     machine: Machine,
     name: str,
     *,
-    deadline: float = process.STOP_SECONDS,
+    deadline: float = STOP_SECONDS,
     force: bool = False,
 ) -> Ended:
     """End a guest, and stop the start groups that came online for it.

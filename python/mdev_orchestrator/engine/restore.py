@@ -58,6 +58,7 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.process import RunningGuest
+from mdev_orchestrator.qemu.stop import STOP_SECONDS
 
 WAIT_SECONDS = 60.0
 """For parents to appear. A graphics card whose firmware is loaded takes half of it."""
@@ -279,7 +280,7 @@ async def _scans(
 class PoweredDown(Struct, frozen=True):
     """How one guest was powered down.
 
-    :ivar how: As :class:`mdev_orchestrator.qemu.process.Ended` has it; empty if it still runs.
+    :ivar how: As :class:`mdev_orchestrator.qemu.stop.Ended` has it; empty if it still runs.
     """
 
     name: str
@@ -290,7 +291,7 @@ class PoweredDown(Struct, frozen=True):
 async def power_down(
     machine: Machine,
     *,
-    deadline: float = process.STOP_SECONDS,
+    deadline: float = STOP_SECONDS,
     force: bool = False,
 ) -> tuple[PoweredDown, ...]:
     """Power down every guest of the state directory that runs, all at the same time.

@@ -44,8 +44,10 @@ from mdev_orchestrator.host.holders import Holders, find_holders
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev, StartGroup
 from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu.guest_dir import remove, tidying
 from mdev_orchestrator.qemu.process import RunningGuest
 from mdev_orchestrator.state import decode, private_dir
+from mdev_orchestrator.system.directory_lock import LOCK_SECONDS
 from mdev_orchestrator.system.files import write_atomic
 
 Starter = Literal["mdo", "qemu"]
@@ -131,7 +133,7 @@ async def release_groups(
     machine: Machine,
     guest: RunningGuest,
     *,
-    wait: float = process.LOCK_SECONDS,
+    wait: float = LOCK_SECONDS,
     starting: float = START_SECONDS,
 ) -> list[ReclaimedGroup]:
     """Stop the groups of one guest that no process has open.
@@ -142,7 +144,7 @@ async def release_groups(
     """
     done: list[ReclaimedGroup] = []
     try:
-        async with process.tidying(guest, wait) as alive:
+        async with tidying(guest, wait) as alive:
             for draft in _drafts(guest):
                 draft.unlink(missing_ok=True)
             for file in sorted(guest.started.glob("*.json")):
@@ -158,7 +160,7 @@ async def release_groups(
         return done  # another command has removed the directory
     if cut_short:  # the command that started it was killed before QEMU began
         with contextlib.suppress(errors.BusyError):
-            process.remove(guest)
+            remove(guest)
     return done
 
 

@@ -20,7 +20,8 @@ from mdev_orchestrator.engine.records import DeviceRecord, GuestRecord
 from mdev_orchestrator.engine.snapshot import ObservedGuest, ObservedState
 from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Launch, Remove, Stop
 from mdev_orchestrator.qemu.hotplug import ATTACH_SECONDS, DETACH_SECONDS
-from mdev_orchestrator.qemu.process import START_SECONDS, STOP_SECONDS
+from mdev_orchestrator.qemu.start import START_SECONDS
+from mdev_orchestrator.qemu.stop import STOP_SECONDS
 
 
 class StepOptions(Struct, frozen=True):

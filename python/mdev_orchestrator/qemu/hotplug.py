@@ -55,7 +55,8 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import IommuKind, parse_uuid
 from mdev_orchestrator.qemu import features
 from mdev_orchestrator.qemu.command import IOMMUFD_ID, GuestMdev, device_id
-from mdev_orchestrator.qemu.process import ASKED, RunningGuest, find_running, still_asked, time_left
+from mdev_orchestrator.qemu.pending import ASKED, still_asked, time_left
+from mdev_orchestrator.qemu.process import RunningGuest, find_running
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.spec.sizes import format_size
 from mdev_orchestrator.system.waiting import run_to_completion

@@ -31,6 +31,8 @@ from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.monitor import QmpMonitor
+from mdev_orchestrator.qemu.pending import ASKED
+from mdev_orchestrator.qemu.stop import stop_qemu
 from mdev_orchestrator.spec import Document, parse
 from mdev_orchestrator.system.waiting import poll_until
 from unit.fakesys import FakeSystem
@@ -367,7 +369,7 @@ async def guests(system: FakeSystem, place: Path, qemu: str) -> AsyncIterator[Ma
     machine = Machine(system.root, state=place)
     yield machine
     for guest in process.list_guests(machine):
-        await process.stop(machine, guest, deadline=0, force=True)
+        await stop_qemu(machine, guest, deadline=0, force=True)
 
 
 def record_of(machine: Machine) -> process.ProcessRecord:
@@ -389,7 +391,7 @@ async def test_a_guest_is_started_kept_changed_adopted_and_stopped(guests: Machi
         await apply(machine, more)
     assert "--restart" in caught.value.hint
     assert record_of(machine) == first
-    await process.stop(machine, process.find_running(machine, "g"), deadline=0, force=True)
+    await stop_qemu(machine, process.find_running(machine, "g"), deadline=0, force=True)
     assert await apply(machine, more) == ["start guest g"]
     second = record_of(machine)
     assert (second.uuid, second.pid == first.pid) == (first.uuid, False)
@@ -422,7 +424,7 @@ async def test_a_guest_that_powers_down_late_is_started_again(guests: Machine) -
     await apply(guests, GUEST)
     first, guest = record_of(guests), process.find_running(guests, "g")
     destroying = asyncio.ensure_future(module.destroy(guests, "lab"))
-    assert await poll_until((guest.directory / process.ASKED).exists, 20)
+    assert await poll_until((guest.directory / ASKED).exists, 20)
     destroying.cancel()
     await asyncio.sleep(0.1)
     os.kill(first.pid, signal.SIGTERM)
@@ -431,7 +433,7 @@ async def test_a_guest_that_powers_down_late_is_started_again(guests: Machine) -
     assert caught.value.__notes__ == ["all was undone"]
     second = record_of(guests)
     assert (second.uuid, second.pid == first.pid) == (first.uuid, False)
-    assert not (guest.directory / process.ASKED).exists()
+    assert not (guest.directory / ASKED).exists()
 
 
 async def test_a_guest_that_ends_while_it_is_asked_is_started_again(

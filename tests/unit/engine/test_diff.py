@@ -32,7 +32,9 @@ from mdev_orchestrator.engine.steps import AnyStep, Attach, Create, Detach, Laun
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.interop.mdevctl import Definition
 from mdev_orchestrator.model import Host, Mdev
-from mdev_orchestrator.qemu import hotplug, process
+from mdev_orchestrator.qemu import hotplug
+from mdev_orchestrator.qemu.start import START_SECONDS
+from mdev_orchestrator.qemu.stop import STOP_SECONDS
 from mdev_orchestrator.spec import Document, parse, read_guest, to_json
 from unit.capacity import drivers
 from unit.capacity.drivers import Driver
@@ -466,8 +468,8 @@ def test_a_deadline_is_every_steps(world: World, deadline: float | None) -> None
         if not isinstance(step, Create | Remove)
     }
     defaults = {
-        Stop: process.STOP_SECONDS,
-        Launch: process.START_SECONDS,
+        Stop: STOP_SECONDS,
+        Launch: START_SECONDS,
         Attach: hotplug.ATTACH_SECONDS,
         Detach: hotplug.DETACH_SECONDS,
     }

@@ -23,6 +23,7 @@ from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.process import State
+from mdev_orchestrator.qemu.stop import stop_qemu
 from mdev_orchestrator.spec import GuestConfig
 from unit.engine.broken_journals import Breaker, full_disk, locked
 from unit.engine.killed import dies_at, killed
@@ -40,7 +41,7 @@ async def machine(system: FakeSystem, place: Path) -> AsyncIterator[Machine]:
     machine = Machine(system.root, state=place)
     yield machine
     for guest in process.list_guests(machine):
-        await process.stop(machine, guest, deadline=0, force=True)
+        await stop_qemu(machine, guest, deadline=0, force=True)
 
 
 def config(qemu: str, *extra: str) -> GuestConfig:

@@ -27,6 +27,7 @@ from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import RunningGuest, State
+from mdev_orchestrator.qemu.stop import stop_qemu
 from unit.fakesys import FakeSystem, put
 
 A, B, C = (f"0000000{n}-1111-4222-8333-444444444444" for n in "123")
@@ -118,7 +119,7 @@ async def lab(
     for guest in process.list_guests(machine):
         for file in guest.started.glob("*"):
             file.unlink()
-        await process.stop(machine, guest, deadline=0, force=True)
+        await stop_qemu(machine, guest, deadline=0, force=True)
 
 
 async def kill(guest: RunningGuest) -> None:

@@ -17,6 +17,8 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import Flash, GuestSpec
 from mdev_orchestrator.qemu.firmware import find_uefi, prepare_flash
+from mdev_orchestrator.qemu.start import start_qemu
+from mdev_orchestrator.qemu.stop import stop_qemu
 
 SPEC = GuestSpec("g", uuid4(), qemu="/usr/bin/qemu-system-x86_64", uefi=True)
 PACKAGES, MACHINES = "usr/share/qemu/firmware", "etc/qemu/firmware"
@@ -125,12 +127,12 @@ async def test_a_guest_runs_from_them(qemu: str, place: Path) -> None:
     (place / "guests").mkdir(mode=0o700)
     machine = Machine(place, state=place)
     what = replace(SPEC, qemu=qemu, memory=64 << 20, accel="tcg", hotplug_ports=0, extra=("-S",))
-    guest = await process.start(machine, what)
+    guest = await start_qemu(machine, what)
     variables = guest.directory / process.UEFI_VARIABLES
     assert variables.read_bytes() == bytes(SIZE)
-    await process.stop(machine, guest, deadline=0, force=True)
+    await stop_qemu(machine, guest, deadline=0, force=True)
     assert not variables.exists()
     own = place / "own.fd"
-    guest = await process.start(machine, replace(what, uefi_variables=own))
-    await process.stop(machine, guest, deadline=0, force=True)
+    guest = await start_qemu(machine, replace(what, uefi_variables=own))
+    await stop_qemu(machine, guest, deadline=0, force=True)
     assert own.stat().st_size == SIZE

@@ -27,8 +27,10 @@ from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.hotplug import Device, Port
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import RunningGuest, State, is_stopped, start, stop
+from mdev_orchestrator.qemu.process import RunningGuest, State, is_stopped
 from mdev_orchestrator.qemu.remedies import remedy
+from mdev_orchestrator.qemu.start import start_qemu
+from mdev_orchestrator.qemu.stop import stop_qemu
 from mdev_orchestrator.system.waiting import poll_until
 from unit.qemu.conftest import Peer, Script, Serve
 
@@ -49,11 +51,11 @@ async def guest(
         hotplug_ports=ports,
         extra=("-S", *extra),
     )
-    found = await start(machine, what)
+    found = await start_qemu(machine, what)
     try:
         yield found
     finally:
-        await stop(machine, found, deadline=0, force=True)
+        await stop_qemu(machine, found, deadline=0, force=True)
 
 
 async def plug(

@@ -27,19 +27,15 @@ from msgspec.structs import replace
 from mdev_orchestrator import errors
 from mdev_orchestrator.errors import Outcome
 from mdev_orchestrator.machine import Machine
-from mdev_orchestrator.qemu import process
+from mdev_orchestrator.qemu import process, start, stop
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
-from mdev_orchestrator.qemu.process import (
-    RunningGuest,
-    State,
-    find,
-    find_running,
-    list_guests,
-    start,
-    stop,
-)
+from mdev_orchestrator.qemu.pending import ASKED
+from mdev_orchestrator.qemu.process import RunningGuest, State, find, find_running, list_guests
+from mdev_orchestrator.qemu.start import _spawn, start_qemu
 from mdev_orchestrator.qemu.status import GuestState, check_console_free, look, look_all
+from mdev_orchestrator.qemu.stop import await_pending_shutdown, stop_qemu
+from mdev_orchestrator.system.directory_lock import opened
 from mdev_orchestrator.system.processes import has_ended, start_time
 from mdev_orchestrator.system.waiting import poll_until
 from unit.qemu.conftest import processes_of
@@ -62,13 +58,13 @@ def spec(qemu: str, name: str = "g", *extra: str) -> GuestSpec:
 
 @asynccontextmanager
 async def started(machine: Machine, what: GuestSpec) -> AsyncIterator[RunningGuest]:
-    guest = await start(machine, what)
+    guest = await start_qemu(machine, what)
     try:
         yield guest
     finally:
         left = [one for one in list_guests(machine) if one.name == what.name]
         for one in left:
-            await stop(machine, one, deadline=0, force=True)
+            await stop_qemu(machine, one, deadline=0, force=True)
 
 
 def fake_qemu(machine: Machine, body: str) -> str:
@@ -81,7 +77,7 @@ def fake_qemu(machine: Machine, body: str) -> str:
 
 async def test_start_find_stop(qemu: str, machine: Machine) -> None:
     what = spec(qemu)
-    guest = await start(machine, what)
+    guest = await start_qemu(machine, what)
     assert guest.state is State.RUNNING
     assert find(machine, "g") == find_running(machine, "g") == guest
     assert list_guests(machine) == [guest]
@@ -90,7 +86,7 @@ async def test_start_find_stop(qemu: str, machine: Machine) -> None:
     assert guest.record.pid in processes_of(machine.state_dir)
     report = await look(guest)
     assert (report.status, report.mdevs, report.damage) == ("prelaunch", (), "")
-    ended = await stop(machine, guest, deadline=0, force=True)
+    ended = await stop_qemu(machine, guest, deadline=0, force=True)
     assert ended.how == "quit"
     assert list_guests(machine) == []
     assert list(machine.guests_dir.iterdir()) == []
@@ -138,7 +134,7 @@ async def test_it_outlives_its_starter_and_another_process_stops_it(
     )
     assert again.returncode == 2
     assert "guest g runs already" in again.stderr
-    assert (await stop(machine, guest, deadline=0, force=True)).how == "quit"
+    assert (await stop_qemu(machine, guest, deadline=0, force=True)).how == "quit"
     out = await run(
         [*mdo, "guest", "list", "--json"], env=environment, check=True, capture_output=True
     )
@@ -173,20 +169,20 @@ async def test_a_console_takes_one(qemu: str, machine: Machine) -> None:
 async def test_a_second_start_of_a_running_guest(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
         with pytest.raises(errors.BusyError, match="guest g runs already, as process"):
-            await start(machine, spec(qemu))
+            await start_qemu(machine, spec(qemu))
         assert find(machine, "g") == guest
 
 
 async def test_many_starts_at_once(qemu: str, machine: Machine) -> None:
     results = await asyncio.gather(
-        *(start(machine, spec(qemu)) for _ in range(5)), return_exceptions=True
+        *(start_qemu(machine, spec(qemu)) for _ in range(5)), return_exceptions=True
     )
     won = [result for result in results if isinstance(result, RunningGuest)]
     assert len(won) == 1
     assert all(isinstance(result, RunningGuest | errors.BusyError) for result in results)
     assert find(machine, "g") == won[0]
     assert len(processes_of(machine.state_dir)) == 1
-    await stop(machine, won[0], deadline=0, force=True)
+    await stop_qemu(machine, won[0], deadline=0, force=True)
 
 
 async def test_two_guests(qemu: str, machine: Machine) -> None:
@@ -200,7 +196,7 @@ async def test_two_guests(qemu: str, machine: Machine) -> None:
 
 async def test_qemu_says_no(qemu: str, machine: Machine) -> None:
     with pytest.raises(errors.QemuError, match="'nonsense' is not a valid device") as caught:
-        await start(machine, spec(qemu, "g", "-device", "nonsense"))
+        await start_qemu(machine, spec(qemu, "g", "-device", "nonsense"))
     assert caught.value.exit_code == 3
     assert "ended with status 1" in caught.value.message
     assert "-device nonsense" in caught.value.details
@@ -210,7 +206,7 @@ async def test_qemu_says_no(qemu: str, machine: Machine) -> None:
 async def test_an_mdev_that_is_not_there(qemu: str, machine: Machine) -> None:
     mdev = GuestMdev(UUID1, Path("/sys/bus/mdev/devices") / str(UUID1))
     with pytest.raises(errors.QemuError, match="no such host device") as caught:
-        await start(machine, replace(spec(qemu), mdevs=(mdev,)))
+        await start_qemu(machine, replace(spec(qemu), mdevs=(mdev,)))
     assert "mdo host" in caught.value.hint
     assert list(machine.guests_dir.iterdir()) == []
 
@@ -226,7 +222,7 @@ async def test_an_mdev_that_is_not_there(qemu: str, machine: Machine) -> None:
 )
 async def test_something_that_is_no_qemu(machine: Machine, body: str, said: str) -> None:
     with pytest.raises(errors.QemuError, match=said) as caught:
-        await start(machine, spec(fake_qemu(machine, body)))
+        await start_qemu(machine, spec(fake_qemu(machine, body)))
     assert caught.value.message.isprintable()
     assert list(machine.guests_dir.iterdir()) == []
 
@@ -234,25 +230,25 @@ async def test_something_that_is_no_qemu(machine: Machine, body: str, said: str)
 async def test_a_qemu_that_never_answers(machine: Machine) -> None:
     qemu = fake_qemu(machine, "echo thinking; exec sleep 1000")
     with pytest.raises(errors.DeadlineError, match=r"did not answer within 0\.5 s: thinking"):
-        await start(machine, spec(qemu), deadline=0.5)
+        await start_qemu(machine, spec(qemu), deadline=0.5)
     assert list(machine.guests_dir.iterdir()) == []
 
 
 async def test_no_qemu(machine: Machine) -> None:
     with pytest.raises(errors.HostError, match="no program no-such-qemu"):
-        await start(machine, spec("no-such-qemu"))
+        await start_qemu(machine, spec("no-such-qemu"))
     assert list(machine.guests_dir.iterdir()) == []
 
 
 async def test_no_kernel(qemu: str, machine: Machine) -> None:
     with pytest.raises(errors.RequestError, match=r"its kernel .*nowhere does not exist"):
-        await start(machine, replace(spec(qemu), kernel=Path("nowhere")))
+        await start_qemu(machine, replace(spec(qemu), kernel=Path("nowhere")))
 
 
 async def test_a_path_too_long_for_a_socket(qemu: str, machine: Machine) -> None:
     deep = Machine(state=machine.state_dir / ("x" * 100))
     with pytest.raises(errors.HostError, match="more than 107 bytes") as caught:
-        await start(deep, spec(qemu))
+        await start_qemu(deep, spec(qemu))
     assert "MDO_STATE_DIR" in caught.value.hint
     assert list(deep.guests_dir.iterdir()) == []
 
@@ -263,7 +259,7 @@ async def test_arguments_that_break_the_contract_are_refused(
 ) -> None:
     """Fault 22: with -daemonize "nothing was changed", and an unknown QEMU lived on."""
     with pytest.raises(errors.RequestError, match=f"argument {word} cannot be used") as caught:
-        await start(machine, spec(qemu, "g", word))
+        await start_qemu(machine, spec(qemu, "g", word))
     assert caught.value.outcome is Outcome.NO_EFFECT
 
 
@@ -271,7 +267,7 @@ async def test_a_qemu_that_its_program_leaves_behind_is_ended(qemu: str, machine
     """Fault 22: the process that was started ends, and a QEMU would live on."""
     program = fake_qemu(machine, f'{qemu} "$@" &\nexit 0')
     with pytest.raises(errors.QemuError, match="ended with status 0") as caught:
-        await start(machine, spec(program))
+        await start_qemu(machine, spec(program))
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert "not start QEMU beside itself" in caught.value.hint
     assert list(machine.guests_dir.iterdir()) == []
@@ -281,19 +277,19 @@ async def test_a_qemu_that_its_program_leaves_behind_is_ended(qemu: str, machine
 async def test_a_qemu_that_outlives_its_program_is_reported(qemu: str, machine: Machine) -> None:
     told = machine.state_dir / "told"
     body = f'{qemu} "$@" &\nwhile [ ! -e {told} ]; do sleep 0.05; done'
-    guest = await start(machine, spec(fake_qemu(machine, body)))
+    guest = await start_qemu(machine, spec(fake_qemu(machine, body)))
     told.touch()
     assert await process.wait_ended(guest)
     [gone] = list_guests(machine)
     assert gone.state is State.GONE
     [pid] = await process.find_strays(machine, gone)
     with pytest.raises(errors.BusyError, match=f"a QEMU of it runs on as process {pid}"):
-        await start(machine, spec(qemu))
+        await start_qemu(machine, spec(qemu))
     with pytest.raises(errors.BusyError, match=f"a QEMU of it runs on as process {pid}") as caught:
-        await stop(machine, gone)
+        await stop_qemu(machine, gone)
     assert caught.value.outcome is Outcome.NO_EFFECT
     assert "--force" in caught.value.hint
-    assert (await stop(machine, gone, force=True)).how == "killed"
+    assert (await stop_qemu(machine, gone, force=True)).how == "killed"
     assert has_ended(pid)
     assert list_guests(machine) == []
 
@@ -303,7 +299,7 @@ async def test_a_qemu_that_outlives_its_program_is_reported(qemu: str, machine: 
 
 @pytest.mark.parametrize("steps", range(0, 40, 3))
 async def test_cancelled_after_some_steps(qemu: str, machine: Machine, steps: int) -> None:
-    task = asyncio.ensure_future(start(machine, spec(qemu)))
+    task = asyncio.ensure_future(start_qemu(machine, spec(qemu)))
     for _ in range(steps):
         await asyncio.sleep(0)
     if task.cancel():
@@ -324,7 +320,7 @@ async def test_the_event_loop_runs_while_a_process_is_killed(
 
     monkeypatch.setattr(signal, "pidfd_send_signal", later)
     with pytest.raises(errors.DeadlineError):
-        await start(machine, spec(fake_qemu(machine, "exec sleep 1000")), deadline=0.5)
+        await start_qemu(machine, spec(fake_qemu(machine, "exec sleep 1000")), deadline=0.5)
     assert list(machine.guests_dir.iterdir()) == []
 
 
@@ -332,7 +328,6 @@ async def test_the_event_loop_runs_while_a_directory_is_locked(
     qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 10: flock held it. Here only the loop gives the lock back."""
-    opened = process._descriptor
 
     @contextlib.contextmanager
     def locked(directory: Path) -> Iterator[int]:
@@ -343,7 +338,7 @@ async def test_the_event_loop_runs_while_a_directory_is_locked(
         with opened(directory) as descriptor:
             yield descriptor
 
-    monkeypatch.setattr(process, "_descriptor", locked)
+    monkeypatch.setattr(start, "opened", locked)
     async with started(machine, spec(qemu)) as guest:
         assert guest.alive
 
@@ -388,8 +383,8 @@ async def test_killed_while_qemu_starts(machine: Machine) -> None:
     assert guest.record
     assert guest.record.pid == pid
     with pytest.raises(errors.BusyError, match="runs already"):
-        await start(machine, spec("/bin/true"))
-    assert (await stop(machine, guest, deadline=0, force=True)).how == "terminated"
+        await start_qemu(machine, spec("/bin/true"))
+    assert (await stop_qemu(machine, guest, deadline=0, force=True)).how == "terminated"
     assert list(machine.guests_dir.iterdir()) == []
 
 
@@ -409,7 +404,7 @@ async def test_a_guest_that_ends_by_itself_leaves_its_starter_no_zombie(
 
 async def test_the_gate_never_opens_for_a_starter_that_died(machine: Machine) -> None:
     witness = machine.state_dir / "witness"
-    pid, opener = process._spawn(["/bin/touch", str(witness)], [], machine.state_dir / "log")
+    pid, opener = _spawn(["/bin/touch", str(witness)], [], machine.state_dir / "log")
     os.close(opener)  # as the kernel does for a process that was killed
     os.waitpid(pid, 0)
     assert not witness.exists()
@@ -420,10 +415,10 @@ async def test_a_start_that_was_cut_short_before_the_record(qemu: str, machine: 
     [guest] = list_guests(machine)
     assert guest.state is State.DAMAGED
     with pytest.raises(errors.RequestError, match="cut short"):
-        await start(machine, spec(qemu))
+        await start_qemu(machine, spec(qemu))
     with pytest.raises(errors.RequestError, match="cut short"):
-        await stop(machine, guest)
-    assert (await stop(machine, guest, force=True)).how == "gone"
+        await stop_qemu(machine, guest)
+    assert (await stop_qemu(machine, guest, force=True)).how == "gone"
     assert list(machine.guests_dir.iterdir()) == []
 
 
@@ -431,7 +426,7 @@ async def test_a_start_that_was_cut_short_before_the_record(qemu: str, machine: 
 
 
 async def test_qemu_killed_in_the_middle(qemu: str, machine: Machine) -> None:
-    guest = await start(machine, spec(qemu))
+    guest = await start_qemu(machine, spec(qemu))
     assert guest.record
     os.kill(guest.record.pid, signal.SIGKILL)
     assert await process.wait_ended(guest)
@@ -440,13 +435,13 @@ async def test_qemu_killed_in_the_middle(qemu: str, machine: Machine) -> None:
     assert (await look(gone)).status is None
     with pytest.raises(errors.RequestError, match="its process has ended"):
         find_running(machine, "g")
-    assert (await stop(machine, gone)).how == "gone"
+    assert (await stop_qemu(machine, gone)).how == "gone"
     with pytest.raises(errors.UnknownError, match="no guest is called g"):
         find(machine, "g")
 
 
 async def test_a_start_takes_the_place_of_one_that_is_gone(qemu: str, machine: Machine) -> None:
-    first = await start(machine, spec(qemu))
+    first = await start_qemu(machine, spec(qemu))
     assert first.record
     os.kill(first.record.pid, signal.SIGKILL)
     await process.wait_ended(first)
@@ -456,8 +451,10 @@ async def test_a_start_takes_the_place_of_one_that_is_gone(qemu: str, machine: M
 
 
 async def test_a_stop_beside_a_stop(qemu: str, machine: Machine) -> None:
-    guest = await start(machine, spec(qemu))
-    ended = await asyncio.gather(*(stop(machine, guest, deadline=0, force=True) for _ in range(3)))
+    guest = await start_qemu(machine, spec(qemu))
+    ended = await asyncio.gather(
+        *(stop_qemu(machine, guest, deadline=0, force=True) for _ in range(3))
+    )
     assert {one.name for one in ended} == {"g"}
     assert list(machine.guests_dir.iterdir()) == []
 
@@ -465,7 +462,7 @@ async def test_a_stop_beside_a_stop(qemu: str, machine: Machine) -> None:
 async def test_without_force_it_goes_on(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
         with pytest.raises(errors.DeadlineError, match="did not power down") as caught:
-            await stop(machine, guest, deadline=0.3)
+            await stop_qemu(machine, guest, deadline=0.3)
         assert "--force" in caught.value.hint
         assert find(machine, "g") == guest
 
@@ -474,14 +471,14 @@ async def test_the_power_button_is_pressed_again(
     qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that boots feels nothing of the first time."""
-    monkeypatch.setattr(process, "PRESS_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(stop, "PRESS_AGAIN_SECONDS", 0.1)
     async with started(machine, spec(qemu)) as guest:
         async with connect(guest.watch_socket, guest.label) as qmp:
             with qmp.events(("POWERDOWN",), lambda _: True) as events:
-                stopping = asyncio.ensure_future(stop(machine, guest, deadline=5))
+                stopping = asyncio.ensure_future(stop_qemu(machine, guest, deadline=5))
                 for _ in range(3):
                     assert await events.next(10)
-                await stop(machine, guest, deadline=0, force=True)
+                await stop_qemu(machine, guest, deadline=0, force=True)
         with contextlib.suppress(errors.MdoError):
             await stopping
 
@@ -490,37 +487,37 @@ async def test_whether_a_guest_obeys_is_waited_for(
     qemu: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command that asked it was interrupted."""
-    monkeypatch.setattr(process, "OBEY_SECONDS", 0.5)
+    monkeypatch.setattr(stop, "OBEY_SECONDS", 0.5)
     async with started(machine, spec(qemu)) as guest:
-        assert not await process.await_pending_shutdown(guest)  # it was not asked
+        assert not await await_pending_shutdown(guest)  # it was not asked
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
-                await stop(machine, guest)
-        assert (guest.directory / process.ASKED).exists()
-        assert not await process.await_pending_shutdown(guest)
-        assert not (guest.directory / process.ASKED).exists()
+                await stop_qemu(machine, guest)
+        assert (guest.directory / ASKED).exists()
+        assert not await await_pending_shutdown(guest)
+        assert not (guest.directory / ASKED).exists()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
-                await stop(machine, guest)
+                await stop_qemu(machine, guest)
         assert guest.record
         os.kill(guest.record.pid, signal.SIGTERM)
-        assert await process.await_pending_shutdown(guest)
+        assert await await_pending_shutdown(guest)
 
 
 async def test_a_guest_may_power_down_after_the_deadline(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest:
         with pytest.raises(errors.DeadlineError, match="did not power down") as caught:
-            await stop(machine, guest, deadline=0.3)
+            await stop_qemu(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.UNKNOWN
-        assert (guest.directory / process.ASKED).exists()
+        assert (guest.directory / ASKED).exists()
 
 
 async def test_a_guest_that_was_not_asked_runs_on(qemu: str, machine: Machine) -> None:
     async with started(machine, spec(qemu)) as guest, connect(guest.qmp_socket, guest.label):
         with pytest.raises(errors.DeadlineError, match="another program may hold") as caught:
-            await stop(machine, guest, deadline=0.3)
+            await stop_qemu(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.NO_EFFECT
-        assert not (guest.directory / process.ASKED).exists()
+        assert not (guest.directory / ASKED).exists()
 
 
 @pytest.mark.parametrize("held", ["SIGSTOP", "by another client"])
@@ -535,7 +532,7 @@ async def test_force_does_not_wait_for_a_qemu_that_does_not_answer(
                 os.kill(guest.record.pid, signal.SIGSTOP)
                 assert await poll_until(lambda: process.is_stopped(guest), 10)
             given = 3600 if held == "SIGSTOP" else 0.2
-            ended = await stop(machine, guest, deadline=given, force=True)
+            ended = await stop_qemu(machine, guest, deadline=given, force=True)
             assert ended.how == ("killed" if held == "SIGSTOP" else "terminated")
 
 
@@ -559,11 +556,11 @@ async def test_what_a_guest_does_is_told_apart(qemu: str, machine: Machine) -> N
 async def test_how_long_a_guest_is_waited_for_is_the_callers(qemu: str, machine: Machine) -> None:
     """Fault 23: 30 seconds were waited for, whatever the deadline was."""
     async with started(machine, spec(qemu)) as guest:
-        (guest.directory / process.ASKED).touch()
+        (guest.directory / ASKED).touch()
         with pytest.raises(errors.DeadlineError, match="may do so yet") as caught:
-            await process.await_pending_shutdown(guest, deadline=0.1)
+            await await_pending_shutdown(guest, deadline=0.1)
         assert caught.value.outcome is Outcome.UNKNOWN
-        assert (guest.directory / process.ASKED).exists()
+        assert (guest.directory / ASKED).exists()
 
 
 async def test_a_qemu_that_is_stopped(qemu: str, machine: Machine) -> None:
@@ -576,10 +573,10 @@ async def test_a_qemu_that_is_stopped(qemu: str, machine: Machine) -> None:
         assert (report.status, report.mdevs, report.state) == (None, None, "stopped")
         assert f"kill -CONT {guest.record.pid}" in report.damage
         with pytest.raises(errors.DeadlineError, match=r"did not power down.*is stopped") as caught:
-            await stop(machine, guest, deadline=0.3)
+            await stop_qemu(machine, guest, deadline=0.3)
         assert caught.value.outcome is Outcome.NO_EFFECT
         assert f"kill -CONT {guest.record.pid}" in caught.value.message
-        assert (await stop(machine, guest, deadline=60, force=True)).how == "killed"
+        assert (await stop_qemu(machine, guest, deadline=60, force=True)).how == "killed"
 
 
 # ---------------------------------------------------------------- what is believed
@@ -603,18 +600,18 @@ async def sleeper() -> AsyncIterator[int]:
 
 
 async def test_another_process_with_the_same_pid(qemu: str, machine: Machine, sleeper: int) -> None:
-    guest = await start(machine, spec(qemu))
+    guest = await start_qemu(machine, spec(qemu))
     copy = shutil.copytree(
         guest.directory, machine.state_dir / "copy", ignore=shutil.ignore_patterns("*.sock")
     )
-    await stop(machine, guest, deadline=0, force=True)
+    await stop_qemu(machine, guest, deadline=0, force=True)
     shutil.move(copy, guest.directory)
     assert find(machine, "g").state is State.GONE
     assert rewrite(guest, pid=sleeper).state is State.GONE
     born = start_time(sleeper)
     again = rewrite(guest, pid=sleeper, start_time=born)
     assert again.state is State.GONE  # no -uuid on its command line
-    assert (await stop(machine, again, deadline=0, force=True)).how == "gone"
+    assert (await stop_qemu(machine, again, deadline=0, force=True)).how == "gone"
 
 
 # Its first thread ends at once, and another one when its standard input does. Seen from outside it
@@ -628,11 +625,11 @@ ctypes.CDLL(None).syscall(60, 0)  # SYS_exit of x86-64: of one thread
 
 
 async def test_a_process_that_is_ending_has_not_ended(qemu: str, machine: Machine) -> None:
-    guest = await start(machine, spec(qemu))
+    guest = await start_qemu(machine, spec(qemu))
     copy = shutil.copytree(
         guest.directory, machine.state_dir / "copy", ignore=shutil.ignore_patterns("*.sock")
     )
-    await stop(machine, guest, deadline=0, force=True)
+    await stop_qemu(machine, guest, deadline=0, force=True)
     shutil.move(copy, guest.directory)
     dying = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", DYING, "-uuid", str(UUID1)),
@@ -652,7 +649,7 @@ async def test_a_process_that_is_ending_has_not_ended(qemu: str, machine: Machin
     dying.stdin.close()
     assert await process.wait_ended(found, 10)
     assert find(machine, "g").state is State.GONE
-    assert (await stop(machine, find(machine, "g"))).how == "gone"
+    assert (await stop_qemu(machine, find(machine, "g"))).how == "gone"
     await dying.wait()
 
 
@@ -662,25 +659,25 @@ async def test_a_process_that_is_ending_has_not_ended(qemu: str, machine: Machin
 async def test_one_wrong_fact_and_it_is_not_believed(
     qemu: str, machine: Machine, changes: dict[str, object]
 ) -> None:
-    guest = await start(machine, spec(qemu))
+    guest = await start_qemu(machine, spec(qemu))
     good = (guest.directory / "record.json").read_bytes()
     assert rewrite(guest, **changes).state is State.GONE
     (guest.directory / "record.json").write_bytes(good)
-    assert (await stop(machine, find(machine, "g"), deadline=0, force=True)).how == "quit"
+    assert (await stop_qemu(machine, find(machine, "g"), deadline=0, force=True)).how == "quit"
 
 
 async def test_a_damaged_record_of_a_living_guest(qemu: str, machine: Machine) -> None:
-    guest = await start(machine, spec(qemu))
+    guest = await start_qemu(machine, spec(qemu))
     (guest.directory / "record.json").write_bytes(b"{")
     damaged = find(machine, "g")
     assert damaged.state is State.DAMAGED
     assert "record.json is damaged" in damaged.damage
     with pytest.raises(errors.RequestError, match="damaged"):
-        await start(machine, spec(qemu))
+        await start_qemu(machine, spec(qemu))
     with pytest.raises(errors.RequestError, match="damaged") as caught:
-        await stop(machine, damaged)
+        await stop_qemu(machine, damaged)
     assert "--force" in caught.value.hint
-    assert (await stop(machine, damaged, force=True)).how == "quit"
+    assert (await stop_qemu(machine, damaged, force=True)).how == "quit"
     assert await process.wait_ended(guest)
     assert list(machine.guests_dir.iterdir()) == []
 

@@ -19,9 +19,9 @@ from mdev_orchestrator.errors import MdoError, RequestError
 from mdev_orchestrator.host.sysfs import create
 from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import check_attribute, group_uuid
-from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec, Sockets, check_name, guest_argv
 from mdev_orchestrator.qemu.hotplug import device_for
+from mdev_orchestrator.qemu.start import _spawn
 
 GUEST = UUID("c0ffee00-0000-4000-8000-000000000001")
 SOCKETS = Sockets(qmp=3, query=4, watch=6, console=5, console_log=Path("/s,id=x/console.log"))
@@ -167,7 +167,7 @@ async def test_a_parent_and_a_type_stay_in_sysfs(tmp_path: Path, name: str) -> N
 
 def test_the_gate_passes_words_on_as_they_are(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    pid, opener = process._spawn(["/usr/bin/printf", r"%s\0", *HOSTILE], [], log)
+    pid, opener = _spawn(["/usr/bin/printf", r"%s\0", *HOSTILE], [], log)
     os.write(opener, b"$(reboot) `reboot` \\ ' \"\n")
     os.close(opener)
     status = os.waitpid(pid, 0)[1]
