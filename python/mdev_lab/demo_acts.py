@@ -38,6 +38,7 @@ from mdev_orchestrator.machine import Machine
 from mdev_orchestrator.model import Host, Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestSpec
+from mdev_orchestrator.spec.sizes import Size
 
 SEED = 2016
 FILL_BYTES = 256 * 1024
@@ -117,7 +118,7 @@ async def play(machine: Machine) -> None:
         spec = GuestSpec(
             name=f"demo-{os.getpid()}",
             uuid=uuid4(),
-            memory=256 << 20,
+            memory=Size(256 << 20),
             kernel=Path(os.environ["MDO_LAB_KERNEL"]),
             initrd=Path(os.environ["MDO_LAB_INITRD"]),
             append=l2.APPEND,
@@ -216,7 +217,7 @@ def halted_guest(*mdevs: Mdev) -> GuestSpec:
     return GuestSpec(
         name=f"demo-other-{os.getpid()}",
         uuid=uuid4(),
-        memory=64 << 20,
+        memory=Size(64 << 20),
         mdevs=tuple(map(as_guest_mdev, mdevs)),
         extra=("-S",),
     )

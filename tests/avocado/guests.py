@@ -34,6 +34,7 @@ from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug, process
 from mdev_orchestrator.qemu.command import GuestSpec
 from mdev_orchestrator.qemu.process import RunningGuest
+from mdev_orchestrator.spec.sizes import Size
 
 MEMORY = 256 << 20
 FILL_BYTES = 256 << 10
@@ -87,7 +88,7 @@ def spec(name: str, *devices: Mdev, extra: tuple[str, ...] = (), boots: bool = T
     return GuestSpec(
         name=name,
         uuid=uuid4(),
-        memory=MEMORY,
+        memory=Size(MEMORY),
         kernel=Path(os.environ["MDO_LAB_KERNEL"]) if boots else None,
         initrd=Path(os.environ["MDO_LAB_INITRD"]) if boots else None,
         append=l2.APPEND if boots else "",

@@ -31,6 +31,7 @@ from mdev_orchestrator.model import Mdev
 from mdev_orchestrator.qemu import hotplug
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import RunningGuest
+from mdev_orchestrator.spec.sizes import Size
 
 SAMPLES = os.environ.get("MDO_LAB_SAMPLES")
 pytestmark = pytest.mark.skipif(SAMPLES is None, reason="needs MDO_LAB_SAMPLES")
@@ -119,7 +120,7 @@ async def halted_guest(*mdevs: Mdev) -> AsyncIterator[RunningGuest]:
     spec = GuestSpec(
         name="halted",
         uuid=uuid4(),
-        memory=64 << 20,
+        memory=Size(64 << 20),
         mdevs=tuple(map(as_guest_mdev, mdevs)),
         extra=("-S",),
     )

@@ -24,6 +24,7 @@ from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestSpec
 from mdev_orchestrator.qemu.start import start_qemu
 from mdev_orchestrator.qemu.stop import stop_qemu
+from mdev_orchestrator.spec.sizes import Size
 from mdev_orchestrator.system.processes import boot_id, start_time
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
@@ -47,7 +48,9 @@ async def guest() -> AsyncIterator[process.RunningGuest]:
     """A guest that was started without a umask."""
     before = os.umask(0)
     try:
-        spec = GuestSpec("g", uuid4(), memory=32 << 20, hotplug_ports=0, extra=("-S",))
+        spec = GuestSpec(
+            name="g", uuid=uuid4(), memory=Size(32 << 20), hotplug_ports=0, extra=("-S",)
+        )
         found = await start_qemu(machine(), spec)
         yield found
         await stop_qemu(machine(), found, deadline=0, force=True)

@@ -33,6 +33,7 @@ from mdev_orchestrator.qemu import features, process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.monitor import connect
 from mdev_orchestrator.qemu.process import RunningGuest, State
+from mdev_orchestrator.spec.sizes import Size
 from mdev_orchestrator.state import cache_dir
 
 pytestmark = pytest.mark.skipif("MDO_LAB" not in os.environ, reason="needs the lab's kernel")
@@ -84,7 +85,7 @@ def spec(*mdevs: Mdev, name: str = "g") -> GuestSpec:
     return GuestSpec(
         name=name,
         uuid=uuid4(),
-        memory=64 << 20,
+        memory=Size(64 << 20),
         qemu=QEMU,
         accel="tcg",
         mdevs=tuple(map(guest_mdev, mdevs)),

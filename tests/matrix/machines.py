@@ -27,6 +27,7 @@ from mdev_orchestrator.engine import guest_ops, start_groups
 from mdev_orchestrator.errors import QemuError
 from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
+from mdev_orchestrator.spec.sizes import Size
 
 STOCK = "7.2"
 PATCHED = ("10.0", "10.2")
@@ -269,7 +270,7 @@ def guest_spec(version: Version, *uuids: str, extra: tuple[str, ...] = ()) -> Gu
     return GuestSpec(
         name="matrix",
         uuid=uuid4(),
-        memory=64 << 20,
+        memory=Size(64 << 20),
         qemu=version.binary,
         firmware=version.firmware,
         accel="tcg",

@@ -33,7 +33,7 @@ from mdev_orchestrator.qemu.guest_dir import attaching
 from mdev_orchestrator.qemu.process import RunningGuest
 from mdev_orchestrator.qemu.start import START_SECONDS, start_qemu
 from mdev_orchestrator.qemu.stop import STOP_SECONDS, Ended, await_pending_shutdown, stop_qemu
-from mdev_orchestrator.spec import read_guest
+from mdev_orchestrator.spec import GuestSettings, read_guest
 
 READY_SECONDS = 10.0
 """For an mdev that exists to be openable."""
@@ -231,29 +231,9 @@ def guest_spec(own: GuestRecord, mdevs: list[GuestMdev]) -> GuestSpec:
 
     :raise HostError: The journal is damaged.
     """
-    guest = read_guest(own.definition)
-    return GuestSpec(
-        name=own.name,
-        uuid=own.uuid,
-        memory=int(guest.memory),
-        cpus=guest.cpus,
-        kernel=guest.kernel,
-        initrd=guest.initrd,
-        append=guest.append,
-        disk=guest.disk,
-        disk_format=guest.disk_format,
-        hotplug_window=int(guest.hotplug_window),
-        mdevs=tuple(mdevs),
-        iommu=guest.iommu,
-        hotplug_ports=guest.hotplug_ports,
-        accel=guest.accel,
-        machine=guest.machine,
-        qemu=guest.qemu,
-        firmware=guest.firmware,
-        uefi=guest.uefi,
-        uefi_variables=guest.uefi_variables,
-        extra=guest.extra,
-    )
+    config = read_guest(own.definition)
+    settings = {name: getattr(config, name) for name in GuestSettings.__struct_fields__}
+    return GuestSpec(**settings, uuid=own.uuid, mdevs=tuple(mdevs))
 
 
 def _usable(uuid: UUID, context: Context) -> GuestMdev:

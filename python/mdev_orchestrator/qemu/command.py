@@ -66,19 +66,18 @@ from msgspec import Struct
 
 from mdev_orchestrator.errors import RequestError
 from mdev_orchestrator.model import IommuChoice
+from mdev_orchestrator.spec import GuestSettings
+from mdev_orchestrator.spec.sizes import MIB
+from mdev_orchestrator.spec.structures import MAX_CPUS, MAX_PORTS
 
 Accel = Literal["auto", "kvm", "tcg"]
 
-MIB = 1 << 20
 GIB = 1 << 30
-MAX_CPUS = 288
 PORTS_PER_SLOT = 8
 IOMMUFD_ID = "iommufd0"
 """The id of the object that has ``/dev/iommu`` open."""
 FIRST_SLOT = 0x0F
 """Slots 1 to 14 are left to devices without an address; 0x1f is the chipset's own on q35."""
-MAX_PORTS = 128
-"""Sixteen slots of eight, 0x0f to 0x1e: what :data:`FIRST_SLOT` and the chipset leave."""
 
 WINDOWS = 16 * GIB
 """Least sum of the ports' windows: the 12 GiB that firmware has to avoid (see *Windows*), and
@@ -118,47 +117,18 @@ class GuestMdev(Struct, frozen=True):
         return device_id(self.uuid)
 
 
-class GuestSpec(Struct, frozen=True):
+class GuestSpec(GuestSettings, frozen=True, kw_only=True):
     """All that is needed to start a guest.
 
-    :ivar name: Also the name of its directory: letters, digits, ``_``, ``.``, ``-``; at most 40.
-    :ivar memory: Bytes, a multiple of 1 MiB.
-    :ivar kernel: Linux image to boot directly; ``initrd`` and ``append`` need it.
-    :ivar disk: Image for the first virtio disk, in ``disk_format`` (never probed: a guest that
-        writes a qcow2 header into its raw disk could otherwise name a file of the host).
+    The format of a disk is never probed: a guest that writes a qcow2 header into its raw disk could
+    otherwise name a file of the host.
+
     :ivar iommu: How its mdevs are opened. ``auto``, which :func:`engine.guest_ops.launch` decides,
         is the container here.
-    :ivar hotplug_ports: Free root ports beside those of ``mdevs``.
-    :ivar hotplug_window: Bytes of 64-bit prefetchable memory that a port reserves at least, a power
-        of two.
-    :ivar qemu: Program name or path.
-    :ivar firmware: Directory of firmware images, for a QEMU that was built without (``-L``).
-    :ivar uefi: Whether it boots by UEFI; see :mod:`.firmware`.
-    :ivar uefi_variables: File that keeps its UEFI variables, made if it is not there. Without one
-        they are kept for as long as its QEMU runs.
-    :ivar extra: Further arguments, as they are.
     """
 
-    name: str
     uuid: UUID
-    memory: int = 512 * MIB
-    cpus: int = 1
-    kernel: Path | None = None
-    initrd: Path | None = None
-    append: str = ""
-    disk: Path | None = None
-    disk_format: str = "raw"
     mdevs: tuple[GuestMdev, ...] = ()
-    iommu: IommuChoice = "auto"
-    hotplug_ports: int = 4
-    hotplug_window: int = 256 * MIB
-    accel: Accel = "auto"
-    machine: str = "q35"
-    qemu: str = "qemu-system-x86_64"
-    firmware: Path | None = None
-    uefi: bool = False
-    uefi_variables: Path | None = None
-    extra: tuple[str, ...] = ()
 
 
 class Flash(Struct, frozen=True):
@@ -261,7 +231,7 @@ def check(spec: GuestSpec) -> None:
     check_name(spec.name)
     label = f"guest {spec.name}"
     if spec.memory < MIB or spec.memory % MIB:
-        raise RequestError(f"{label}: memory of {spec.memory} bytes is no multiple of 1 MiB")
+        raise RequestError(f"{label}: memory of {int(spec.memory)} bytes is no multiple of 1 MiB")
     if not 1 <= spec.cpus <= MAX_CPUS:
         raise RequestError(f"{label}: {spec.cpus} CPUs; give 1 to {MAX_CPUS}")
     if spec.hotplug_ports < 0 or ports_in_use(spec) + spec.hotplug_ports > MAX_PORTS:
@@ -271,7 +241,7 @@ def check(spec: GuestSpec) -> None:
         )
     if spec.hotplug_window < MIB or spec.hotplug_window.bit_count() != 1:
         raise RequestError(
-            f"{label}: hotplug window of {spec.hotplug_window} bytes; "
+            f"{label}: hotplug window of {int(spec.hotplug_window)} bytes; "
             "give a power of two of at least 1 MiB"
         )
     if (spec.initrd or spec.append) and not spec.kernel:
@@ -322,7 +292,7 @@ def port_window(spec: GuestSpec) -> int:
     """Return the bytes of 64-bit memory that each port reserves, a power of two."""
     ports = ports_in_use(spec) + spec.hotplug_ports
     least = -(-WINDOWS // max(ports, 1))
-    return max(spec.hotplug_window, 1 << (least - 1).bit_length())
+    return max(int(spec.hotplug_window), 1 << (least - 1).bit_length())
 
 
 def accelerators(accel: Accel) -> list[str]:

@@ -64,6 +64,7 @@ from mdev_orchestrator.spec.structures import (
     Devices,
     GuestConfig,
     GuestMdev,
+    GuestSettings,
     Pool,
     Spec,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "Document",
     "GuestConfig",
     "GuestMdev",
+    "GuestSettings",
     "Place",
     "Pool",
     "ResolutionCondition",

@@ -118,11 +118,10 @@ class GuestMdev(Devices, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
 
 
-class GuestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A virtual machine."""
+class GuestSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a virtual machine is, but for its UUID and its mediated devices."""
 
     name: Name
-    uuid: Annotated[UUID | None, Meta(description="Chosen once and kept when absent.")] = None
     memory: Annotated[
         Size,
         Meta(description="A multiple of 1 MiB.", extra_json_schema={"default": "512M"}),
@@ -140,9 +139,6 @@ class GuestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     kernel: Annotated[Path | None, Meta(description="Linux image to boot directly.")] = None
     initrd: Annotated[Path | None, Meta(description="Needs a kernel.")] = None
     append: Annotated[Line, Meta(description="Kernel parameters; need a kernel.")] = ""
-    mdevs: Annotated[tuple[GuestMdev, ...], Meta(description="Its mediated devices.")] = field(
-        name="mdev", default=()
-    )
     hotplug_ports: Annotated[
         int, Meta(ge=0, le=MAX_PORTS, description="Free root ports for devices attached later.")
     ] = 4
@@ -184,6 +180,15 @@ class GuestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ],
         Meta(description="Further arguments of QEMU, as they are."),
     ] = ()
+
+
+class GuestConfig(GuestSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A virtual machine."""
+
+    uuid: Annotated[UUID | None, Meta(description="Chosen once and kept when absent.")] = None
+    mdevs: Annotated[tuple[GuestMdev, ...], Meta(description="Its mediated devices.")] = field(
+        name="mdev", default=()
+    )
 
 
 class Pool(Devices, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -56,7 +56,7 @@ def qemu_with(directory: Path, *properties: str) -> str:
 def spec(qemu: str, choice: IommuChoice, *uuids: UUID) -> GuestSpec:
     bus = Path("/sys/bus/mdev/devices")
     mdevs = tuple(GuestMdev(uuid, bus / str(uuid)) for uuid in uuids)
-    return GuestSpec("g", uuid4(), iommu=choice, qemu=qemu, mdevs=mdevs)
+    return GuestSpec(name="g", uuid=uuid4(), iommu=choice, qemu=qemu, mdevs=mdevs)
 
 
 @pytest.fixture

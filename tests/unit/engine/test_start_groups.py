@@ -28,6 +28,7 @@ from mdev_orchestrator.qemu import process
 from mdev_orchestrator.qemu.command import GuestMdev, GuestSpec
 from mdev_orchestrator.qemu.process import RunningGuest, State
 from mdev_orchestrator.qemu.stop import stop_qemu
+from mdev_orchestrator.spec.sizes import Size
 from unit.fakesys import FakeSystem, put
 
 A, B, C = (f"0000000{n}-1111-4222-8333-444444444444" for n in "123")
@@ -68,7 +69,7 @@ class Lab:
         return GuestSpec(
             name=name,
             uuid=uuid4(),
-            memory=64 << 20,
+            memory=Size(64 << 20),
             qemu=qemu or self.qemu,
             accel="tcg",
             mdevs=tuple(map(self.mdev, uuids)),

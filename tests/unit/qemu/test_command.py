@@ -70,7 +70,7 @@ def mdev(uuid: UUID, api: str = "vfio-pci") -> GuestMdev:
 
 
 def spec(**changes: Any) -> GuestSpec:  # noqa: ANN401 - fields of GuestSpec
-    return replace(GuestSpec("render-1", GUEST, hotplug_ports=0), **changes)
+    return replace(GuestSpec(name="render-1", uuid=GUEST, hotplug_ports=0), **changes)
 
 
 def added(**changes: Any) -> list[str]:  # noqa: ANN401

@@ -20,7 +20,7 @@ from mdev_orchestrator.qemu.firmware import find_uefi, prepare_flash
 from mdev_orchestrator.qemu.start import start_qemu
 from mdev_orchestrator.qemu.stop import stop_qemu
 
-SPEC = GuestSpec("g", uuid4(), qemu="/usr/bin/qemu-system-x86_64", uefi=True)
+SPEC = GuestSpec(name="g", uuid=uuid4(), qemu="/usr/bin/qemu-system-x86_64", uefi=True)
 PACKAGES, MACHINES = "usr/share/qemu/firmware", "etc/qemu/firmware"
 SIZE = 1 << 16
 

@@ -31,6 +31,7 @@ from mdev_orchestrator.qemu.process import RunningGuest, State, is_stopped
 from mdev_orchestrator.qemu.remedies import remedy
 from mdev_orchestrator.qemu.start import start_qemu
 from mdev_orchestrator.qemu.stop import stop_qemu
+from mdev_orchestrator.spec.sizes import Size
 from mdev_orchestrator.system.waiting import poll_until
 from unit.qemu.conftest import Peer, Script, Serve
 
@@ -43,9 +44,9 @@ async def guest(
     qemu: str, machine: Machine, ports: int = 2, *extra: str
 ) -> AsyncIterator[RunningGuest]:
     what = GuestSpec(
-        "g",
-        uuid4(),
-        memory=64 << 20,
+        name="g",
+        uuid=uuid4(),
+        memory=Size(64 << 20),
         accel="tcg",
         qemu=qemu,
         hotplug_ports=ports,

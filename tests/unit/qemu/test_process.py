@@ -35,6 +35,7 @@ from mdev_orchestrator.qemu.process import RunningGuest, State, find, find_runni
 from mdev_orchestrator.qemu.start import _spawn, start_qemu
 from mdev_orchestrator.qemu.status import GuestState, check_console_free, look, look_all
 from mdev_orchestrator.qemu.stop import await_pending_shutdown, stop_qemu
+from mdev_orchestrator.spec.sizes import Size
 from mdev_orchestrator.system.directory_lock import opened
 from mdev_orchestrator.system.processes import has_ended, start_time
 from mdev_orchestrator.system.waiting import poll_until
@@ -46,9 +47,9 @@ UUID1 = UUID("c0ffee00-0000-4000-8000-000000000001")
 def spec(qemu: str, name: str = "g", *extra: str) -> GuestSpec:
     """A guest that never runs an instruction."""
     return GuestSpec(
-        name,
-        uuid4(),
-        memory=64 << 20,
+        name=name,
+        uuid=uuid4(),
+        memory=Size(64 << 20),
         accel="tcg",
         qemu=qemu,
         hotplug_ports=1,

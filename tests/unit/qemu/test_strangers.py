@@ -27,8 +27,8 @@ GUEST = UUID("c0ffee00-0000-4000-8000-000000000001")
 SOCKETS = Sockets(qmp=3, query=4, watch=6, console=5, console_log=Path("/s,id=x/console.log"))
 MDEV = GuestMdev(GUEST, Path("/sys,driver=x/bus/mdev/devices") / str(GUEST))
 PLAIN = GuestSpec(
-    "a",
-    GUEST,
+    name="a",
+    uuid=GUEST,
     kernel=Path("/k"),
     initrd=Path("/i"),
     append="x",
