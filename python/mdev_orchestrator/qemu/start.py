@@ -311,7 +311,7 @@ async def _start(
                 created=round(time.time(), 3),
                 argv=argv,
                 mdevs=[mdev.uuid for mdev in spec.mdevs],
-                memory=spec.memory,
+                memory=int(spec.memory),
                 cpus=spec.cpus,
                 iommu=spec.iommu,
             )
