@@ -40,7 +40,7 @@ test:
 	@.venv/bin/python tools/run-tests
 
 test-qemu: setup
-	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1 iommufd-6.12
+	@.venv/bin/python tools/run-tests qemu-build matrix-6.12 matrix-6.1 lab-6.12-iommufd
 
 test-crash: setup
 	@.venv/bin/python tools/run-tests crash-6.12
@@ -65,7 +65,7 @@ test-fuzz-driver:
 
 test-firmware: setup
 	@$(MDO) qemu build --series 10.0 >/dev/null && $(MDO) qemu build --series 10.2 >/dev/null
-	@.venv/bin/python tools/run-tests firmware-6.12 firmware-6.1
+	@.venv/bin/python tools/run-tests firmware-6.12 firmware-6.12-iommufd firmware-6.1 firmware-7.3
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own

@@ -109,10 +109,10 @@ def lacks(series: str) -> str | None:
 
     The release decides, and not what its mirror answers: a mirror may be broken.
 
-    :param series: With or without the suffix of a kernel with checkers.
+    :param series: With or without the suffix of a kernel with checkers, or with iommufd.
     """
     known = RELEASES.get(codename())
-    if known is None or series.removesuffix(DEBUG) in known:
+    if known is None or series.removesuffix(DEBUG).removesuffix(IOMMUFD) in known:
         return None
     return f"Debian {platform.freedesktop_os_release()['VERSION_ID']} has no kernel {series}"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest's directory: who may change or remove it."""
+"""A guest's directory: what is done to it under its lock."""
 
 from __future__ import annotations
 
