@@ -101,13 +101,13 @@ memory = 2147483648
 cpus = 2
 disk = "{disk}"
 disk_format = "qcow2"
+accel = "kvm"
+machine = "pc-q35-7.2"
+qemu = "/usr/bin/qemu-system-x86_64"
 mdev = [
     {{ uuid = "{U1}" }},
     {{ uuid = "{U2}" }},
 ]
-accel = "kvm"
-machine = "pc-q35-7.2"
-qemu = "/usr/bin/qemu-system-x86_64"
 """
     )
     left = machine.err.replace(str(tmp_path), "").splitlines()
