@@ -84,6 +84,7 @@ def find_uefi(machine: Machine, spec: GuestSpec) -> Flash:
     architecture = program[1] if program else platform.machine()
     package = PACKAGES.get(architecture)
     hint = f"apt-get install {package}" if package else "install your distribution's package of it"
+    again = hint.replace("install", "install --reinstall", 1) if package else f"{hint} again"
     for path in _descriptions(machine):
         found = _read(path)
         if found is None or not _fits(found, architecture, spec.machine):
@@ -96,7 +97,7 @@ def find_uefi(machine: Machine, spec: GuestSpec) -> Flash:
                 raise HostError(
                     f"guest {spec.name}: {path} describes UEFI firmware, and its file {image} "
                     "cannot be read",
-                    hint.replace("install", "install --reinstall", 1),
+                    again,
                 )
         return Flash(Path(code.filename), code.format, Path(variables.filename), variables.format)
     raise HostError(

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ FIRMWARE = {
     "/usr/share/qemu": "qemu-system-data",
 }
 NEEDED_FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin")
+MESON = (1, 5)
+"""The least version that configures QEMU."""
 
 _STEP = re.compile(rb"^\[(\d+)/(\d+)\] ")
 
@@ -154,11 +157,31 @@ def check_host() -> None:
         raise HostError(
             f"building QEMU needs {', '.join(missing)}", f"apt-get install {' '.join(missing)}"
         )
-    if not importlib.util.find_spec("mesonbuild"):
+    version = _meson_version()
+    if version < MESON:
+        found = f", which has {'.'.join(map(str, version))}" if version else ""
         raise HostError(
-            "building QEMU needs meson 1.5 or newer beside this Python",
-            f"{sys.executable} -m pip install 'meson>=1.5'",
+            f"building QEMU needs meson 1.5 or newer beside {sys.executable}{found}", _meson_hint()
         )
+
+
+def _meson_version() -> tuple[int, ...]:
+    """Version of the meson that this Python has; empty without one."""
+    if not importlib.util.find_spec("mesonbuild"):
+        return ()
+    coredata = importlib.import_module("mesonbuild.coredata")
+    return tuple(int(part) for part in re.findall(r"\d+", coredata.version)[:2])
+
+
+def _meson_hint() -> str:
+    pip = "'meson>=1.5'"
+    managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
+    if managed and sys.prefix == sys.base_prefix:  # pip refuses to install there
+        return (
+            "apt-get install meson where that is 1.5 or newer, as on Debian 13; elsewhere install "
+            f"mdo by pipx, and then: pipx inject mdev-orchestrator {pip}"
+        )
+    return f"{sys.executable} -m pip install {pip}"
 
 
 def configure(place: Path, progress: Progress) -> None:

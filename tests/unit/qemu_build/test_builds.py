@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mdev_lab import qemus
 from mdev_lab.checkout import ROOT
-from mdev_orchestrator.errors import MdoError, UnknownError
+from mdev_orchestrator.errors import HostError, MdoError, UnknownError
 from mdev_orchestrator.qemu_build import builds, patches, source
 from mdev_orchestrator.system import apt
 from mdev_orchestrator.system.files import remove
@@ -318,3 +322,37 @@ def test_exported_files_are_ours(tmp_path: Path) -> None:
     subprocess.run(["git", "apply", "--whitespace=error-all", first], cwd=target, check=True)
     for name, inside in patches.NEW_FILES.items():
         assert (target / inside).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("version", "managed", "message", "remedy"),
+    [
+        ("1.5.0", True, "", ""),
+        ("1.0.1", True, "which has 1.0", "pipx inject mdev-orchestrator"),
+        (None, True, "meson 1.5 or newer", "apt-get install meson where"),
+        (None, False, "meson 1.5 or newer", "-m pip install 'meson>=1.5'"),
+    ],
+)
+def test_a_meson_that_is_too_old_has_a_remedy_that_this_python_allows(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    managed: bool,
+    message: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(builds, "missing_packages", lambda *_: [])
+    monkeypatch.setattr(builds, "FIRMWARE", {})
+    if managed:
+        (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: version)
+    coredata = SimpleNamespace(version=version)
+    monkeypatch.setattr(importlib, "import_module", lambda _: coredata)
+    if not message:
+        builds.check_host()
+        return
+    with pytest.raises(HostError, match=message) as caught:
+        builds.check_host()
+    assert remedy in caught.value.hint
