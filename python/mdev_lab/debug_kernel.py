@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from mdev_lab import kernels
@@ -89,9 +90,12 @@ def _is_current(place: Path, version: str, config: str) -> bool:
     return built["config"] == config and version in {"", built["version"]}
 
 
-def version_of(package: str) -> str:
-    """Return the version of a package that apt would download; empty if it knows none."""
-    text = run(["apt-cache", "policy", package])
+def version_of(package: str, apt: Sequence[str] = ()) -> str:
+    """Return the version of a package that apt would download; empty if it knows none.
+
+    :param apt: Options, see :func:`.kernels.apt_options`.
+    """
+    text = run(["apt-cache", *apt, "policy", package])
     found = re.search(r"^  Candidate: (\S+)$", text, re.MULTILINE)
     return "" if found is None or found[1] == "(none)" else found[1]
 

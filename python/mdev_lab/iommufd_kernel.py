@@ -18,11 +18,12 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mdev_lab.debug_kernel import version_of
 from mdev_lab.kernel_modules import digest, kbuild
-from mdev_lab.kernels import IOMMUFD, Kernel, fetch_kernel, unpack_source
+from mdev_lab.kernels import IOMMUFD, Kernel, apt_options, fetch_kernel, unpack_source
 from mdev_orchestrator.errors import MdoError, UnknownError
 from mdev_orchestrator.state import cache_dir
 from mdev_orchestrator.system.children import run
@@ -30,7 +31,7 @@ from mdev_orchestrator.system.files import locked
 from mdev_orchestrator.system.progress import Progress
 
 #: Series of Debian's kernels that this is for.
-SERIES = ("6.12",)
+SERIES = ("6.12", "7.3")
 
 #: What is added to the kernel's configuration.
 OPTIONS = {
@@ -99,8 +100,14 @@ def _make(stock: Kernel, work: Path, progress: Progress) -> Path:
     kernel = Kernel(f"{stock.series}{IOMMUFD}", stock.release, root)
     _copy(stock, kernel)
     source = work / "source"
+    apt = apt_options(stock.series)
     unpack_source(
-        stock.source, source, progress, version=_version(stock), paths=(*DIRECTORIES, *FILES)
+        stock.source,
+        source,
+        progress,
+        version=_version(stock, apt),
+        paths=(*DIRECTORIES, *FILES),
+        apt=apt,
     )
     _prepare(source)
     progress(f"building iommufd and VFIO for {stock.release}")
@@ -116,12 +123,12 @@ def _make(stock: Kernel, work: Path, progress: Progress) -> Path:
     return root
 
 
-def _version(stock: Kernel) -> str:
+def _version(stock: Kernel, apt: Sequence[str]) -> str:
     """The version of the source that the stock kernel was built from.
 
     :raise UnknownError: The mirror has another one.
     """
-    version = version_of(stock.source)
+    version = version_of(stock.source, apt)
     upstream = re.match(r"[\d.]+", stock.release)
     if not version:
         raise UnknownError(f"the Debian mirror offers no {stock.source}", "run 'apt-get update'")
