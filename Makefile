@@ -65,7 +65,7 @@ test-fuzz-driver:
 
 test-firmware: setup
 	@$(MDO) qemu build --series 10.0 >/dev/null && $(MDO) qemu build --series 10.2 >/dev/null
-	@.venv/bin/python tools/run-tests firmware-6.12 firmware-6.12-iommufd firmware-6.1 firmware-7.3
+	@.venv/bin/python tools/run-tests firmware-6.12 firmware-6.12-iommufd firmware-7.3 firmware-7.3-iommufd firmware-6.1
 
 test-qemu-own: setup
 	@.venv/bin/python tools/run-tests qemu-own
